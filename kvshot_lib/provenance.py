@@ -1,0 +1,38 @@
+"""Where a number came from: code, packages, device and date, written beside every recorded table."""
+
+import datetime
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def git_revision() -> str:
+    """Short revision of the study's checkout, with ``+`` if tracked files differ from it; ``unknown`` outside git."""
+    folder = Path(__file__).parent
+    try:
+        run = lambda *words: subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()
+        changed = run("status", "--porcelain", "--untracked-files=no", "--", ":/kvshot_lib", ":/notebooks/Snakefile")
+        return run("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def device_name(device: str | torch.device) -> str:
+    """What a reader would call the device: the GPU's name, or the processor's architecture and thread count."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu {platform.machine()} ({torch.get_num_threads()} threads)"
+
+
+def provenance(device: str | torch.device = "cpu") -> dict[str, str]:
+    """The provenance columns of ``runs.csv``: device, git_revision, torch, transformers and date (UTC)."""
+    return {
+        "device": device_name(device),
+        "git_revision": git_revision(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
