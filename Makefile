@@ -1,0 +1,66 @@
+# The study's commands. They need Python 3.11 or newer, make and bash; `make help` lists them.
+SHELL := bash
+PYTHON ?= python3
+PROFILE ?= laptop
+ARGS ?=
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+INSTALLING := $(VENV)/.installing
+DEFAULT_NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
+NOTEBOOKS ?= $(DEFAULT_NOTEBOOKS)
+# pip's remarks about index folders that a machine names but doesn't have are noise; its other messages stay.
+PIP = $(BIN)/python -m pip --disable-pip-version-check --retries 3 2> >(grep -v "^WARNING: Location" >&2)
+PIP_FAILED = { rm -f $(INSTALLING); echo "pip could not install the packages. If the network is down, run the same command again when it is back: finished downloads are kept." >&2; exit 1; }
+
+.PHONY: help study test figures lab bench publish execute clean environment
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /make \1  /p' $(firstword $(MAKEFILE_LIST)) | awk '{printf "  make %-12s", $$2; $$1 = $$2 = ""; print}'
+	@echo "  PROFILE=smoke|laptop|full chooses the size (laptop); PYTHON=python3.12 the Python that builds $(VENV)."
+
+environment: $(READY)  ## build .venv from the locked versions (the commands below do it when it's needed)
+
+# A .venv that a kill left half installed is made anew; one that pip itself gave up on is completed.
+$(READY): pyproject.toml requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	  || { echo "The study needs Python 3.11 or newer as '$(PYTHON)'; name another with: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@if [ -e $(INSTALLING) ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  echo "Making $(VENV) (the first time takes two or three minutes, more on a slow network)"; \
+	  $(PYTHON) -m venv --clear $(VENV) || { echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
+	fi
+	@touch $(INSTALLING)
+	@echo "Installing torch (a CPU build if pip has one at hand)" && $(PIP) install -c constraints.txt torch || $(PIP_FAILED)
+	@echo "Installing the other packages" && $(PIP) install --quiet -r requirements.txt || $(PIP_FAILED)
+	@rm -f $(INSTALLING) && touch $(READY)
+
+study: $(READY)  ## the main job: extract, train, measure, draw (results/PROFILE); ARGS=-n shows what would run
+	@$(BIN)/python -m kvshot_lib.notebooks study $(PROFILE) $(ARGS)
+
+test: $(READY)  ## library tests, the smoke pipeline, and every notebook against its saved outputs
+	@$(BIN)/python -m pytest $(ARGS) --nbval --nbval-current-env tests notebooks
+
+figures: $(READY)  ## redraw figures/PROFILE from data/recorded/PROFILE
+	@$(BIN)/python -m kvshot_lib.notebooks run notebooks/03_long_range_decay.ipynb \
+	  results/$(PROFILE)/notebooks/03_long_range_decay.recorded.ipynb \
+	  -p tables_dir ../data/recorded/$(PROFILE) -p figures_dir ../figures/$(PROFILE)
+
+lab: $(READY)  ## JupyterLab on the notebooks
+	@$(BIN)/jupyter lab --notebook-dir . notebooks
+
+bench: $(READY)  ## speed of extraction and training on this machine
+	@$(BIN)/python -m kvshot_lib.benchmark $(ARGS)
+
+publish:  ## copy tables and figures of results/PROFILE to data/recorded/PROFILE and figures/PROFILE
+	@test -d results/$(PROFILE)/tables || { echo "results/$(PROFILE)/tables isn't there; make it with: make study PROFILE=$(PROFILE)" >&2; exit 1; }
+	@mkdir -p data/recorded/$(PROFILE) figures/$(PROFILE)
+	cp results/$(PROFILE)/tables/*.csv data/recorded/$(PROFILE)/
+	cp results/$(PROFILE)/figures/* figures/$(PROFILE)/
+
+execute: $(READY)  ## run the committed notebooks in place at their own parameters (NOTEBOOKS=... for some)
+	@$(BIN)/python -m kvshot_lib.notebooks execute $(NOTEBOOKS)
+
+clean:  ## remove results, caches and .venv
+	rm -rf results .snakemake .pytest_cache .ruff_cache .hypothesis *.egg-info $(VENV)
+	find . -name __pycache__ -prune -exec rm -rf {} +
