@@ -1,7 +1,8 @@
 """95% intervals of the acceptance metrics: a bootstrap over documents, paired across runs (no torch).
 
 Documents, not anchors, are drawn: the anchors of one answer share its topic and its loops, so they are no
-independent sample. Every run is evaluated on the same documents and sees the same resamples of them, so differences have intervals too.
+independent sample. Every run is evaluated on the same documents and sees the same resamples of them, so differences
+have intervals too.
 """
 
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class Interval:
 def interval(draws: np.ndarray) -> Interval:
     """Interval of one row of draws, float [1 + samples].
 
-    It is NaN if 5% or more of the resamples leave the metric undefined: then one to three documents carry all of it, and
+    NaN if 5% or more of the resamples leave the metric undefined: then one to three documents carry all of it, and
     the resamples agree with one another for no better reason.
     """
     usable = draws[1:][np.isfinite(draws[1:])]
@@ -173,7 +174,7 @@ def acceptance_table(
 def summary_table(draws: Draws) -> pd.DataFrame:
     """Mean over seeds of every metric, with both kinds of uncertainty side by side.
 
-    ``low`` and ``high`` are the 95% interval over documents of that mean. ``seed_low`` and ``seed_high`` are the smallest
+    ``low`` and ``high`` are its 95% interval over documents. ``seed_low`` and ``seed_high`` are the smallest
     and the largest seed (the value itself where there is one seed): how far training again moves it.
     """
     rows, columns = [], ["value", "low", "high", "seed_low", "seed_high", "seeds", "anchors", "documents"]

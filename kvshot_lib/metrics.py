@@ -92,7 +92,7 @@ def metrics_of(counts: np.ndarray, runs: np.ndarray) -> dict[str, np.ndarray]:
 
     Returns
     -------
-    dict of float arrays: ``step_acceptance`` and ``chain_acceptance`` [..., K], the rest [...]; NaN where nothing counts
+    dict of float arrays: ``step_acceptance`` and ``chain_acceptance`` [..., K], others [...]; NaN where nothing counts
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         anchors, matches, reached, chain_matches = np.moveaxis(np.asarray(counts, dtype=float), -1, 0)

@@ -1,0 +1,215 @@
+"""The study's tidy tables: their columns, how runs are collected into them, and how they are read back.
+
+A run leaves ``run.json`` (one row of ``runs``), ``counts.csv``, ``run_lengths.csv`` and ``history.csv`` in
+``RESULTS_DIR/runs/<variant>/seed<seed>/``. ``python -m kvshot_lib.tables collect RESULTS_DIR`` merges them, in an order
+that depends on their names only, into ``RESULTS_DIR/tables/*.csv`` and adds ``acceptance.csv``: metrics and intervals.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .bootstrap import acceptance_table
+from .errors import StudyError
+from .files import write_csv
+
+# Variant names of the study, in the order in which tables and figures show them.
+VARIANTS = [
+    "hidden",
+    "hidden_post_norm",
+    "hidden_continued",
+    "kv_1",
+    "kv_2",
+    "kv_3",
+    "kv_4",
+    "kv_2_heads",
+    "kv_2_mlp",
+    "kv_2_unrotate",
+    "kv_2_4kv",
+    "kv_1_none",
+    "kv_2_zero",
+    "kv_2_shuffled",
+    "kv_2_lagged",
+    "kv_2_from_hidden",
+    "kv_2_no_ttt",
+    "kv_2_grad50",
+    "hybrid",
+    "hybrid_warm",
+    "cross_only_warm",
+]
+
+
+def _columns(text: str) -> dict[str, str]:
+    return dict(column.split(":") for column in text.split())
+
+
+# Column names and types of each table. Int64 columns may have empty cells; `runs` may have further columns.
+SCHEMAS = {
+    "runs": _columns(
+        "variant:str seed:int64 paradigm:str num_layers:int64 parameters:int64 trained_tokens:int64 train_s:float64 "
+        "device:str dtype:str git_revision:str torch:str transformers:str date:str target:str target_hash:str "
+        "corpus:str draft_vocab_size:int64 ttt_steps:int64 anchor_fraction:float64 learning_rate:float64 "
+        "epochs:float64 profile:str evaluation_documents:int64 out_of_draft_vocab_fraction:float64"
+    ),
+    "counts": _columns(
+        "variant:str seed:int64 document:int64 draft_step:int64 anchors:int64 matches:int64 reached:int64 "
+        "chain_matches:int64"
+    ),
+    "run_lengths": _columns("variant:str seed:int64 document:int64 anchors:int64 accepted:int64"),
+    "history": _columns(
+        "variant:str seed:int64 step:int64 trained_tokens:int64 seconds:float64 split:str draft_step:Int64 "
+        "loss:float64 acceptance:float64 learning_rate:float64"
+    ),
+    "acceptance": _columns(
+        "variant:str seed:int64 metric:str draft_step:Int64 value:float64 low:float64 high:float64 anchors:int64 "
+        "documents:int64"
+    ),
+}
+KEYS = {
+    "runs": ["variant", "seed"],
+    "counts": ["variant", "seed", "document", "draft_step"],
+    "run_lengths": ["variant", "seed", "document"],
+    "history": ["variant", "seed", "step", "split", "draft_step"],
+    "acceptance": ["variant", "seed", "metric", "draft_step"],
+}
+
+
+def check(table: pd.DataFrame, name: str, source: str | Path, remedy: str = "") -> pd.DataFrame:
+    """Return ``table`` with the columns and types of ``SCHEMAS[name]``; a StudyError if it does not fit them."""
+    schema, remedy = SCHEMAS[name], remedy or "make it again with notebooks/02_train_drafter.ipynb"
+    missing = [column for column in schema if column not in table.columns]
+    extra = [] if name == "runs" else [column for column in table.columns if column not in schema]
+    if missing or extra:
+        told = [f"{what} {', '.join(names)}" for what, names in (("lacks", missing), ("has unknown", extra)) if names]
+        raise StudyError(f"{source} {' and '.join(told)} (columns of {name}: {', '.join(schema)}): {remedy}")
+    further = sorted(column for column in table.columns if column not in schema)
+    try:
+        table = table[[*schema, *further]].astype(schema)
+    except (ValueError, TypeError) as error:
+        raise StudyError(f"{source} has a cell of the wrong type ({str(error).splitlines()[0]}): {remedy}") from None
+    if table.duplicated(KEYS[name]).any():
+        twice = table[table.duplicated(KEYS[name])].iloc[0][KEYS[name]].to_dict()
+        raise StudyError(f"{source} has two rows for {twice}: {remedy}")
+    return table
+
+
+def read(tables_dir: str | Path, name: str) -> pd.DataFrame:
+    """Read and check one of the collected tables; ``name`` is a key of ``SCHEMAS``."""
+    path = Path(tables_dir) / f"{name}.csv"
+    remedy = (
+        "train drafters with notebooks/02_train_drafter.ipynb, then run `python -m kvshot_lib.tables collect "
+        "RESULTS_DIR`; `make study` does both"
+    )
+    if not path.is_file():
+        raise StudyError(f"{path} is not there: {remedy}")
+    return check(_read_csv(path), name, path, remedy)
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """Read a CSV file in which only an empty cell means missing (a variant may well be called ``none``)."""
+    try:
+        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} is no readable CSV file ({error}): delete it and make it again") from None
+
+
+def in_order(variants) -> list[str]:
+    """Each variant once: those of the study in its own order, then others by name."""
+    known = {name: i for i, name in enumerate(VARIANTS)}
+    return sorted(set(variants), key=lambda name: (known.get(name, len(known)), name))
+
+
+def collect(results_dir: str | Path, samples: int = 2000, seed: int = 0) -> dict[str, Path]:
+    """Merge all finished runs of ``results_dir`` into ``results_dir/tables/<name>.csv``, each written atomically.
+
+    Floats keep 6 significant digits, and a training history at most 100 steps per run and split, so that recorded
+    tables stay small. A run without ``run.json`` is unfinished and left out.
+
+    Raises
+    ------
+    StudyError : no finished run; a run with a missing or malformed file; runs that can't be compared (other evaluation
+        documents, draft steps, anchors or target). Tables of an earlier collection stay as they were.
+    """
+    results_dir = Path(results_dir)
+    finished = [path.parent for path in results_dir.glob("runs/*/seed*/run.json")]
+    if not finished:
+        raise StudyError(
+            f"no finished run in {results_dir / 'runs'}: train a drafter there with notebooks/02_train_drafter.ipynb"
+        )
+    position = {name: i for i, name in enumerate(in_order(folder.parent.name for folder in finished))}
+    runs = [_read_run(folder) for folder in finished]
+    runs.sort(key=lambda run: (position[run["runs"]["variant"].iloc[0]], run["runs"]["seed"].iloc[0]))
+    tables = {name: pd.concat([run[name] for run in runs], ignore_index=True) for name in runs[0]}
+    _check_one_target(tables["runs"], results_dir)
+    tables["acceptance"] = acceptance_table(tables["counts"], tables["run_lengths"], samples, seed)
+    tables["history"] = _thin(tables["history"])
+    return {
+        name: write_csv(results_dir / "tables" / f"{name}.csv", _rounded(table))
+        for name, table in sorted(tables.items())
+    }
+
+
+def _read_run(folder: Path) -> dict[str, pd.DataFrame]:
+    """The checked tables that one run left in ``runs/<variant>/seed<seed>/``."""
+    try:
+        record = json.loads((folder / "run.json").read_text())
+    except (ValueError, OSError) as error:
+        raise StudyError(f"{folder / 'run.json'} can't be read ({error}): delete {folder} and train again") from None
+    found = {"runs": check(pd.DataFrame([record]), "runs", folder / "run.json")}
+    for name in ("counts", "run_lengths", "history"):
+        path = folder / f"{name}.csv"
+        if not path.is_file():
+            raise StudyError(f"{path} is not there: run notebooks/02_train_drafter.ipynb for this run again")
+        found[name] = check(_read_csv(path), name, path)
+    expected = f"{folder.parent.name}/{folder.name}"
+    for name, table in found.items():
+        inside = sorted({f"{row.variant}/seed{row.seed}" for row in table.itertuples()}) or ["no run"]
+        if inside != [expected]:
+            raise StudyError(f"the {name} in {folder} are of {' and '.join(inside)}: delete {folder} and train again")
+    return found
+
+
+def _check_one_target(runs: pd.DataFrame, results_dir: Path) -> None:
+    """Refuse runs on different targets in one table: their acceptance says nothing about one another."""
+    if runs["target_hash"].nunique() > 1:
+        first = runs.drop_duplicates("target_hash")
+        named = " and ".join(f"{r.variant} seed {r.seed} ({r.target}, {r.target_hash[:8]})" for r in first.itertuples())
+        raise StudyError(
+            f"runs in {results_dir} have different targets: {named}; give each target a results_dir of its own"
+        )
+
+
+def _thin(history: pd.DataFrame, most: int = 100) -> pd.DataFrame:
+    """Keep at most ``most`` evenly spaced steps of each run and split, the first and the last among them."""
+
+    def kept(steps: pd.Series) -> pd.Series:
+        different = np.unique(steps)
+        return steps.isin(different[np.linspace(0, len(different) - 1, min(most, len(different))).round().astype(int)])
+
+    return history[history.groupby(["variant", "seed", "split"])["step"].transform(kept).astype(bool)]
+
+
+def _rounded(table: pd.DataFrame) -> pd.DataFrame:
+    """Floats to 6 significant digits."""
+    floats = table.select_dtypes("float64").columns
+    return table.assign(**{name: [float(f"{x:.6g}") for x in table[name]] for name in floats})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kvshot_lib.tables", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="collect")
+    command = commands.add_parser("collect", help="merge the runs of RESULTS_DIR into RESULTS_DIR/tables/*.csv")
+    command.add_argument("results_dir", metavar="RESULTS_DIR")
+    try:
+        for path in collect(parser.parse_args(arguments).results_dir).values():
+            print(path)
+    except StudyError as error:
+        sys.exit(f"StudyError: {error}")
+
+
+if __name__ == "__main__":
+    main()

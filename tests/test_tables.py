@@ -1,0 +1,161 @@
+"""Collecting runs into tables, and what is refused with one line that says what to do."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kvshot_lib import metrics, tables
+from kvshot_lib.bootstrap import acceptance_table
+from kvshot_lib.errors import StudyError
+
+RECORDED = sorted((Path(__file__).parents[1] / "data/recorded").glob("*/counts.csv"))
+
+
+def write_run(results_dir, variant, seed=0, documents=6, history_steps=3, **facts):
+    """A finished run as notebook 02 leaves it, with made-up matches."""
+    folder = Path(results_dir) / "runs" / variant / f"seed{seed}"
+    folder.mkdir(parents=True)
+    match = np.random.default_rng([seed, *variant.encode()]).random((documents, 10, 3)) < 0.5
+    counts, run_lengths = metrics.count_run(variant, seed, [(m, np.ones_like(m)) for m in match])
+    counts.to_csv(folder / "counts.csv", index=False)
+    run_lengths.to_csv(folder / "run_lengths.csv", index=False)
+    columns = tables.SCHEMAS["history"]
+    rows = [
+        [variant, seed, n, 100 * n, n / 3, "train", k, 1 / 3, 0.5, 1e-3] for n in range(history_steps) for k in (0, 1)
+    ]
+    pd.DataFrame(rows, columns=list(columns)).to_csv(folder / "history.csv", index=False)
+    filled = {name: "x" if kind == "str" else 1 for name, kind in tables.SCHEMAS["runs"].items()}
+    record = filled | {"variant": variant, "seed": seed, "target_hash": "abc"} | facts
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_collect_merges_every_run_in_the_order_of_the_study(tmp_path):
+    for variant, seed in (("zebra", 0), ("hybrid", 0), ("kv_2", 10), ("kv_2", 2), ("hidden", 0)):
+        write_run(tmp_path, variant, seed)
+    unfinished = write_run(tmp_path, "kv_1")
+    (unfinished / "run.json").unlink()
+    paths = tables.collect(tmp_path, samples=20)
+    assert sorted(paths) == sorted(tables.SCHEMAS)
+    for name in tables.SCHEMAS:
+        table = tables.read(tmp_path / "tables", name)
+        runs = table[["variant", "seed"]].drop_duplicates().to_numpy().tolist()
+        assert runs == [["hidden", 0], ["kv_2", 2], ["kv_2", 10], ["hybrid", 0], ["zebra", 0]], name
+    counts = tables.read(tmp_path / "tables", "counts")
+    pd.testing.assert_frame_equal(
+        counts[(counts["variant"] == "kv_2") & (counts["seed"] == 10)].reset_index(drop=True),
+        pd.read_csv(tmp_path / "runs/kv_2/seed10/counts.csv"),
+    )
+
+
+def test_collect_twice_writes_the_same_bytes(tmp_path):
+    for variant in ("kv_1", "hidden"):
+        write_run(tmp_path, variant)
+    first = {name: path.read_bytes() for name, path in tables.collect(tmp_path, samples=50).items()}
+    assert first == {name: path.read_bytes() for name, path in tables.collect(tmp_path, samples=50).items()}
+    assert not list((tmp_path / "tables").glob(".*"))
+
+
+def test_written_acceptance_is_that_of_the_written_counts(tmp_path):
+    write_run(tmp_path, "hidden")
+    tables.collect(tmp_path, samples=50)
+    counts, lengths = (tables.read(tmp_path / "tables", name) for name in ("counts", "run_lengths"))
+    written = tables.read(tmp_path / "tables", "acceptance")
+    pd.testing.assert_frame_equal(written, acceptance_table(counts, lengths, samples=50), rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.name)
+def test_recorded_tables_are_whole_and_agree(path):
+    recorded = {name: tables.read(path.parent, name) for name in tables.SCHEMAS}
+    computed = acceptance_table(recorded["counts"], recorded["run_lengths"])
+    pd.testing.assert_frame_equal(recorded["acceptance"], computed, rtol=1e-5)
+    for name in tables.SCHEMAS:
+        assert set(recorded[name]["variant"]) == set(recorded["runs"]["variant"]), name
+
+
+def test_long_histories_are_thinned_to_their_ends_and_even_steps_between(tmp_path):
+    write_run(tmp_path, "hidden", history_steps=991)
+    tables.collect(tmp_path, samples=5)
+    history = tables.read(tmp_path / "tables", "history")
+    steps = history["step"].unique()
+    assert len(steps) == 100 and len(history) == 200
+    assert (np.diff(steps) == 10).all() and (steps[0], steps[-1]) == (0, 990)
+
+
+def test_floats_have_six_digits(tmp_path):
+    write_run(tmp_path, "hidden", train_s=123.456789)
+    tables.collect(tmp_path, samples=5)
+    assert tables.read(tmp_path / "tables", "runs")["train_s"].tolist() == [123.457]
+    assert "0.333333," in (tmp_path / "tables/history.csv").read_text()
+
+
+def test_further_facts_of_a_run_are_kept_and_may_be_missing_elsewhere(tmp_path):
+    write_run(tmp_path, "hidden", peak_memory_bytes=12)
+    write_run(tmp_path, "kv_1")
+    tables.collect(tmp_path, samples=5)
+    assert tables.read(tmp_path / "tables", "runs")["peak_memory_bytes"].isna().tolist() == [False, True]
+
+
+def test_variant_called_none_is_no_missing_cell(tmp_path):
+    write_run(tmp_path, "none")
+    tables.collect(tmp_path, samples=5)
+    assert set(tables.read(tmp_path / "tables", "counts")["variant"]) == {"none"}
+
+
+# What is refused
+
+
+def edit(name, change):
+    """A spoiler that replaces table ``name`` of a run by ``change(table)``."""
+    return lambda run: change(pd.read_csv(run / f"{name}.csv")).to_csv(run / f"{name}.csv", index=False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: (run / "run.json").write_text("{"), "run.json can't be read .* train again"),
+        (lambda run: (run / "counts.csv").unlink(), "counts.csv is not there: run notebooks/02_train_drafter"),
+        (lambda run: (run / "counts.csv").write_text(""), "counts.csv is no readable CSV file"),
+        (edit("counts", lambda t: t.drop(columns="reached")), "counts.csv lacks reached .*02_train_drafter"),
+        (edit("history", lambda t: t.assign(x=1)), "history.csv has unknown x"),
+        (edit("counts", lambda t: t.assign(seed="one")), "counts.csv has a cell of the wrong type .*one"),
+        (edit("counts", lambda t: t.assign(draft_step=0)), "counts.csv has two rows for .*'document': 0"),
+        (edit("counts", lambda t: t.assign(variant="kv_9")), "the counts in .* are of kv_9/seed0"),
+        (edit("counts", lambda t: t[:0]), "the counts in .* are of no run"),
+        (edit("counts", lambda t: t[1:]), "different documents, draft steps or anchors"),
+    ],
+)
+def test_spoiled_runs_are_refused_and_earlier_tables_stay(tmp_path, spoil, message):
+    write_run(tmp_path, "hidden")
+    write_run(tmp_path, "kv_2")
+    before = {name: path.read_bytes() for name, path in tables.collect(tmp_path, samples=5).items()}
+    spoil(tmp_path / "runs/kv_2/seed0")
+    with pytest.raises(StudyError, match=message) as error:
+        tables.collect(tmp_path, samples=5)
+    assert "\n" not in str(error.value)
+    assert before == {name: (tmp_path / f"tables/{name}.csv").read_bytes() for name in before}
+
+
+def test_runs_of_two_targets_are_refused(tmp_path):
+    write_run(tmp_path, "hidden")
+    write_run(tmp_path, "kv_2", target="other", target_hash="0123456789")
+    with pytest.raises(
+        StudyError, match=r"different targets: hidden seed 0 \(x, abc\) and kv_2 seed 0 \(other, 01234567\)"
+    ):
+        tables.collect(tmp_path)
+
+
+def test_missing_table_names_what_makes_it(tmp_path):
+    with pytest.raises(StudyError, match=r"counts.csv is not there: .*02_train_drafter.*kvshot_lib.tables collect"):
+        tables.read(tmp_path, "counts")
+
+
+def test_command_line(tmp_path, capsys):
+    write_run(tmp_path, "hidden")
+    tables.main(["collect", str(tmp_path)])
+    assert str(tmp_path / "tables/acceptance.csv") in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="^StudyError: no finished run in .*02_train_drafter"):
+        tables.main(["collect", str(tmp_path / "elsewhere")])
