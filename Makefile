@@ -36,7 +36,7 @@ $(READY): pyproject.toml requirements.txt constraints.txt
 	@rm -f $(INSTALLING) && touch $(READY)
 
 study: $(READY)  ## the main job: extract, train, measure, draw (results/PROFILE); ARGS=-n shows what would run
-	@$(BIN)/python -m kvshot_lib.notebooks study $(PROFILE) $(ARGS)
+	@$(BIN)/python -m kvshot_lib.pipeline $(PROFILE) $(ARGS)
 
 test: $(READY)  ## library tests, the smoke pipeline, and every notebook against its saved outputs
 	@$(BIN)/python -m pytest $(ARGS) --nbval --nbval-current-env tests notebooks

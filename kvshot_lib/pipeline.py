@@ -1,0 +1,213 @@
+"""The pipeline's profiles (notebooks/profiles/*.yaml), its start, and what makes its results out of date.
+
+    python -m kvshot_lib.pipeline [PROFILE] [-n ...]    run notebooks/Snakefile; what follows PROFILE goes to Snakemake
+"""
+
+import ast
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from .errors import StudyError
+from .notebooks import check_names, check_no_number_as_text, check_parameters, code_hash, locked, read_notebook
+
+NOTEBOOKS = {
+    "generate": "notebooks/00_generate_corpus.ipynb",
+    "extract": "notebooks/01_extract_kv_cache.ipynb",
+    "train": "notebooks/02_train_drafter.ipynb",
+    "decay": "notebooks/03_long_range_decay.ipynb",
+}
+SET_BY_PIPELINE = {"results_dir", "figures_dir", "tables_dir", "variant", "seed", "profile"}
+# Modules whose changes can't change a number: a new error message need not train anything again.
+PLUMBING = {"errors", "files", "provenance", "notebooks", "pipeline"}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a profile file says; each dict holds parameters of one notebook.
+
+    Attributes
+    ----------
+    generate : for notebook 00, which the pipeline runs only if the profile has this key.
+    extract, train, decay : for notebooks 01, 02 (every drafter) and 03.
+    drafters : variant name to the parameters of notebook 02 that make it.
+    seeds : every drafter is trained once with each.
+    parallel_trainings : how many trainings may run side by side (0: one a core; with one GPU, say 1).
+    """
+
+    name: str
+    generate: dict | None = None
+    extract: dict = field(default_factory=dict)
+    train: dict = field(default_factory=dict)
+    decay: dict = field(default_factory=dict)
+    drafters: dict = field(default_factory=dict)
+    seeds: list = field(default_factory=lambda: [0])
+    parallel_trainings: int = 0
+
+
+def load_profile(name_or_path: str | Path) -> Profile:
+    """Read notebooks/profiles/<name>.yaml, or the file at a path that ends in ``.yaml``.
+
+    Raises
+    ------
+    StudyError : no such profile, unknown keys, wrong kinds of value, or a name that the pipeline sets itself.
+    """
+    folder = Path("notebooks/profiles")
+    path = Path(name_or_path) if str(name_or_path).endswith(".yaml") else folder / f"{name_or_path}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or f"none in {path.parent}"
+        raise StudyError(f"there is no profile {path}; known: {known}")
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    kinds = {f.name: f.type for f in fields(Profile) if f.name != "name"}
+    check_names(content, kinds, f"profile {path.name}")
+    for key, value in content.items():
+        kind = dict if key == "generate" else kinds[key]
+        if not isinstance(value, kind):
+            raise StudyError(f"profile {path.name}: '{key}' must be a {kind.__name__}, not {value!r}")
+    profile = Profile(name=path.stem, **content)
+    drafters = {f"drafters.{variant}": given for variant, given in profile.drafters.items()}
+    sections = {key: content[key] for key in NOTEBOOKS if key in content}
+    for where, parameters in (sections | drafters).items():
+        check_section(f"profile {path.name}, {where}", parameters)
+    return profile
+
+
+def check_section(where: str, parameters: object) -> None:
+    """Check one section of a profile, apart from which names its notebook knows."""
+    if not isinstance(parameters, dict):
+        raise StudyError(f"{where} must be a mapping of parameters, not {parameters!r}")
+    for name, value in parameters.items():
+        if name in SET_BY_PIPELINE:
+            raise StudyError(f"{where}: '{name}' is set by the pipeline; take it out")
+        check_no_number_as_text(f"{where}, {name}", value)
+
+
+def check_profile(profile: Profile) -> None:
+    """Refuse parameters that the notebooks don't have, before anything runs.
+
+    Raises
+    ------
+    StudyError : names the profile's section, the parameter and the valid names.
+    """
+    for key in ("generate", "extract", "decay"):
+        if getattr(profile, key) is not None:
+            check_parameters(NOTEBOOKS[key], getattr(profile, key))
+    for variant, parameters in profile.drafters.items():
+        check_parameters(NOTEBOOKS["train"], profile.train | parameters)
+        start = parameters.get("init_from")
+        if start and start not in profile.drafters:
+            raise StudyError(
+                f"profile {profile.name}: '{variant}' starts from '{start}', which is not among its drafters"
+            )
+    if not profile.drafters:
+        raise StudyError(f"profile {profile.name} has no drafters, so there is nothing to train")
+
+
+def fingerprint(key: str, parameters: dict, *upstream: str) -> str:
+    """Short hash of all that a notebook's results depend on.
+
+    These are its code cells, the code of the library modules that it imports (comments and docstrings don't count),
+    its parameters, and the fingerprints of what it reads.
+    """
+    parts = [
+        code_hash(NOTEBOOKS[key]),
+        *library_sources(NOTEBOOKS[key]),
+        json.dumps(parameters, sort_keys=True),
+        *upstream,
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def library_sources(notebook: str | Path) -> list[str]:
+    """Normalised code of the kvshot_lib modules that the notebook imports, directly or through one another."""
+    cells = [cell.source for cell in read_notebook(notebook).cells if cell.cell_type == "code"]
+    plain = "\n".join(
+        line for cell in cells for line in cell.splitlines() if not line.lstrip().startswith(("%", "!", "?"))
+    )
+    todo, found = imported_modules(ast.parse(plain)), {}
+    while todo:
+        name = todo.pop()
+        path = Path(__file__).with_name(f"{name}.py")
+        if name in found or name in PLUMBING or not path.exists():
+            continue
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        found[name] = ast.dump(tree)
+        todo |= imported_modules(tree)
+    return [found[name] for name in sorted(found)]
+
+
+def imported_modules(tree: ast.AST) -> set[str]:
+    """Names of kvshot_lib modules in ``import kvshot_lib.x``, ``from kvshot_lib[.x] import y`` and ``from .[x] import y``."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("kvshot_lib.")}
+        elif isinstance(node, ast.ImportFrom) and (
+            node.level == 1 or (node.module or "").split(".")[0] == "kvshot_lib"
+        ):
+            inner = node.module or "" if node.level else ".".join(node.module.split(".")[1:])
+            names |= {inner.split(".")[0]} if inner else {a.name for a in node.names}
+    return names
+
+
+def run_snakemake(profile: str, words: list[str], lock: int) -> int:
+    """Run notebooks/Snakefile in the current folder; returns the exit status. Ctrl-C is left to Snakemake.
+
+    Snakemake holds ``lock`` too, so that it stays held if this process alone is killed. Snakemake's own lock outlives
+    a kill and would block the next run.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        "notebooks/Snakefile",
+        "--config",
+        f"profile={profile}",
+    ]
+    command += ["--cores", "all", "--rerun-incomplete", "--nolock", "--keep-going"]
+    command += ["--quiet", "rules" if {"-n", "--dry-run"} & set(words) else "all"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    process = subprocess.Popen([*command, *words], pass_fds=[lock], env=os.environ | {"PATH": path})
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            return process.wait()
+
+
+def main(words: list[str] | None = None) -> int:
+    """Check the profile, run the pipeline and say how it ended; returns the exit status."""
+    words = sys.argv[1:] if words is None else words
+    profile = words.pop(0) if words and not words[0].startswith("-") else "laptop"
+    try:
+        loaded = load_profile(profile)
+        check_profile(loaded)
+        results = Path("results") / loaded.name
+        with locked(results / ".lock") as lock:
+            status = run_snakemake(profile, words, lock)
+    except (StudyError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if status:
+        print(
+            "the run stopped early; what was finished is kept, and the same command goes on from there", file=sys.stderr
+        )
+    elif not words:
+        print(f"{results} is complete and up to date: see its notebooks/, tables/ and figures/")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
