@@ -1,0 +1,154 @@
+"""Target state of a batch of documents, from a live target or (feature_store.py) from disk, behind one interface."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from .capture import capture, hidden_layers, uniform_layers
+from .corpus import Document
+from .errors import StudyError
+from .target import Target, full_attention_layers
+
+STATE = ("hidden_states", "keys", "values", "final_hidden", "target_argmax")
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What is read from which target: equal specs hold comparable features.
+
+    ``hidden_layers`` are layer inputs (EAGLE's count), ``kv_layers`` layers whose cache is read.
+    """
+
+    target: str
+    target_hash: str
+    tokenizer_hash: str
+    hidden_layers: tuple[int, ...]
+    kv_layers: tuple[int, ...]
+    hidden_size: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @property
+    def bytes_per_token(self) -> dict[str, int]:
+        """Bytes that one token's features take in bfloat16, by kind."""
+        kv = len(self.kv_layers) * self.num_kv_heads * self.head_dim * 2
+        return {
+            "hidden_states": len(self.hidden_layers) * self.hidden_size * 2,
+            "keys": kv,
+            "values": kv,
+            "final_hidden": self.hidden_size * 2,
+            "target_argmax": 4,
+        }
+
+
+@dataclass(frozen=True)
+class Features:
+    """A batch of B documents, right-padded to n tokens; a causal target never lets padding reach a real token.
+
+    Fields not asked for are None.
+    """
+
+    tokens: Tensor
+    """[B, n] int64, padded with 0"""
+    answer_mask: Tensor
+    """[B, n] bool; False on padding"""
+    documents: Tensor
+    """[B] int64: index of each document in its source"""
+    hidden_states: Tensor | None = None
+    """[B, n, S_h, d]: inputs of the fused layers"""
+    keys: Tensor | None = None
+    """[B, n, S_kv, G, D] as cached (after key norm and RoPE)"""
+    values: Tensor | None = None
+    """[B, n, S_kv, G, D]"""
+    final_hidden: Tensor | None = None
+    """[B, n, d] after the target's last norm; times the LM head it is p_t's logits"""
+    target_argmax: Tensor | None = None
+    """[B, n] int64: argmax of p_t over the whole vocabulary"""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Features":
+        """Move to a device; floating-point fields also change their dtype."""
+        moved = {}
+        for f in fields(self):
+            tensor = getattr(self, f.name)
+            if tensor is not None:
+                moved[f.name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        return replace(self, **moved)
+
+
+def feature_spec(
+    target: Target, kv_layers: int | Sequence[int] = 3, fused_layers: Sequence[int] | None = None
+) -> FeatureSpec:
+    """Choose layers of ``target``: ``kv_layers`` is a list, or how many uniformly spaced ones."""
+    config = target.config
+    full = full_attention_layers(target.model)
+    chosen = uniform_layers(full, kv_layers) if isinstance(kv_layers, int) else tuple(kv_layers)
+    return FeatureSpec(
+        target=target.name, target_hash=target.hash, tokenizer_hash=target.tokenizer_hash,
+        hidden_layers=tuple(fused_layers or hidden_layers(config.num_hidden_layers)), kv_layers=chosen,
+        hidden_size=config.hidden_size, num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+    )  # fmt: skip
+
+
+def pad_documents(documents: Sequence[Document], indices: Sequence[int]) -> Features:
+    """Tokens and masks of a batch, right-padded; no target state yet."""
+    batch = [documents[i] for i in indices]
+    longest = max(len(document.tokens) for document in batch)
+    tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
+    mask = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for row, document in enumerate(batch):
+        tokens[row, : len(document.tokens)] = torch.from_numpy(document.tokens.astype("int64"))
+        mask[row, : len(document.tokens)] = torch.from_numpy(document.answer_mask)
+    return Features(tokens, mask, torch.tensor(list(indices)))
+
+
+class LiveFeatures:
+    """Features captured on the fly: no disk, one target forward a batch."""
+
+    def __init__(self, target: Target, documents: Sequence[Document], spec: FeatureSpec, max_length_tokens: int = 512):
+        too_large = max(int(document.tokens.max()) for document in documents)
+        if too_large >= spec.vocab_size:
+            raise StudyError(
+                f"the corpus has token id {too_large}, target {target.name} only {spec.vocab_size}; use a corpus made with this target"
+            )
+        self.target, self.spec = target, spec
+        self.documents = [Document(d.tokens[:max_length_tokens], d.answer_mask[:max_length_tokens]) for d in documents]
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each document."""
+        return [len(document.tokens) for document in self.documents]
+
+    @torch.inference_mode()
+    def batch(self, indices: Sequence[int], state: Sequence[str] = STATE) -> Features:
+        """Run the target on the chosen documents and return their features on its device, in its dtype."""
+        plain = pad_documents(self.documents, indices).to(self.target.device)
+        model, spec = self.target.model, self.spec
+        hidden = spec.hidden_layers if "hidden_states" in state else ()
+        kv = spec.kv_layers if "keys" in state or "values" in state else ()
+        with capture(model, hidden=hidden, kv=kv) as taken:
+            model.get_decoder()(input_ids=plain.tokens, use_cache=False)
+        read = {
+            "hidden_states": lambda: torch.stack([taken.hidden_states[layer] for layer in hidden], dim=2),
+            "keys": lambda: torch.stack([taken.keys[layer] for layer in kv], dim=2).permute(0, 3, 2, 1, 4),
+            "values": lambda: torch.stack([taken.values[layer] for layer in kv], dim=2).permute(0, 3, 2, 1, 4),
+            "final_hidden": lambda: taken.final["hidden"],
+            "target_argmax": lambda: argmax_tokens(model.get_output_embeddings(), taken.final["hidden"]),
+        }
+        return replace(plain, **{name: read[name]() for name in state})
+
+
+def argmax_tokens(head: torch.nn.Module, final_hidden: Tensor, rows: int = 2048) -> Tensor:
+    """argmax of the LM head's logits, a chunk of rows at a time so that logits [rows, vocabulary] stay small.
+
+    ``final_hidden`` [B, n, d] -> [B, n] int64.
+    """
+    flat = final_hidden.flatten(0, 1)
+    return torch.cat([head(part).argmax(-1) for part in flat.split(rows)]).view(final_hidden.shape[:-1])
