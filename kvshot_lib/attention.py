@@ -1,0 +1,120 @@
+"""The drafter's attention: a causal prefix that all anchors share, plus each anchor's own chain of draft tokens.
+
+The query of anchor t at draft step k sees prefix entries s ≤ t and the entries that *its own* chain has made so far, with one
+softmax over both. Anchor by anchor that is ordinary attention; for all anchors at once the chain part is element-wise, so no
+[anchors × steps] × [anchors × steps] matrix is ever needed.
+
+Letters: B documents, M anchors, N prefix entries, J chain entries, H query heads, G KV heads, R = H / G, D head size.
+"""
+
+import torch
+from torch import Tensor
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def prefix_mask(visible: Tensor, length: int) -> Tensor:
+    """Additive mask that shows row m the first ``visible[b, m]`` of ``length`` prefix entries.
+
+    [B, M] -> [B, 1, M, N] float32, 0 where visible and -inf elsewhere. Anchor t sees target state at s ≤ t: visible = t + 1.
+
+    >>> prefix_mask(torch.tensor([[1, 2]]), 3)[0, 0]
+    tensor([[0., -inf, -inf],
+            [0., 0., -inf]])
+    """
+    hidden = torch.arange(length, device=visible.device) >= visible[..., None]
+    return torch.zeros(hidden.shape, device=visible.device).masked_fill(hidden, float("-inf"))[:, None]
+
+
+def chain_attention(
+    query: Tensor, prefix: tuple[Tensor, Tensor] | None, mask: Tensor | None, chain: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Attention of each anchor's query over the shared prefix and its own chain, one softmax over both.
+
+    Parameters
+    ----------
+    query : [B, H, M, D]
+    prefix : keys and values, each [B, G, N, D]; None if the drafter reads no target state.
+    mask : from :func:`prefix_mask`, [B, 1, M, N].
+    chain : keys and values, each [B, G, M, J, D]; row m holds anchor m's own entries. None before the first.
+
+    Returns
+    -------
+    [B, H, M, D]
+
+    Notes
+    -----
+    On CPU the prefix part runs in a fused kernel that returns its log-sum-exp, and the chain is merged into it;
+    elsewhere it is plain PyTorch. Tests hold both to the same numbers and gradients.
+    """
+    groups = (prefix or chain)[0].shape[1]
+    grouped = query.unflatten(1, (groups, -1))  # [B, G, R, M, D]
+    if prefix is not None and query.device.type == "cpu":
+        out = _MergedAttention.apply(grouped, *prefix, mask, *(chain or (None, None)))
+    else:
+        out = _plain_attention(grouped, prefix, mask, chain)
+    return out.flatten(1, 2)
+
+
+def _plain_attention(query: Tensor, prefix, mask, chain) -> Tensor:
+    """Joint softmax, spelled out: the reference, and the path for devices without the fused kernel."""
+    scale, scores = query.shape[-1] ** -0.5, []
+    if prefix is not None:
+        keys, values = (part[:, :, None] for part in prefix)  # [B, G, 1, N, D]
+        scores.append((query @ keys.transpose(-1, -2)).float() * scale + mask[:, None])
+    if chain is not None:
+        scores.append(torch.einsum("bgrmd,bgmjd->bgrmj", query, chain[0]).float() * scale)
+    weights = torch.cat(scores, -1).softmax(-1).to(query.dtype).split([part.shape[-1] for part in scores], -1)
+    out = 0
+    if prefix is not None:
+        out = out + weights[0] @ values
+    if chain is not None:
+        out = out + torch.einsum("bgrmj,bgmjd->bgrmd", weights[-1], chain[1])
+    return out
+
+
+class _MergedAttention(torch.autograd.Function):
+    """Prefix attention by the fused CPU kernel, the chain merged in through log-sum-exps.
+
+    With L_p, L_c the log-sum-exps of both parts and L = log(exp L_p + exp L_c): out = exp(L_p - L) out_p + Σ_j exp(s_j - L) v_j.
+    Backward: for any softmax, ds_j = P_j (dP_j - Σ out·dout) with P_j = exp(s_j - L). The fused backward kernel computes just
+    that from the ``out`` and log-sum-exp handed to it; with the *merged* ones its P_j are the joint probabilities.
+    """
+
+    @staticmethod
+    def forward(ctx, query, keys, values, mask, chain_keys, chain_values):
+        batch, groups, repeats, anchors, size = query.shape
+        scale = size**-0.5
+        rows = query.reshape(batch, groups, repeats * anchors, size)
+        mask = mask.expand(-1, repeats, -1, -1).reshape(batch, 1, repeats * anchors, -1).to(query.dtype)
+        keys, values = keys.to(query.dtype), values.to(query.dtype)
+        out, lse = _flash(rows, keys, values, attn_mask=mask, scale=scale)
+        weights = None
+        if chain_keys is not None:
+            scores = torch.einsum("bgrmd,bgmjd->bgrmj", query, chain_keys).float() * scale
+            scores = scores.reshape(*rows.shape[:3], -1)
+            prefix_lse, lse = lse, torch.logaddexp(lse, scores.logsumexp(-1))
+            weights = (scores - lse[..., None]).exp().to(query.dtype)
+            from_chain = torch.einsum("bgrmj,bgmjd->bgrmd", weights.view(*query.shape[:4], -1), chain_values)
+            out = out * (prefix_lse - lse).exp()[..., None].to(out.dtype) + from_chain.reshape(rows.shape)
+        ctx.save_for_backward(rows, keys, values, mask, out, lse, weights, chain_keys, chain_values)
+        ctx.shape, ctx.scale = query.shape, scale
+        return out.view(query.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, keys, values, mask, out, lse, weights, chain_keys, chain_values = ctx.saved_tensors
+        grad_rows = grad.reshape(rows.shape).contiguous()
+        grad_query, grad_keys, grad_values = _flash_backward(
+            grad_rows, rows, keys, values, out, lse, 0.0, False, attn_mask=mask, scale=ctx.scale
+        )
+        grad_query, grad_chain_keys, grad_chain_values = grad_query.view(ctx.shape), None, None
+        if weights is not None:
+            weights = weights.view(*ctx.shape[:4], -1)
+            shared = (grad * out.view(ctx.shape)).sum(-1, keepdim=True)
+            grad_scores = weights * (torch.einsum("bgrmd,bgmjd->bgrmj", grad, chain_values) - shared) * ctx.scale
+            grad_query = grad_query + torch.einsum("bgrmj,bgmjd->bgrmd", grad_scores, chain_keys)
+            grad_chain_keys = torch.einsum("bgrmj,bgrmd->bgmjd", grad_scores, rows.view(ctx.shape))
+            grad_chain_values = torch.einsum("bgrmj,bgrmd->bgmjd", weights, grad)
+        return grad_query, grad_keys, grad_values, None, grad_chain_keys, grad_chain_values
