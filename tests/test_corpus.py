@@ -1,6 +1,7 @@
 """The corpus: format, split, masks, and where a greedy answer is cut."""
 
 import json
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_loading_cuts_greedy_answers_only_and_drops_short_ones(tmp_path):
         "evaluation": [document([4], d.answer) for d in [looping]] + [document([5], at_once.answer)],
     }
     save_corpus(tmp_path, splits, {}, greedy=["evaluation"])
-    lengths = lambda **how: [[len(d.answer) for d in load_corpus(tmp_path, s, **how).documents] for s in splits]  # noqa: E731
+    lengths = lambda **how: [[len(d.answer) for d in load_corpus(tmp_path, s, **how).documents] for s in splits]
     assert lengths() == [[40, 40], [20]]
     assert lengths(whole_answers=True) == [[40, 40], [40, 40]]
 
@@ -141,7 +142,7 @@ def test_the_tiny_corpus_is_small_seeded_and_disjoint():
     splits = {split: load_corpus("tiny", split).documents for split in SPLITS}
     assert [len(documents) for documents in splits.values()] == [64, 8, 16]
     check_disjoint(splits)
-    for d in sum(splits.values(), []):
+    for d in chain(*splits.values()):
         assert 20 <= len(d.tokens) <= 60 and d.tokens.max() < 512
         assert d.prompt[-1] == 2 and d.answer[-1] == 2 and len(d.answer) > MIN_ANSWER_TOKENS
         assert repetition_start(d.answer) == len(d.answer)
@@ -166,7 +167,7 @@ def test_tracked_corpus_has_no_user_turn_twice(selfgen):
 
 def test_tracked_masks_mark_exactly_the_answer(selfgen):
     header = selfgen["train"][0].tokens[:HEADER_TOKENS]
-    for d in sum(selfgen.values(), []):
+    for d in chain(*selfgen.values()):
         start = int(d.answer_mask.argmax())
         assert d.answer_mask[start:].all()
         assert d.tokens[start - len(ASSISTANT_HEADER) : start].tolist() == ASSISTANT_HEADER
