@@ -1,0 +1,209 @@
+"""Training-time test: run a drafter on its own state over ground-truth tokens, K draft steps from every anchor, and score it.
+
+Index rules in one example, an answer span x3 … x6 (answer mask 0001111), K = 3. Step k at anchor t needs x_{t+1} … x_{t+2+k} in
+the span:
+
+    anchor t      2     3     4     5      (t itself may be the last prompt token)
+    tokens after  4     3     2     1      answer tokens in a row from x_{t+1} on
+    valid steps   0 1 2 0 1   0     -      k + 2 ≤ tokens after
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention import prefix_mask
+from .drafters import Drafter, View
+from .features import Features
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """The anchors of a batch that have at least one valid draft step, left-aligned per document.
+
+    index : [B, M] int64 anchor positions t, padded with 0.
+    valid : [B, M, K] bool, False on padding.
+    weight : [B, M] float32: what each anchor stands for at steps k ≥ 1 (1, or anchors / sampled anchors of its document).
+    """
+
+    index: Tensor
+    valid: Tensor
+    weight: Tensor
+
+
+def find_anchors(answer_mask: Tensor, ttt_steps: int) -> Anchors:
+    """All anchors of a batch, from its answer mask [B, n]."""
+    length = answer_mask.shape[1]
+    places = torch.arange(length, device=answer_mask.device)
+    ends = torch.where(answer_mask, length, places)  # the next token at or after i outside an answer: a running minimum from behind
+    ends = ends.flip(1).cummin(1).values.flip(1)
+    following = torch.zeros_like(ends)
+    following[:, :-1] = (ends - places)[:, 1:]  # answer tokens in a row from x_{t+1} on
+    steps = torch.arange(ttt_steps, device=answer_mask.device)
+    valid = following[..., None] >= steps + 2
+    used = valid[..., 0]
+    order = torch.argsort(~used, dim=1, stable=True)[:, : max(1, int(used.sum(1).max()))]
+    rows = valid.gather(1, order[..., None].expand(-1, -1, ttt_steps))
+    index = torch.where(rows[..., 0], order, 0)
+    return Anchors(index, rows, torch.ones(index.shape, device=index.device))
+
+
+def sample_anchors(anchors: Anchors, fraction: float, generator: torch.Generator) -> tuple[Anchors, Tensor]:
+    """Draw ceil(fraction · M_d) of each document's M_d anchors, uniformly without replacement.
+
+    Returns
+    -------
+    The subset, each weighted by M_d / ceil(fraction · M_d), so that a weighted sum over it is an unbiased estimate of the sum
+    over all anchors; and [B, m] where in ``anchors`` each was. ``fraction=1`` keeps all, in order, with weight 1.
+    """
+    used = anchors.valid[..., 0]
+    number = used.sum(1)
+    keep = torch.ceil(number * fraction).long()
+    rank = torch.rand(used.shape, generator=generator).to(used.device).masked_fill(~used, 2.0).argsort(1).argsort(1)
+    chosen = rank < keep[:, None]
+    place = torch.argsort(~chosen, dim=1, stable=True)[:, : max(1, int(keep.max()))]
+    real = chosen.gather(1, place)
+    weight = real * (number / keep.clamp(min=1))[:, None]
+    valid = anchors.valid.gather(1, place[..., None].expand(-1, -1, anchors.valid.shape[2])) & real[..., None]
+    return Anchors(anchors.index.gather(1, place), valid, weight), place
+
+
+def draft_steps(
+    drafter: Drafter, features: Features, anchors: Anchors, ttt_steps: int, subset: tuple[Anchors, Tensor] | None = None
+) -> Iterator[tuple[int, Anchors, Tensor]]:
+    """Run K draft steps from every anchor; inputs are the ground-truth tokens, only the drafter's state is its own.
+
+    Yields
+    ------
+    k, the anchors of this step, and the drafter's output [B, M, d] before its final norm. Steps k ≥ 1 run on ``subset`` alone, if
+    given: chains of different anchors share nothing but the prefix.
+    """
+    prefix, fused = drafter.prefix(features)
+    last = features.tokens.shape[1] - 1
+    chains = [{} for _ in prefix]
+    state = None if fused is None else take(fused, anchors.index)
+    mask = prefix_mask(anchors.index + 1, last)
+    for k in range(ttt_steps):
+        if k == 1 and subset is not None:
+            anchors, place = subset
+            state = None if fused is None else take(state, place)
+            mask = prefix_mask(anchors.index + 1, last)
+            for branches in chains:
+                branches.update({name: [_take_entries(pair, place) for pair in chain] for name, chain in branches.items()})
+        places = (anchors.index + 1 + k).clamp(max=last)
+        views = [View(entries, mask, chain, k) for entries, chain in zip(prefix, chains, strict=True)]
+        output = drafter.step(features.tokens.gather(1, places), places, state, views)
+        yield k, anchors, output
+        state = drafter.feedback(output)
+
+
+def take(rows: Tensor, index: Tensor) -> Tensor:
+    """[B, n, …] at [B, M] -> [B, M, …]"""
+    shaped = index.view(*index.shape, *[1] * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:])
+    return rows.gather(1, shaped)
+
+
+def _take_entries(pair: tuple[Tensor, Tensor], place: Tensor) -> tuple[Tensor, Tensor]:
+    """Chain entries [B, G, M, D] of the anchors at ``place`` [B, m]."""
+    index = place[:, None, :, None].expand(-1, pair[0].shape[1], -1, pair[0].shape[3])
+    return pair[0].gather(2, index), pair[1].gather(2, index)
+
+
+@dataclass(frozen=True)
+class TTTLoss:
+    """``loss`` is the scalar to minimise; the rest is per draft step, [K], detached: mean loss, and counts for acceptance."""
+
+    loss: Tensor
+    step_loss: Tensor
+    matches: Tensor
+    pairs: Tensor
+
+
+def ttt_loss(
+    drafter: Drafter, features: Features, *, ttt_steps: int = 7, step_decay: float = 0.8, anchor_fraction: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> TTTLoss:  # fmt: skip
+    """L = Σ_k step_decay^k · mean over valid (t, k) of CE(softmax(p_{t+1+k} on the draft vocabulary), q_{t,k}).
+
+    A pair whose target argmax is outside the draft vocabulary is dropped from the loss. With ``anchor_fraction`` < 1 steps k ≥ 1
+    are estimated on a random subset of anchors, without bias: the mean's denominator stays that of all pairs, the sampled terms are
+    weighted up. ``matches`` and ``pairs`` count what was computed (dropped pairs count as misses).
+    """
+    anchors = find_anchors(features.answer_mask, ttt_steps)
+    subset = sample_anchors(anchors, anchor_fraction, generator) if anchor_fraction < 1 else None
+    wanted = drafter.to_draft[features.target_argmax]  # [B, n] draft index of the target's argmax, -1 outside
+    probabilities = target_probabilities(drafter, features)
+    last, losses, matches, pairs = features.tokens.shape[1] - 1, [], [], []
+    denominators = [_scored(anchors, k, wanted, last)[1].sum().clamp(min=1) for k in range(ttt_steps)]
+    for k, current, output in draft_steps(drafter, features, anchors, ttt_steps, subset):
+        places, scored = _scored(current, k, wanted, last)
+        document, row = scored.nonzero(as_tuple=True)
+        place = places[document, row]
+        weight = current.weight[document, row] if k else torch.ones(len(row), device=place.device)
+        hidden = drafter.norm(output[document, row])
+        flat = document * features.tokens.shape[1] + place
+        total, best = SoftCrossEntropy.apply(hidden, drafter.head, probabilities, flat, weight)
+        losses.append(total / denominators[k])
+        matches.append((best == wanted[document, place]).sum())
+        pairs.append(current.valid[..., k].sum())
+    decay = torch.tensor([step_decay**k for k in range(ttt_steps)], device=losses[0].device)
+    step_loss = torch.stack(losses)
+    return TTTLoss((step_loss * decay).sum(), step_loss.detach(), torch.stack(matches), torch.stack(pairs))
+
+
+def _scored(anchors: Anchors, k: int, wanted: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    """Positions t+1+k of the target state that judges step k [B, M], and which pairs enter the loss [B, M]."""
+    places = (anchors.index + 1 + k).clamp(max=last)
+    return places, anchors.valid[..., k] & (wanted.gather(1, places) >= 0)
+
+
+@torch.no_grad()
+def target_probabilities(drafter: Drafter, features: Features) -> Tensor:
+    """softmax of p_t on the draft vocabulary, [B·n, V_draft] float32: once per batch, every draft step gathers from it."""
+    return (features.final_hidden.to(drafter.head.dtype).flatten(0, 1) @ drafter.head.T).float().softmax(-1)
+
+
+class SoftCrossEntropy(torch.autograd.Function):
+    """Σ_r w_r · CE(p_r, softmax(h_r Wᵀ)) for a frozen head W, a chunk of rows at a time.
+
+    The gradient of a row is w (softmax(z) - p) W; it is formed at once and only [rows, d] of it kept, so that logits of K draft
+    steps never stand in memory together. Inputs: hidden [R, d], head [V, d], probabilities [P, V], index [R] into them, weight [R].
+    Returns the sum and argmax z [R].
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, probabilities, index, weight):
+        rows = 256 if hidden.device.type == "cpu" else 8192
+        total, best, gradient = hidden.new_zeros((), dtype=torch.float32), [], torch.empty_like(hidden)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = (hidden[part].to(head.dtype) @ head.T).float()
+            wanted, w = probabilities[index[part]], weight[part]
+            best.append(logits.argmax(-1))
+            normaliser = logits.logsumexp(-1)
+            total += (w * (normaliser - torch.linalg.vecdot(logits, wanted))).sum()
+            difference = logits.sub_(normaliser[:, None]).exp_().sub_(wanted).mul_(w[:, None])
+            gradient[part] = (difference.to(head.dtype) @ head).to(hidden.dtype)
+        ctx.save_for_backward(gradient)
+        best = torch.cat(best) if best else index.new_zeros(0)
+        ctx.mark_non_differentiable(best)
+        return total, best
+
+    @staticmethod
+    def backward(ctx, grad_total, _grad_best):
+        return grad_total.to(ctx.saved_tensors[0].dtype) * ctx.saved_tensors[0], None, None, None, None
+
+
+@torch.no_grad()
+def predict(drafter: Drafter, features: Features, anchors: Anchors, ttt_steps: int) -> Tensor:
+    """Greedy drafts under teacher forcing: argmax q_{t,k} as target token ids, [B, M, K] (rubbish where not valid)."""
+    predictions = torch.zeros(anchors.valid.shape, dtype=torch.int64, device=anchors.index.device)
+    for k, _, output in draft_steps(drafter, features, anchors, ttt_steps):
+        document, row = anchors.valid[..., k].nonzero(as_tuple=True)
+        for part in torch.arange(len(row), device=row.device).split(2048):
+            hidden = drafter.norm(output[document[part], row[part]])
+            best = (hidden.to(drafter.head.dtype) @ drafter.head.T).argmax(-1)
+            predictions[document[part], row[part], k] = drafter.draft_ids[best]
+    return predictions
