@@ -174,16 +174,35 @@ def acceptance_table(
 def summary_table(draws: Draws) -> pd.DataFrame:
     """Mean over seeds of every metric, with both kinds of uncertainty side by side.
 
-    ``low`` and ``high`` are its 95% interval over documents. ``seed_low`` and ``seed_high`` are the smallest
-    and the largest seed (the value itself where there is one seed): how far training again moves it.
+    ``low`` and ``high`` are its 95% interval over documents. ``seed_low`` and ``seed_high`` are the smallest and the
+    largest seed (the value itself where there is one seed): how far training again moves it.
     """
-    rows, columns = [], ["value", "low", "high", "seed_low", "seed_high", "seeds", "anchors", "documents"]
-    for (variant, metric, step), group in draws.keys.groupby(
-        ["variant", "metric", "draft_step"], sort=False, dropna=False
-    ):
-        values = draws.values[group.index]
-        mean, seeds, fewest = interval(values.mean(0)), values[:, 0], group[["anchors", "documents"]].min()
-        numbers = [mean.value, mean.low, mean.high, seeds.min(), seeds.max(), len(seeds), *fewest]
-        rows.append([variant, metric, step, *numbers])
-    table = pd.DataFrame(rows, columns=["variant", "metric", "draft_step", *columns])
+    rows = []
+    for key, group in draws.keys.groupby(["variant", "metric", "draft_step"], sort=False, dropna=False):
+        rows.append([*key, *_uncertainty(draws.values[group.index]), *group[["anchors", "documents"]].min()])
+    table = pd.DataFrame(rows, columns=[*_SUMMARY, "anchors", "documents"])
     return table.astype({"draft_step": "Int64", "anchors": int, "documents": int})
+
+
+def difference_table(draws: Draws, reference: str) -> pd.DataFrame:
+    """Every metric of every other variant minus that of ``reference``, on the same documents and resamples.
+
+    The columns are those of ``summary_table`` without anchors and documents. The seed range is that of the variant's
+    seeds, each against the reference's mean over its own seeds.
+    """
+    rows = []
+    for key, group in draws.keys.groupby(["variant", "metric", "draft_step"], sort=False, dropna=False):
+        variant, metric, step = key
+        base = draws.rows(reference, metric, None if pd.isna(step) else step).mean(0)
+        if variant != reference:
+            rows.append([*key, *_uncertainty(draws.values[group.index] - base)])
+    return pd.DataFrame(rows, columns=_SUMMARY).astype({"draft_step": "Int64"})
+
+
+_SUMMARY = ["variant", "metric", "draft_step", "value", "low", "high", "seed_low", "seed_high", "seeds"]
+
+
+def _uncertainty(values: np.ndarray) -> list[float]:
+    """value, low, high, seed_low, seed_high and seeds of draws [seeds, 1 + samples]."""
+    mean = interval(values.mean(0))
+    return [mean.value, mean.low, mean.high, values[:, 0].min(), values[:, 0].max(), len(values)]

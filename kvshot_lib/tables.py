@@ -148,7 +148,7 @@ def collect(results_dir: str | Path, samples: int = 2000, seed: int = 0) -> dict
     tables["acceptance"] = acceptance_table(tables["counts"], tables["run_lengths"], samples, seed)
     tables["history"] = _thin(tables["history"])
     return {
-        name: write_csv(results_dir / "tables" / f"{name}.csv", _rounded(table))
+        name: write_csv(results_dir / "tables" / f"{name}.csv", rounded(table))
         for name, table in sorted(tables.items())
     }
 
@@ -193,7 +193,7 @@ def _thin(history: pd.DataFrame, most: int = 100) -> pd.DataFrame:
     return history[history.groupby(["variant", "seed", "split"])["step"].transform(kept).astype(bool)]
 
 
-def _rounded(table: pd.DataFrame) -> pd.DataFrame:
+def rounded(table: pd.DataFrame) -> pd.DataFrame:
     """Floats to 6 significant digits."""
     floats = table.select_dtypes("float64").columns
     return table.assign(**{name: [float(f"{x:.6g}") for x in table[name]] for name in floats})

@@ -89,6 +89,19 @@ def test_summary_tells_document_interval_and_seed_spread():
     )
 
 
+def test_difference_table_is_paired_and_leaves_the_reference_out():
+    """Seed 0 of kv_1 is hidden itself, seed 1 matches in 2 more of 100 documents: .01 on average, seeds at 0 and .02."""
+    runs = [coin_run(100), coin_run(100, variant="kv_1"), coin_run(100, variant="kv_1", seed=1, shift=4)]
+    drawn = bootstrap.draw(*joined(*runs))
+    table = bootstrap.difference_table(drawn, "hidden")
+    assert set(table["variant"]) == {"kv_1"} and len(table) == 2 * 2 + 4
+    row = table.iloc[0]
+    assert (row["metric"], row["draft_step"], row["seeds"]) == ("step_acceptance", 0, 2)
+    assert (row["value"], row["seed_low"], row["seed_high"]) == pytest.approx((0.01, 0, 0.02))
+    gap = drawn.difference(("kv_1", "step_acceptance", 0), ("hidden", "step_acceptance", 0))
+    assert (row["value"], row["low"], row["high"]) == (gap.value, gap.low, gap.high)
+
+
 # What can't be compared is refused
 
 

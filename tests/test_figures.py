@@ -1,0 +1,173 @@
+"""Figures: the same bytes when drawn twice, the table beside each, and the recorded ones redrawn by their notebook."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.testing.compare import compare_images
+
+from kvshot_lib import bootstrap, figures, metrics
+from kvshot_lib.errors import StudyError
+
+ROOT = Path(__file__).parents[1]
+
+
+def draws_of(*variants, seeds=1):
+    """Draws of made-up runs, whose late steps match less often."""
+    chance = np.random.default_rng(0)
+    made = []
+    for variant in variants:
+        for seed in range(seeds):
+            match = chance.random((5, 40, 4)) < [0.8, 0.6, 0.5, 0.45]
+            made.append(metrics.count_run(variant, seed, [(m, np.ones_like(m)) for m in match]))
+    return bootstrap.draw(*(pd.concat(tables) for tables in zip(*made)), samples=50)
+
+
+def history_of(*variants, splits=("train", "validation")):
+    rows = [
+        [v, 0, n, 100 * n, n / 2, split, k, 9 / n, 0.1 * n / (k + 1), 1e-3]
+        for v in variants
+        for split in splits
+        for n in (1, 2, 3)
+        for k in (0, 1, 2)
+    ]
+    columns = [
+        "variant",
+        "seed",
+        "step",
+        "trained_tokens",
+        "seconds",
+        "split",
+        "draft_step",
+        "loss",
+        "acceptance",
+        "learning_rate",
+    ]
+    return pd.DataFrame(rows, columns=columns).astype({"draft_step": "Int64"})
+
+
+def every_figure(draws, reference="hidden"):
+    """Name, figure and table of each figure of notebook 03."""
+    summary = bootstrap.summary_table(draws)
+    table = figures.pick(summary, *figures.STEP_METRICS)
+    yield "decay", figures.draw_decay(table), table
+    table = figures.pick(bootstrap.difference_table(draws, reference), *figures.STEP_METRICS)
+    yield "gap", figures.draw_gap(table, reference), table
+    table = figures.pick(summary, "retention", "chain_retention")
+    yield "retention", figures.draw_retention(table), table
+    table = figures.pick(summary, "expected_mat", "measured_mat")
+    yield "mat", figures.draw_mat(table), table
+    table = figures.training_table(history_of(*draws.variants))
+    yield "training", figures.draw_training(table), table
+
+
+def test_drawn_twice_has_the_same_bytes(tmp_path):
+    for folder in ("a", "b"):
+        for name, figure, table in every_figure(draws_of("hidden", "kv_2")):
+            figures.save_figure(figure, table, tmp_path / folder, name)
+    written = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert written == sorted(
+        f"{name}.{kind}" for name in ("decay", "gap", "retention", "mat", "training") for kind in ("csv", "png")
+    )
+    for name in written:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_table_beside_a_figure_is_the_table_drawn(tmp_path):
+    name, figure, table = next(every_figure(draws_of("kv_2", "hidden", seeds=2)))
+    beside = pd.read_csv(figures.save_figure(figure, table, tmp_path, name).with_suffix(".csv"))
+    pd.testing.assert_frame_equal(beside, table, check_dtype=False, rtol=1e-5)
+    lines = {line.get_color(): line for line in figure.axes[0].get_lines()}
+    for variant in ("hidden", "kv_2"):
+        shown = beside[(beside["variant"] == variant) & (beside["metric"] == "step_acceptance")]
+        drawn = lines[figures.look(variant)[0]]
+        assert drawn.get_xdata().tolist() == [0, 1, 2, 3]
+        np.testing.assert_allclose(drawn.get_ydata(), shown["value"], rtol=1e-5)
+
+
+def test_changed_number_changes_the_picture(tmp_path):
+    """The image comparison of recorded figures can fail: one point moved by .02 is seen."""
+    _, figure, table = next(every_figure(draws_of("hidden", "kv_2")))
+    moved = table.copy()
+    moved.loc[2, "value"] += 0.02
+    first = figures.save_figure(figure, table, tmp_path, "first")
+    second = figures.save_figure(figures.draw_decay(moved), moved, tmp_path, "second")
+    assert compare_images(str(first), str(second), tol=2) is not None
+
+
+@pytest.mark.parametrize(
+    "variants", [["hidden"], ["kv_1_none", "something_new", "block_16"], [f"kv_{i}" for i in range(12)]]
+)
+def test_any_set_of_variants_can_be_drawn(tmp_path, variants):
+    draws = draws_of(*variants, seeds=2)
+    summary = bootstrap.summary_table(draws)
+    table = figures.pick(summary, "retention", "chain_retention")
+    figures.save_figure(figures.draw_retention(table), table, tmp_path, "retention")
+    table = figures.pick(summary, "expected_mat", "measured_mat")
+    figures.save_figure(figures.draw_mat(table), table, tmp_path, "mat")
+    table = figures.pick(summary, *figures.STEP_METRICS)
+    figures.save_figure(figures.draw_decay(table), table, tmp_path, "decay")
+
+
+def test_drafter_that_never_matches_can_be_drawn(tmp_path):
+    """Its chain acceptance is 0 at step 0 and undefined later, its retention 0 / 0."""
+    none = np.zeros((9, 3), bool)
+    draws = bootstrap.draw(*metrics.count_run("kv_1", 0, [(none, ~none)] * 3), samples=20)
+    summary = bootstrap.summary_table(draws)
+    for draw, names in (
+        (figures.draw_decay, figures.STEP_METRICS),
+        (figures.draw_retention, ["retention", "chain_retention"]),
+    ):
+        table = figures.pick(summary, *names)
+        figures.save_figure(draw(table), table, tmp_path, names[0])
+    assert "not defined" in [text.get_text() for text in draw(table).axes[0].texts]
+
+
+def test_history_without_validation_can_be_drawn(tmp_path):
+    table = figures.training_table(history_of("hidden", splits=("train",)))
+    figures.save_figure(figures.draw_training(table), table, tmp_path, "training")
+    assert set(table["metric"]) == {"loss"}
+
+
+def test_names_at_line_ends_do_not_overlap():
+    assert figures.spread([0, 5, 5.2], 1) == pytest.approx([0, 4.6, 5.6])
+    assert figures.spread([0, 0, 0], 1) == pytest.approx([-1, 0, 1])
+    assert figures.spread([0, 1.2, 1.3, 2.1], 1) == pytest.approx([-0.35, 0.65, 1.65, 2.65])
+    assert figures.spread([], 1) == []
+
+
+def test_variants_of_the_study_look_different():
+    looks = [figures.look(variant) for variant in figures.LOOKS]
+    assert len(set(looks)) == len(looks)
+    assert figures.look("block_16_both") == figures.FAMILIES["block"]
+
+
+def test_nothing_to_draw_is_told():
+    with pytest.raises(StudyError, match="nothing to draw: the summary has no tree_mat"):
+        figures.pick(bootstrap.summary_table(draws_of("hidden")), "tree_mat")
+
+
+RECORDED = sorted(path.parent for path in (ROOT / "figures").glob("*/decay.png"))
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("folder", RECORDED, ids=lambda folder: folder.name)
+def test_recorded_figures_are_what_their_notebook_draws(folder, tmp_path):
+    """Redraw a profile's figures from its recorded tables: numbers to a thousandth, pictures to 2 grey levels (rms)."""
+    papermill = pytest.importorskip("papermill")
+    drawn = tmp_path / "figures"
+    papermill.execute_notebook(
+        str(ROOT / "notebooks/03_long_range_decay.ipynb"),
+        str(tmp_path / "executed.ipynb"),
+        {"tables_dir": str(ROOT / "data/recorded" / folder.name), "figures_dir": str(drawn)},
+        cwd=str(ROOT / "notebooks"),
+        progress_bar=False,
+    )
+    assert {path.name for path in drawn.iterdir()} <= {path.name for path in folder.iterdir()}
+    for path in sorted(drawn.glob("*.csv")):
+        pd.testing.assert_frame_equal(pd.read_csv(path), pd.read_csv(folder / path.name), rtol=1e-3)
+    for path in sorted(drawn.glob("*.png")):
+        baseline = shutil.copy(folder / path.name, tmp_path / f"recorded_{path.name}")
+        assert compare_images(str(baseline), str(path), tol=2) is None, path.name
