@@ -114,27 +114,29 @@ def check_profile(profile: Profile) -> None:
 
 
 def fingerprint(key: str, parameters: dict, *upstream: str) -> str:
-    """Short hash of all that a notebook's results depend on.
+    """Short hash of all that a step's results depend on.
 
-    These are its code cells, the code of the library modules that it imports (comments and docstrings don't count),
-    its parameters, and the fingerprints of what it reads.
+    These are the code cells of its notebook (``key`` is one of ``NOTEBOOKS``, or else a module of kvshot_lib), the code
+    of the library modules that it imports, its parameters, and the fingerprints of what it reads.
     """
-    parts = [
-        code_hash(NOTEBOOKS[key]),
-        *library_sources(NOTEBOOKS[key]),
-        json.dumps(parameters, sort_keys=True),
-        *upstream,
-    ]
+    if key in NOTEBOOKS:
+        code, modules = [code_hash(NOTEBOOKS[key])], imported_modules(ast.parse(plain_python(NOTEBOOKS[key])))
+    else:
+        code, modules = [], {key}
+    parts = [*code, *library_sources(modules), json.dumps(parameters, sort_keys=True), *upstream]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def library_sources(notebook: str | Path) -> list[str]:
-    """Normalised code of the kvshot_lib modules that the notebook imports, directly or through one another."""
+def plain_python(notebook: str | Path) -> str:
+    """The notebook's code cells as one program, without lines of IPython's own syntax."""
     cells = [cell.source for cell in read_notebook(notebook).cells if cell.cell_type == "code"]
-    plain = "\n".join(
-        line for cell in cells for line in cell.splitlines() if not line.lstrip().startswith(("%", "!", "?"))
-    )
-    todo, found = imported_modules(ast.parse(plain)), {}
+    lines = [line for cell in cells for line in cell.splitlines()]
+    return "\n".join(line for line in lines if not line.startswith(("%", "!", "?")))
+
+
+def library_sources(modules: set[str]) -> list[str]:
+    """Code of these kvshot_lib modules and of those they import; comments, docstrings and layout don't count."""
+    todo, found = set(modules), {}
     while todo:
         name = todo.pop()
         path = Path(__file__).with_name(f"{name}.py")
@@ -178,8 +180,8 @@ def run_snakemake(profile: str, words: list[str], lock: int) -> int:
         "--config",
         f"profile={profile}",
     ]
-    command += ["--cores", "all", "--rerun-incomplete", "--nolock", "--keep-going"]
     command += ["--quiet", "rules" if {"-n", "--dry-run"} & set(words) else "all"]
+    command += ["--cores", "all", "--rerun-incomplete", "--nolock", "--keep-going"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     process = subprocess.Popen([*command, *words], pass_fds=[lock], env=os.environ | {"PATH": path})
     while True:

@@ -1,0 +1,230 @@
+"""The Snakemake pipeline: what runs again and what doesn't, bad profiles, a kill, and a smoke run from end to end."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from notebook_checks import ROOT, write_notebook
+
+from kvshot_lib import pipeline
+from kvshot_lib.errors import StudyError
+from kvshot_lib.pipeline import check_profile, fingerprint, load_profile
+
+EXTRACT = """from pathlib import Path
+store = Path(results_dir) / "features"
+store.mkdir(parents=True, exist_ok=True)"""
+TRAIN = """from pathlib import Path
+import os, time
+run = Path(results_dir) / "runs" / variant / f"seed{seed}"
+with open(run / "checkpoint", "a") as handle:
+    handle.write("x")
+print("started", len((run / "checkpoint").read_text()), "times with", os.environ["OMP_NUM_THREADS"], "threads")
+until = time.monotonic() + wait_s
+while time.monotonic() < until and not Path("../go").exists():
+    time.sleep(0.1)
+for name in ("run.json", "counts.csv", "run_lengths.csv", "history.csv"):
+    (run / name).write_text("{}")"""
+PROFILE = """extract: {target: tiny}
+train: {wait_s: 0}
+drafters:
+  hidden: {paradigm: hidden}
+  kv_1: {paradigm: kv}
+  hybrid_warm: {paradigm: hybrid, init_from: hidden}
+"""
+
+
+def small_study(folder: Path) -> Path:
+    """A checkout with notebooks that do nothing but leave the files that the study's notebooks leave."""
+    common = 'results_dir = "../results/none"\nfigures_dir = ""\n'
+    notebooks = folder / "notebooks"
+    write_notebook(notebooks / "01_extract_kv_cache.ipynb", common + 'target = "tiny"\ntrain_documents = 4', EXTRACT)
+    train = 'variant = "a"\nseed = 0\nparadigm = "hidden"\ninit_from = ""\nwait_s = 0\nlearning_rate = 0.001'
+    write_notebook(notebooks / "02_train_drafter.ipynb", common + train, TRAIN)
+    write_notebook(notebooks / "03_long_range_decay.ipynb", 'tables_dir = ""\nfigures_dir = ""', "print(1)")
+    (notebooks / "profiles").mkdir()
+    (notebooks / "profiles/small.yaml").write_text(PROFILE)
+    shutil.copy(ROOT / "notebooks/Snakefile", notebooks)
+    return folder
+
+
+def start(folder: Path, *words: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "kvshot_lib.pipeline", *words]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def run(folder: Path, *words: str) -> str:
+    process = start(folder, *words)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def due(folder: Path) -> dict[str, int]:
+    """How many jobs of each rule would run, up to the trainings."""
+    output = run(folder, "small", "--dry-run", "trained")
+    return {
+        rule: int(count) for rule, count in re.findall(r"^(extract|train|collect|decay) +(\d+)$", output, re.MULTILINE)
+    }
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = small_study(tmp_path_factory.mktemp("study"))
+    run(folder, "small", "trained")
+    return folder
+
+
+@pytest.fixture
+def study(finished, tmp_path):
+    """A copy of the finished small study, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "study"))
+
+
+@pytest.mark.pipeline
+def test_small_study_trains_two_drafters_side_by_side_and_the_third_on_all_cores(finished):
+    cores = len(os.sched_getaffinity(0))
+    expected = {"hidden": cores // 2, "kv_1": cores // 2, "hybrid_warm": cores} if cores == 2 else {}
+    for variant, threads in expected.items():
+        text = (finished / f"results/small/notebooks/02_train_drafter.{variant}.seed0.ipynb").read_text()
+        assert f"started 1 times with {threads} threads" in text
+
+
+@pytest.mark.pipeline
+def test_nothing_runs_again_after_a_reader_ran_and_saved_notebooks(study):
+    for path in [*study.glob("notebooks/*.ipynb"), *study.glob("results/small/notebooks/*.ipynb")]:
+        notebook = nbformat.read(path, as_version=4)
+        notebook.cells[-1].update(outputs=[nbformat.v4.new_output("stream", text="mine\n")], execution_count=7)
+        notebook.cells[0].source += "\n\nA note of mine."
+        nbformat.write(notebook, path)
+    assert due(study) == {}
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize(
+    "path, old, new, jobs",
+    [
+        ("notebooks/02_train_drafter.ipynb", "time.sleep(0.1)", "time.sleep(0.2)", {"train": 3}),
+        ("notebooks/01_extract_kv_cache.ipynb", "store.mkdir(", "store.mkdir(mode=0o755, ", {"extract": 1, "train": 3}),
+        (
+            "notebooks/profiles/small.yaml",
+            "{paradigm: hidden}",
+            "{paradigm: hidden, learning_rate: 0.01}",
+            {"train": 2},
+        ),
+        ("notebooks/profiles/small.yaml", "target: tiny", "target: tiny-qwen3", {"extract": 1, "train": 3}),
+    ],
+)
+def test_a_change_runs_what_depends_on_it_and_nothing_else(study, path, old, new, jobs):
+    edit(study / path, old, new)
+    assert due(study) == jobs
+
+
+@pytest.mark.pipeline
+def test_killed_run_is_resumed_and_changed_parameters_start_afresh(tmp_path):
+    folder = small_study(tmp_path)
+    edit(folder / "notebooks/profiles/small.yaml", "wait_s: 0", "wait_s: 60")
+    process = start(folder, "small", "trained", start_new_session=True)
+    checkpoint = folder / "results/small/runs/hidden/seed0/checkpoint"
+    until = time.monotonic() + 60
+    while not (checkpoint.exists() and checkpoint.stat().st_size):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.2)
+    second = start(folder, "small")
+    assert "another run is at work" in second.communicate()[0] and second.returncode == 1
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+    (folder / "go").touch()
+    run(folder, "small", "trained")
+    executed = folder / "results/small/notebooks/02_train_drafter.hidden.seed0.ipynb"
+    assert "started 2 times" in executed.read_text()
+
+    edit(folder / "notebooks/profiles/small.yaml", "wait_s: 60", "wait_s: 0")
+    run(folder, "small", "trained")
+    assert "started 1 times" in executed.read_text()
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("extract:", "extrac:", r"has no 'extrac' \(did you mean 'extract'\?\)"),
+        ("target: tiny", "targt: tiny", r"has no 'targt' \(did you mean 'target'\?\); valid names: .*train_documents"),
+        ("wait_s: 0", "learning_rate: 1e-3", "train, learning_rate: '1e-3' is text"),
+        ("paradigm: kv}", "paradgm: kv}", r"has no 'paradgm' \(did you mean 'paradigm'\?\)"),
+        ("init_from: hidden", "init_from: hiden", "'hybrid_warm' starts from 'hiden', which is not among its drafters"),
+        ("wait_s: 0", "seed: 1", "'seed' is set by the pipeline"),
+        ("drafters:", "seeds: 3\ndrafters:", "'seeds' must be a list, not 3"),
+        ("{target: tiny}", "{target: tiny", "not valid YAML"),
+        ("{paradigm: kv}", "kv", "drafters.kv_1 must be a mapping"),
+    ],
+)
+def test_bad_profile_is_refused_in_one_line(tmp_path, monkeypatch, old, new, message):
+    monkeypatch.chdir(small_study(tmp_path))
+    edit(tmp_path / "notebooks/profiles/small.yaml", old, new)
+    with pytest.raises(StudyError, match=message) as caught:
+        check_profile(load_profile("small"))
+    assert "\n" not in str(caught.value)
+
+
+def test_command_line_refuses_a_bad_profile_before_anything_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(small_study(tmp_path))
+    assert pipeline.main(["smal"]) == 1
+    assert "there is no profile notebooks/profiles/smal.yaml; known: small" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_fingerprint_sees_library_code_but_neither_comments_nor_docstrings(tmp_path, monkeypatch):
+    library = tmp_path / "kvshot_lib"
+    library.mkdir()
+    (library / "top.py").write_text('"""Top."""\nfrom .low import f\n')
+    (library / "low.py").write_text('def f():\n    """Doc."""\n    return 1\n')
+    write_notebook(
+        tmp_path / "notebooks/01_extract_kv_cache.ipynb", "a = 1", "%matplotlib inline\nfrom kvshot_lib.top import f"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "__file__", str(library / "pipeline.py"))
+    before = fingerprint("extract", {"a": 1})
+    (library / "low.py").write_text('def f():  # a comment\n    """Another doc."""\n    return 1\n')
+    (library / "unused.py").write_text("x = 1\n")
+    assert fingerprint("extract", {"a": 1}) == before
+    assert len({before, fingerprint("extract", {"a": 2}), fingerprint("extract", {"a": 1}, "other input")}) == 3
+    (library / "low.py").write_text("def f():\n    return 2\n")
+    assert fingerprint("extract", {"a": 1}) != before
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks/profiles").glob("*.yaml")), ids=lambda path: path.stem)
+def test_committed_profile_fits_the_notebooks(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    check_profile(load_profile(path.stem))
+
+
+@pytest.mark.pipeline
+def test_smoke_study_from_end_to_end(tmp_path):
+    ignored = shutil.ignore_patterns(".*")
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=ignored)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    run(tmp_path, "smoke")
+    results = tmp_path / "results/smoke"
+    drafters = load_profile(ROOT / "notebooks/profiles/smoke.yaml").drafters
+    acceptance = pd.read_csv(results / "tables/acceptance.csv")
+    assert set(acceptance.variant) == set(pd.read_csv(results / "tables/runs.csv").variant) == set(drafters)
+    assert acceptance.value.notna().all()
+    executed = {path.name.split(".")[0] for path in results.glob("notebooks/[0-9]*.ipynb")}
+    assert {"01_extract_kv_cache", "02_train_drafter", "03_long_range_decay"} <= executed
+    assert len(list(results.glob("notebooks/02*.ipynb"))) == len(drafters)
+    assert list(results.glob("figures/*.png")) and list(results.glob("figures/*.csv"))
+    assert "Nothing to be done" in run(tmp_path, "smoke", "--dry-run")
