@@ -55,9 +55,13 @@ class DrafterConfig:
             if getattr(self, name) not in allowed:
                 raise StudyError(f"{name}={getattr(self, name)!r} is not known; choose from {', '.join(allowed)}")
         if self.num_layers < 1 or (self.paradigm != "kv" and self.num_layers != 1):
-            raise StudyError(f"num_layers={self.num_layers} does not fit {self.paradigm}; kv takes 1 or more, hidden and hybrid take 1")
+            raise StudyError(
+                f"num_layers={self.num_layers} does not fit {self.paradigm}; kv takes 1 or more, hidden and hybrid take 1"
+            )
         if self.init_from_target and self.paradigm != "kv":
-            raise StudyError(f"init_from_target does not fit {self.paradigm}; only kv layers read what target layers read")
+            raise StudyError(
+                f"init_from_target does not fit {self.paradigm}; only kv layers read what target layers read"
+            )
 
 
 class PrefixAttention(nn.Module):
@@ -76,11 +80,17 @@ class PrefixAttention(nn.Module):
         out = []
         for name in names:
             heads = getattr(self, f"{name}_proj")(inputs).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            out.append(heads if name == "v" else apply_rotary_pos_emb(heads, heads, *rotary)[0])
+            out.append(heads if name == "v" else apply_rotary_pos_emb(heads, heads, *rotary)[0].to(heads.dtype))
         return out
 
     def forward(
-        self, inputs: Tensor, rotary: Entries, prefix: Entries | None, mask: Tensor | None, chain: list[Entries], append: bool
+        self,
+        inputs: Tensor,
+        rotary: Entries,
+        prefix: Entries | None,
+        mask: Tensor | None,
+        chain: list[Entries],
+        append: bool,
     ) -> Tensor:
         """[B, M, width] -> [B, M, d]. With ``append`` the anchors' own entries join ``chain`` (and are seen) first."""
         if append:
@@ -139,7 +149,9 @@ class HiddenLayer(nn.Module):
 
     def attend(self, inputs: Tensor, rotary: Entries, view: "View") -> Tensor:
         """The state path: at step 0 the own entry is the prefix's last visible one, so nothing is appended."""
-        return self.attention(inputs, rotary, view.prefix["self"], view.mask, view.chain("self"), append=view.draft_step > 0)
+        return self.attention(
+            inputs, rotary, view.prefix["self"], view.mask, view.chain("self"), append=view.draft_step > 0
+        )
 
     def forward(self, embedding: Tensor, state: Tensor, rotary: Entries, view: "View") -> Tensor:
         state = state + self.attend(self.read(embedding, state), rotary, view)
@@ -180,13 +192,17 @@ class KVLayer(nn.Module):
         self.attention = PrefixAttention(sizes, sizes.hidden_size)
         self.mlp = LlamaMLP(sizes)
 
-    def prefix(self, embedding: Tensor, state: Tensor | None, rotary: Entries, features: Features) -> dict[str, Entries]:
+    def prefix(
+        self, embedding: Tensor, state: Tensor | None, rotary: Entries, features: Features
+    ) -> dict[str, Entries]:
         """Entries s: projected target KV of position s."""
         return {"cross": self.fusion(features)}
 
     def forward(self, embedding: Tensor, state: Tensor, rotary: Entries, view: "View") -> Tensor:
         inputs = self.attention_norm(state)
-        state = state + self.attention(inputs, rotary, view.prefix["cross"], view.mask, view.chain("cross"), append=True)
+        state = state + self.attention(
+            inputs, rotary, view.prefix["cross"], view.mask, view.chain("cross"), append=True
+        )
         return state + self.mlp(self.mlp_norm(state))
 
 
@@ -216,7 +232,15 @@ class Drafter(nn.Module):
     embedding : [V, d] the target's token embedding, and ``head`` [V_draft, d] its LM-head rows; frozen, not saved with the drafter.
     """
 
-    def __init__(self, config: DrafterConfig, spec: FeatureSpec, sizes: LlamaConfig, draft_ids: Tensor, embedding: Tensor, head: Tensor):
+    def __init__(
+        self,
+        config: DrafterConfig,
+        spec: FeatureSpec,
+        sizes: LlamaConfig,
+        draft_ids: Tensor,
+        embedding: Tensor,
+        head: Tensor,
+    ):
         super().__init__()
         self.config, self.spec, self.sizes = config, spec, sizes
         for name, frozen in (("draft_ids", draft_ids), ("embedding", embedding), ("head", head)):
@@ -234,7 +258,9 @@ class Drafter(nn.Module):
     @property
     def reads(self) -> tuple[str, ...]:
         """Fields of `Features` that its prefix is made from."""
-        return {"hidden": ("hidden_states",), "kv": ("keys", "values"), "hybrid": ("hidden_states", "keys", "values")}[self.config.paradigm]
+        return {"hidden": ("hidden_states",), "kv": ("keys", "values"), "hybrid": ("hidden_states", "keys", "values")}[
+            self.config.paradigm
+        ]
 
     def prefix(self, features: Features) -> tuple[list[dict[str, Entries]], Tensor | None]:
         """Turn target state into what every anchor's attention shares.
@@ -251,7 +277,9 @@ class Drafter(nn.Module):
             positions = torch.arange(1, columns + 1, device=state.device)[None]
             embedding, rotary = self.embed(features.tokens[:, 1:]), self.rotary(state, positions)
         entries = [layer.prefix(embedding, state, rotary, features) for layer in self.layers]
-        cut = [{branch: (k[:, :, :columns], v[:, :, :columns]) for branch, (k, v) in layer.items()} for layer in entries]
+        cut = [
+            {branch: (k[:, :, :columns], v[:, :, :columns]) for branch, (k, v) in layer.items()} for layer in entries
+        ]
         return cut, state
 
     def step(self, tokens: Tensor, positions: Tensor, state: Tensor | None, views: list[View]) -> Tensor:
@@ -287,7 +315,9 @@ class Drafter(nn.Module):
         return {"config": asdict(self.config), "spec": asdict(self.spec)}
 
 
-def build_drafter(config: DrafterConfig, target: Target, spec: FeatureSpec, draft_ids: Tensor, *, seed: int = 0) -> Drafter:
+def build_drafter(
+    config: DrafterConfig, target: Target, spec: FeatureSpec, draft_ids: Tensor, *, seed: int = 0
+) -> Drafter:
     """A fresh drafter in float32 on the target's device; equal seeds give equal weights on any device."""
     model, source = target.model, target.config
     sizes = LlamaConfig(

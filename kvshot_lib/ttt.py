@@ -37,7 +37,9 @@ def find_anchors(answer_mask: Tensor, ttt_steps: int) -> Anchors:
     """All anchors of a batch, from its answer mask [B, n]."""
     length = answer_mask.shape[1]
     places = torch.arange(length, device=answer_mask.device)
-    ends = torch.where(answer_mask, length, places)  # the next token at or after i outside an answer: a running minimum from behind
+    ends = torch.where(
+        answer_mask, length, places
+    )  # the next token at or after i outside an answer: a running minimum from behind
     ends = ends.flip(1).cummin(1).values.flip(1)
     following = torch.zeros_like(ends)
     following[:, :-1] = (ends - places)[:, 1:]  # answer tokens in a row from x_{t+1} on
@@ -91,7 +93,9 @@ def draft_steps(
             state = None if fused is None else take(state, place)
             mask = prefix_mask(anchors.index + 1, last)
             for branches in chains:
-                branches.update({name: [_take_entries(pair, place) for pair in chain] for name, chain in branches.items()})
+                branches.update(
+                    {name: [_take_entries(pair, place) for pair in chain] for name, chain in branches.items()}
+                )
         places = (anchors.index + 1 + k).clamp(max=last)
         views = [View(entries, mask, chain, k) for entries, chain in zip(prefix, chains, strict=True)]
         output = drafter.step(features.tokens.gather(1, places), places, state, views)

@@ -1,0 +1,267 @@
+"""Training a drafter: batches, optimiser, validation, checkpoints that resume to the same weights."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from .drafters import Drafter
+from .errors import StudyError
+from .evaluate import match_documents
+from .files import write_atomically
+from .metrics import COUNTS, count_document
+from .ttt import ttt_loss
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a drafter is trained; what it is, says `DrafterConfig`.
+
+    epochs : passes over the training documents. max_steps : stop earlier (0: don't); the schedule ends there too.
+    batch_documents : documents an optimiser step. anchor_fraction : ρ, share of anchors that draft steps k ≥ 1 run on.
+    step_decay : λ of the loss. learning_rate falls to 0 along a cosine after warmup_fraction of all steps.
+    validate_every : optimiser steps between validations (0: only at the end). checkpoint_every_s : seconds.
+    """
+
+    seed: int = 0
+    epochs: int = 2
+    max_steps: int = 0
+    batch_documents: int = 2
+    learning_rate: float = 1e-3
+    warmup_fraction: float = 0.03
+    weight_decay: float = 0.01
+    clip_norm: float = 0.5
+    ttt_steps: int = 7
+    step_decay: float = 0.8
+    anchor_fraction: float = 0.2
+    validate_every: int = 50
+    checkpoint_every_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "batch_documents", "learning_rate", "clip_norm", "ttt_steps", "step_decay")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise StudyError(f"{name}={getattr(self, name)} must be above 0")
+        if not 0 < self.anchor_fraction <= 1:
+            raise StudyError(f"anchor_fraction={self.anchor_fraction} must be above 0 and at most 1")
+
+
+def batch_plan(lengths: list[int], batch_documents: int, seed: int, epoch: int) -> list[list[int]]:
+    """Batches of one pass, every document once, as a function of its arguments alone.
+
+    Documents are shuffled, sorted by length within runs of 16 batches (little padding), and the batches shuffled again.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order, batches = random.permutation(len(lengths)), []
+    for start in range(0, len(order), 16 * batch_documents):
+        run = sorted(order[start : start + 16 * batch_documents].tolist(), key=lambda i: lengths[i])
+        batches += [run[i : i + batch_documents] for i in range(0, len(run), batch_documents)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+@dataclass
+class Progress:
+    """Where a training stands; saved whole in each checkpoint. ``window`` sums (loss, matches, pairs) [3, K] since the last report."""
+
+    step: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    history: list[dict] = field(default_factory=list)
+    window: torch.Tensor | None = None
+    window_steps: int = 0
+
+
+def train(
+    drafter: Drafter,
+    source,
+    validation,
+    config: TrainConfig,
+    run_dir: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> pd.DataFrame:
+    """Train ``drafter`` in place by TTT, going on from ``run_dir/checkpoint.pt`` if it is there.
+
+    Parameters
+    ----------
+    source, validation : `StoredFeatures` or `LiveFeatures`.
+    dtype : bfloat16 computes under autocast with float32 weights.
+
+    Returns
+    -------
+    History: one row per (step, split, draft_step); train rows average since the last report. `trained_tokens` counts the tokens of
+    the documents passed through, each pass anew; `seconds` leaves validation out.
+
+    Raises
+    ------
+    StudyError : a checkpoint of another set-up; a loss that is not finite (the last good checkpoint is kept).
+
+    Notes
+    -----
+    There is no ambient randomness: batches and sampled anchors are functions of (seed, step), so that step, weights and optimiser
+    are the whole state.
+    """
+    path = Path(run_dir) / "checkpoint.pt"
+    total = total_steps(config, len(source))
+    optimiser = torch.optim.AdamW(
+        drafter.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
+    )
+    identity = {"drafter": drafter.description(), "train": asdict(config), "lengths": list(source.lengths)}
+    progress = load_checkpoint(path, drafter, optimiser, identity) if path.exists() else Progress()
+    saved = time.perf_counter()
+    with tqdm(total=total, initial=progress.step, unit="step", desc="train") as bar:
+        for indices in batches(source.lengths, config, progress.step, total):
+            started = time.perf_counter()
+            _train_step(drafter, optimiser, source, indices, config, progress, total, dtype, path)
+            progress.seconds += time.perf_counter() - started
+            bar.update()
+            if progress.step == total or (config.validate_every and progress.step % config.validate_every == 0):
+                rows = _report(drafter, validation, config, progress, optimiser.param_groups[0]["lr"], dtype)
+                progress.history += rows
+                bar.set_postfix_str(_headline(rows))
+            if progress.step == total or time.perf_counter() - saved > config.checkpoint_every_s:
+                save_checkpoint(path, drafter, optimiser, identity, progress)
+                saved = time.perf_counter()
+    return pd.DataFrame(progress.history)
+
+
+def total_steps(config: TrainConfig, documents: int) -> int:
+    """Optimiser steps of the whole run."""
+    steps = config.epochs * math.ceil(documents / config.batch_documents)
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def batches(lengths: list[int], config: TrainConfig, first: int, total: int) -> Iterator[list[int]]:
+    """Batches of optimiser steps ``first`` … ``total`` - 1."""
+    a_pass = math.ceil(len(lengths) / config.batch_documents)
+    for epoch in range(first // a_pass, config.epochs):
+        for place, batch in enumerate(batch_plan(lengths, config.batch_documents, config.seed, epoch), epoch * a_pass):
+            if first <= place < total:
+                yield batch
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """Linear warm-up, then a cosine to zero at ``total``."""
+    warm = max(1, round(config.warmup_fraction * total))
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def _train_step(
+    drafter, optimiser, source, indices, config: TrainConfig, progress: Progress, total: int, dtype, path: Path
+) -> None:
+    """One optimiser step on one batch; advances ``progress``."""
+    device = drafter.norm.weight.device
+    features = source.batch(indices, (*drafter.reads, "final_hidden", "target_argmax")).to(device, dtype)
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + progress.step)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        result = ttt_loss(
+            drafter, features, ttt_steps=config.ttt_steps, step_decay=config.step_decay,
+            anchor_fraction=config.anchor_fraction, generator=generator,
+        )  # fmt: skip
+    if not math.isfinite(result.loss.item()):
+        kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written before it"
+        raise StudyError(
+            f"the loss is not finite at optimiser step {progress.step + 1}; {kept}; try a lower learning_rate"
+        )
+    result.loss.backward()
+    torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm)
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate(config, progress.step, total)
+    optimiser.step()
+    optimiser.zero_grad()
+    counted = torch.stack([result.step_loss, result.matches, result.pairs]).double().cpu()
+    progress.window = counted if progress.window is None else progress.window + counted
+    progress.window_steps += 1
+    progress.step += 1
+    progress.trained_tokens += sum(source.lengths[i] for i in indices)
+
+
+def _report(drafter, validation, config: TrainConfig, progress: Progress, rate: float, dtype) -> list[dict]:
+    """History rows of this moment: training since the last report, and acceptance on the validation documents."""
+    device = drafter.norm.weight.device
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        matched = match_documents(validation, drafter, config.ttt_steps, device=device, dtype=dtype)
+    counts = sum(count_document(*document)[0] for document in matched)
+    anchors, matches = (counts[:, COUNTS.index(name)] for name in ("anchors", "matches"))
+    loss, right, pairs = progress.window / torch.tensor([[progress.window_steps], [1], [1]])
+    now = {
+        "step": progress.step,
+        "trained_tokens": progress.trained_tokens,
+        "seconds": round(progress.seconds, 2),
+        "learning_rate": rate,
+    }
+    rows = []
+    for k in range(config.ttt_steps):
+        rows.append(
+            {
+                **now,
+                "split": "train",
+                "draft_step": k,
+                "loss": loss[k].item(),
+                "acceptance": (right[k] / pairs[k]).item(),
+            }
+        )
+        rows.append(
+            {
+                **now,
+                "split": "validation",
+                "draft_step": k,
+                "loss": math.nan,
+                "acceptance": matches[k] / max(1, anchors[k]),
+            }
+        )
+    progress.window, progress.window_steps = None, 0
+    return rows
+
+
+def _headline(rows: list[dict]) -> str:
+    """Loss at draft step 0 and validation acceptance at the first, middle and last step, for the progress bar."""
+    accepted = [row["acceptance"] for row in rows if row["split"] == "validation"]
+    chosen = sorted({0, len(accepted) // 2, len(accepted) - 1})
+    return f"loss {rows[0]['loss']:.2f}, accepted " + " ".join(f"[{k}] {accepted[k]:.3f}" for k in chosen)
+
+
+def save_checkpoint(
+    path: Path, drafter: Drafter, optimiser: torch.optim.Optimizer, identity: dict, progress: Progress
+) -> None:
+    """Write everything that a resumed run needs, atomically."""
+    state = {
+        "identity": identity,
+        "drafter": drafter.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "progress": vars(progress),
+    }
+    write_atomically(path, lambda p: torch.save(state, p))
+
+
+def load_checkpoint(path: Path, drafter: Drafter, optimiser: torch.optim.Optimizer, identity: dict) -> Progress:
+    """Restore ``drafter`` and ``optimiser``; a checkpoint of another set-up is refused by name of what differs."""
+    try:
+        state = torch.load(path, map_location=drafter.norm.weight.device, weights_only=True)
+        found = state["identity"]
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise StudyError(f"{path} can't be read ({type(error).__name__}); delete it to train from the start") from error
+    differs = [
+        f"{part}.{name}"
+        for part in ("drafter", "train")
+        for name in identity[part]
+        if identity[part][name] != found[part].get(name)
+    ]
+    if identity["lengths"] != found["lengths"]:
+        differs.append("training documents")
+    if differs:
+        raise StudyError(
+            f"{path} belongs to another run (differs in {', '.join(differs)}); delete it or choose another results_dir"
+        )
+    drafter.load_state_dict(state["drafter"])
+    optimiser.load_state_dict(state["optimiser"])
+    progress = state["progress"]
+    return Progress(**{**progress, "window": None if progress["window"] is None else progress["window"].cpu()})
