@@ -8,87 +8,23 @@ Plain ``papermill IN OUT -p NAME VALUE --cwd notebooks`` works too, but only war
 
 import argparse
 import contextlib
-import difflib
 import fcntl
-import hashlib
 import logging
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
-import papermill
 import yaml
-from papermill.exceptions import PapermillExecutionError
-from traitlets.config import Config
 
 from .errors import StudyError
 from .files import write_atomically
+from .parameters import check_parameters
 
 STRIPPED = "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution"
-
-
-def read_notebook(path: str | Path) -> nbformat.NotebookNode:
-    """Read a notebook (format 4).
-
-    Raises
-    ------
-    StudyError : no such file, or not a notebook.
-    """
-    try:
-        return nbformat.read(path, as_version=4)
-    except FileNotFoundError as error:
-        raise StudyError(f"there is no notebook {path}; the study's are in notebooks/") from error
-    except nbformat.reader.NotJSONError as error:
-        raise StudyError(f"{path} is not a notebook; restore it with: git checkout {path}") from error
-
-
-def check_names(given: Iterable[str], valid: Iterable[str], what: str) -> None:
-    """Raise a StudyError for the first name in ``given`` that is not in ``valid``, with the nearest valid one."""
-    valid = list(valid)
-    for name in given:
-        if name not in valid:
-            near = difflib.get_close_matches(str(name), valid, n=1)
-            hint = f" (did you mean '{near[0]}'?)" if near else ""
-            raise StudyError(f"{what} has no '{name}'{hint}; valid names: {', '.join(valid) or 'none'}")
-
-
-def check_parameters(notebook_path: str | Path, parameters: dict) -> None:
-    """Refuse parameters that the notebook doesn't have, and numbers that YAML read as text.
-
-    papermill alone only warns of an unknown name and runs with the defaults.
-
-    Raises
-    ------
-    StudyError : no ``parameters`` cell, an unknown name (the message lists the valid ones), or a number as text.
-    """
-    cells = read_notebook(notebook_path).cells
-    if not any("parameters" in cell.metadata.get("tags", []) for cell in cells):
-        raise StudyError(f"{notebook_path} has no cell tagged 'parameters', so nothing can be set in it")
-    check_names(parameters, papermill.inspect_notebook(str(notebook_path)), f"notebook {Path(notebook_path).name}")
-    for name, value in parameters.items():
-        check_no_number_as_text(name, value)
-
-
-def check_no_number_as_text(name: str, value: object) -> None:
-    """Refuse text such as ``1e-3``: YAML reads a number only with a point in it, as in ``1.0e-3``."""
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, str):
-            with contextlib.suppress(ValueError):
-                float(item)
-                raise StudyError(
-                    f"{name}: '{item}' is text, not a number; YAML wants a point and no quotes, as in 1.0e-3"
-                )
-
-
-def code_hash(notebook_path: str | Path) -> str:
-    """Hex SHA-256 over the sources of the notebook's code cells; outputs, counts and prose don't count."""
-    sources = [cell.source for cell in read_notebook(notebook_path).cells if cell.cell_type == "code"]
-    return hashlib.sha256("\0".join(sources).encode()).hexdigest()
 
 
 def run_notebook(
@@ -121,24 +57,31 @@ def run_notebook(
             claim(Path(owns), fingerprint)
         print(f"{output.stem}: started", file=sys.stderr, flush=True)
         started_at = time.monotonic()
-        try:
-            execute(notebook, unfinished, parameters, Path(cwd or notebook.parent), Progress(output.stem))
-        except PapermillExecutionError as error:
-            text = " ".join(str(error.evalue).split()) or "(no message)"
-            line = text if error.ename == "StudyError" else f"{error.ename}: {text}"
-            raise StudyError(f"{notebook.name}: {line} [cell {error.exec_count} of {unfinished}]") from error
+        execute(notebook, unfinished, parameters, Path(cwd or notebook.parent), Progress(output.stem))
         os.replace(unfinished, output)
         print(f"{output.stem}: done in {time.monotonic() - started_at:.0f} s", file=sys.stderr, flush=True)
 
 
 def execute(notebook: Path, output: Path, parameters: dict, cwd: Path, progress: "Progress") -> None:
-    """Run ``notebook`` with papermill, its own warnings and logs silenced, its stderr sent to ``progress``."""
+    """Run ``notebook`` with papermill, its own warnings and logs silenced, its stderr sent to ``progress``.
+
+    Raises
+    ------
+    StudyError : a cell failed; one line with its error and the place to read on.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+
     for name in ("papermill", "traitlets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    encrypted = Config({"KernelManager": {"transport_encryption": "auto"}})
-    papermill.execute_notebook(
-        str(notebook), str(output), parameters, cwd=str(cwd), progress_bar=False, stderr_file=progress, config=encrypted
-    )
+    quiet = {"progress_bar": False, "config": Config({"KernelManager": {"transport_encryption": "auto"}})}
+    try:
+        papermill.execute_notebook(str(notebook), str(output), parameters, cwd=str(cwd), stderr_file=progress, **quiet)
+    except PapermillExecutionError as error:
+        text = " ".join(str(error.evalue).split()) or "(no message)"
+        line = text if error.ename == "StudyError" else f"{error.ename}: {text}"
+        raise StudyError(f"{notebook.name}: {line} [cell {error.exec_count} of {output}]") from error
 
 
 class Progress:

@@ -16,7 +16,8 @@ from pathlib import Path
 import yaml
 
 from .errors import StudyError
-from .notebooks import check_names, check_no_number_as_text, check_parameters, code_hash, locked, read_notebook
+from .notebooks import locked
+from .parameters import check_names, check_no_number_as_text, check_parameters, code_hash, read_code_cells
 
 NOTEBOOKS = {
     "generate": "notebooks/00_generate_corpus.ipynb",
@@ -26,7 +27,7 @@ NOTEBOOKS = {
 }
 SET_BY_PIPELINE = {"results_dir", "figures_dir", "tables_dir", "variant", "seed", "profile"}
 # Modules whose changes can't change a number: a new error message need not train anything again.
-PLUMBING = {"errors", "files", "provenance", "notebooks", "pipeline"}
+PLUMBING = {"errors", "files", "provenance", "notebooks", "parameters", "pipeline"}
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,7 @@ def fingerprint(key: str, parameters: dict, *upstream: str) -> str:
 
 def plain_python(notebook: str | Path) -> str:
     """The notebook's code cells as one program, without lines of IPython's own syntax."""
-    cells = [cell.source for cell in read_notebook(notebook).cells if cell.cell_type == "code"]
-    lines = [line for cell in cells for line in cell.splitlines()]
+    lines = [line for cell in read_code_cells(notebook) for line in cell.source.splitlines()]
     return "\n".join(line for line in lines if not line.startswith(("%", "!", "?")))
 
 

@@ -12,14 +12,13 @@ from notebook_checks import COMMITTED, ROOT, faults, write_notebook
 from kvshot_lib.errors import StudyError
 from kvshot_lib.notebooks import (
     Progress,
-    check_parameters,
     claim,
-    code_hash,
     execute_in_place,
     locked,
     main,
     run_notebook,
 )
+from kvshot_lib.parameters import check_parameters, code_hash
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def test_number_read_as_text_is_refused(small):
 def test_notebook_without_a_parameters_cell_is_refused(tmp_path):
     path = tmp_path / "plain.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("a = 1")]), path)
-    with pytest.raises(StudyError, match="no cell tagged 'parameters'"):
+    with pytest.raises(StudyError, match="has 0 cells tagged 'parameters' instead of one"):
         check_parameters(path, {})
 
 

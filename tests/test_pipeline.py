@@ -136,7 +136,8 @@ def test_a_change_runs_what_depends_on_it_and_nothing_else(study, path, old, new
 @pytest.mark.pipeline
 def test_killed_run_is_resumed_and_changed_parameters_start_afresh(tmp_path):
     folder = small_study(tmp_path)
-    edit(folder / "notebooks/profiles/small.yaml", "wait_s: 0", "wait_s: 60")
+    profile = folder / "notebooks/profiles/small.yaml"
+    profile.write_text("train: {wait_s: 60}\ndrafters: {hidden: {}}\n")
     process = start(folder, "small", "trained", start_new_session=True)
     checkpoint = folder / "results/small/runs/hidden/seed0/checkpoint"
     until = time.monotonic() + 60
@@ -153,7 +154,7 @@ def test_killed_run_is_resumed_and_changed_parameters_start_afresh(tmp_path):
     executed = folder / "results/small/notebooks/02_train_drafter.hidden.seed0.ipynb"
     assert "started 2 times" in executed.read_text()
 
-    edit(folder / "notebooks/profiles/small.yaml", "wait_s: 60", "wait_s: 0")
+    edit(profile, "wait_s: 60", "wait_s: 0")
     run(folder, "small", "trained")
     assert "started 1 times" in executed.read_text()
 
