@@ -80,7 +80,8 @@ class Interval:
         return "above" if self.low > threshold else "below" if self.high < threshold else "not distinguishable from"
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        edges = f"{self.low:.3f}, {self.high:.3f}" if np.isfinite(self.low) else "no interval"
+        return f"{self.value:.3f} [{edges}]"
 
 
 def interval(draws: np.ndarray) -> Interval:
