@@ -1,0 +1,123 @@
+"""The sentences of notebook 03 say what the counts say, and change when the counts do."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kvshot_lib import bootstrap, metrics, report
+from kvshot_lib.errors import StudyError
+
+# Matches per 100 anchors at each of three steps, the same in all documents, so that every interval has no width.
+DECAYS, FLAT, RISES = (40, 30, 20), (30, 30, 30), (20, 25, 30)
+
+
+def draws_of(noise=0, documents=6, **matches):
+    """Draws of runs with the given matches per 100 anchors; ``noise`` more or fewer in every other document."""
+    made = []
+    for variant, per_step in matches.items():
+        run = []
+        for document in range(documents):
+            wanted = np.array(per_step) + noise * (-1) ** document * np.array([1, 0, -1])
+            match = np.arange(100)[:, None] < wanted
+            run.append((match, np.ones_like(match)))
+        made.append(metrics.count_run(variant, 0, run))
+    return bootstrap.draw(*(pd.concat(tables) for tables in zip(*made)), samples=200)
+
+
+def runs_of(*variants, seeds=(0,), **facts):
+    one = {"paradigm": "kv", "num_layers": 2, "parameters": 5_310_000, "trained_tokens": 245_760, "train_s": 187.3}
+    one |= {"device": "cpu", "dtype": "float32", "target": "tiny", "draft_vocab_size": 8192}
+    one |= {"out_of_draft_vocab_fraction": 0.021} | facts
+    return pd.DataFrame([{"variant": variant, "seed": seed} | one for variant in variants for seed in seeds])
+
+
+def line_of(text, variant):
+    (line,) = [line for line in text.splitlines() if line.startswith(f"- `{variant}`")]
+    return line
+
+
+def test_decay_is_told_by_the_interval():
+    text = report.decay(draws_of(hidden=DECAYS, kv_1=FLAT, kv_2=RISES))
+    assert line_of(text, "hidden") == (
+        "- `hidden` goes from 0.400 [0.400, 0.400] at step 0 to 0.200 [0.200, 0.200] at step 2. "
+        "Retention 0.500 [0.500, 0.500]: it **decays** (the whole interval is below 1)."
+    )
+    assert "**no decay** can be told from chance" in line_of(text, "kv_1")
+    assert "it **rises**" in line_of(text, "kv_2")
+    assert "**no decay**" in report.decay(draws_of(noise=15, kv_1=(30, 30, 29)))
+    assert "too few matches" in report.decay(draws_of(kv_1=(0, 0, 0)))
+
+
+def test_gaps_name_the_steps_above_and_below():
+    text = report.gaps(draws_of(hidden=DECAYS, kv_2=FLAT, hybrid=DECAYS), "hidden")
+    assert line_of(text, "kv_2") == (
+        "- `kv_2`: step acceptance is below `hidden` at step 0, above `hidden` at step 2, not distinguishable from "
+        "`hidden` at step 1. Its retention is above that of `hidden`, by +0.500 [0.500, 0.500]."
+    )
+    assert "not distinguishable from `hidden` at steps 0-2." in line_of(text, "hybrid")
+    assert "`hidden`:" not in text
+    assert (
+        report.gaps(draws_of(hidden=FLAT), "hidden")
+        == "Only `hidden` was measured, so there is nothing to compare it with."
+    )
+
+
+def test_lengths_compare_measured_with_expected_and_with_the_reference():
+    """Nested matches of .4 .3 .2: measured 1 + .9, expected 1 + .4 + .12 + .024."""
+    text = report.lengths(draws_of(hidden=DECAYS, kv_2=FLAT), "hidden")
+    assert "measured 1.900 [1.900, 1.900], above its product of marginals, by +0.356" in line_of(text, "hidden")
+    assert "It is not distinguishable from that of `hidden`" in line_of(text, "kv_2")
+
+
+def test_in_short_sorts_the_drafters():
+    text = report.in_short(draws_of(hidden=DECAYS, kv_2=FLAT, hybrid=DECAYS, kv_1=(10, 5, 1)), "hidden")
+    first, second = text.split("\n\n")
+    assert (
+        "retain more of their step acceptance: `kv_2`; these retain less: `kv_1`; not distinguishable: `hybrid`."
+        in first
+    )
+    assert (
+        "longer accepted runs: none; these have shorter ones: `kv_1`; not distinguishable: `kv_2`, `hybrid`." in second
+    )
+
+
+def test_table_of_numbers():
+    text = report.acceptance(draws_of(kv_2=FLAT, hidden=DECAYS))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert [row[0] for row in rows] == ["variant", ":--", "`hidden`", "`kv_2`"]
+    assert rows[0][1:4] == ["$\\alpha_{0}$", "$\\alpha_{1}$", "$\\alpha_{2}$"]
+    assert rows[2][1:5] == [f"{x:.3f}<br>[{x:.3f}, {x:.3f}]" for x in (0.4, 0.3, 0.2, 0.5)]
+
+
+def test_variants_found_and_not_run():
+    text = report.drafters(runs_of("kv_2", "hidden", "mine", seeds=(0, 1)))
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert rows[0] == "| `hidden` | kv | 2 | 5.31 M | 245,760 | 187 s | 0, 1 | cpu, float32 |"
+    assert [row.split("`")[1] for row in rows] == ["hidden", "kv_2", "mine"]
+    absent = text.splitlines()[-1]
+    assert absent.startswith("Not run here: ") and "`kv_1`" in absent and "`kv_2`," not in absent
+
+
+def test_limits_follow_the_run():
+    draws = draws_of(hidden=DECAYS, kv_2=FLAT)
+    text = report.limits(runs_of("hidden", "kv_2"), draws, "hidden")
+    assert (
+        "**One target**: `tiny`. " in text
+        and "**One seed** for `hidden`, `kv_2`" in text
+        and "**Few seeds**" not in text
+    )
+    assert "6 answers have 600 anchors" in text and "2.1% of the target's choices" in text
+    text = report.limits(runs_of("hidden", "kv_2", seeds=(0, 1), target="smollm2-135m-instruct"), draws, "hidden")
+    assert "**One seed**" not in text and "**Few seeds**" in text and "(weights Q4_1, dequantised)" in text
+
+
+@pytest.mark.parametrize(
+    ("steps", "text"), [([0], "step 0"), ([0, 1, 2], "steps 0-2"), ([0, 2, 3, 6], "steps 0, 2-3, 6")]
+)
+def test_steps_in_words(steps, text):
+    assert report._steps(steps) == text
+
+
+def test_unknown_reference_names_the_choices():
+    with pytest.raises(StudyError, match="reference_variant='hiden' is not in the tables: choose one of kv_2, hidden"):
+        report.require_variant(draws_of(kv_2=FLAT, hidden=DECAYS), "hiden")
