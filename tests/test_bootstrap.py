@@ -51,7 +51,9 @@ def test_paired_difference_is_narrower_than_its_parts():
 def test_verdict_needs_the_whole_interval():
     assert bootstrap.Interval(0.8, 0.7, 0.9).verdict(1) == "below"
     assert bootstrap.Interval(1.2, 1.1, 1.3).verdict(1) == "above"
-    for unclear in (bootstrap.Interval(0.9, 0.7, 1.1), bootstrap.Interval(0.9, np.nan, np.nan)):
+    nan = float("nan")
+    for numbers in ((0.9, 0.7, 1.1), (1.1, 0.9, 1.3), (0.9, nan, nan), (1.1, nan, nan)):
+        unclear = bootstrap.Interval(*numbers)
         assert unclear.verdict(1) == "not distinguishable from"
 
 
