@@ -1,7 +1,7 @@
 """The study's figures: each function draws one tidy table, and ``save_figure`` writes picture and table side by side.
 
-A figure drawn twice has the same bytes: nothing here is random, the font is matplotlib's own, and no date or version goes
-into the file. Colours are those of Okabe and Ito (safe for the colour-blind); a variant has the same one everywhere.
+A figure drawn twice has the same bytes: nothing here is random, the font is matplotlib's own, and no date or version
+goes into the file. Colours are those of Okabe and Ito (safe for the colour-blind); a variant has the same one everywhere.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Sentences and tables of notebook 03, written from the numbers: what a run shows and what a run of its size can't show.
+"""Sentences and tables of notebook 03, written from numbers: what a run shows and what a run of its size can't show.
 
 Every "above", "below" or "not distinguishable" is the verdict of a 95% interval over documents, never typed by hand.
 """
@@ -23,8 +23,8 @@ def require_variant(draws: Draws, reference: str) -> None:
     """Refuse a reference variant that was not measured, naming those that were."""
     if reference not in draws.variants:
         raise StudyError(
-            f"reference_variant={reference!r} is not in the tables: choose one of {', '.join(draws.variants)}, or train it "
-            "with notebooks/02_train_drafter.ipynb and collect the tables again"
+            f"reference_variant={reference!r} is not in the tables: choose one of {', '.join(draws.variants)}, or "
+            "train it with notebooks/02_train_drafter.ipynb and collect the tables again"
         )
 
 
@@ -45,7 +45,7 @@ def drafters(runs: pd.DataFrame) -> str:
 
 
 def acceptance(draws: Draws) -> str:
-    """The result table: acceptance at the first, middle and last step, retention and MAT, mean over seeds with intervals."""
+    """The result table: acceptance at the first, middle and last step, retention and MAT, with intervals."""
     last = int(draws.keys["draft_step"].max())
     steps = sorted({0, last // 2, last})
     columns = [("step_acceptance", step) for step in steps]
@@ -74,7 +74,7 @@ def decay(draws: Draws) -> str:
 
 
 def gaps(draws: Draws, reference: str) -> str:
-    """One sentence for each other variant: at which steps it is above or below the reference, and which retains more."""
+    """One sentence for each other variant: at which steps it is above the reference or below, and its retention."""
     steps = range(int(draws.keys["draft_step"].max()) + 1)
     lines = []
     for variant in in_order(draws.variants):
@@ -126,7 +126,8 @@ def in_short(draws: Draws, reference: str) -> str:
             groups[draws.difference((variant, metric), (reference, metric)).verdict(0)].append(f"`{variant}`")
         more, less, unclear = (", ".join(names) or "none" for names in groups.values())
         told.append(
-            f"Compared with `{reference}`, these {better}: {more}; these {worse}: {less}; not distinguishable: {unclear}."
+            f"Compared with `{reference}`, these {better}: {more}; these {worse}: {less}; "
+            f"not distinguishable: {unclear}."
         )
     return "\n\n".join(told)
 
@@ -138,13 +139,13 @@ def limits(runs: pd.DataFrame, draws: Draws, reference: str) -> str:
     rare = draws.keys[draws.keys["metric"] == "chain_acceptance"].sort_values("anchors").iloc[0]
     targets = ", ".join(_target(name) for name in runs["target"].unique())
     lines = [
-        f"**One target**: {targets}. Another target may order the drafters differently, and absolute values belong to it.",
+        f"**One target**: {targets}. Another target may order the drafters differently; absolute values belong to it.",
         (
-            f"**Short training**: {_span(runs['trained_tokens'])} tokens for each drafter; one that learns slowly looks worse "
-            "here than it is."
+            f"**Short training**: {_span(runs['trained_tokens'])} tokens for each drafter; one that learns slowly looks "
+            "worse here than it is."
         ),
         (
-            f"**Few anchors late in the chain**: {documents} answers have {anchors:,} anchors that are valid at every step, but "
+            f"**Few anchors late in the chain**: {documents} answers have {anchors:,} anchors valid at every step, but "
             f"chain acceptance of `{rare['variant']}` at step {rare['draft_step']} rests on {rare['anchors']:,}."
         ),
     ]
@@ -164,14 +165,14 @@ def limits(runs: pd.DataFrame, draws: Draws, reference: str) -> str:
         lines.append("**Few seeds**: their range is shown beside the intervals and is not part of them.")
     sizes = " to ".join(f"{edge / 1e6:.2f}" for edge in (runs["parameters"].min(), runs["parameters"].max()))
     lines.append(
-        f"**Equal data, not equal cost**: drafters train {sizes} million parameters and cost unequal time per draft step. "
+        f"**Equal data, not equal cost**: drafters train {sizes} million parameters, and a draft step costs unequal time. "
         "Longer accepted runs are not yet speed."
     )
     outside = runs["out_of_draft_vocab_fraction"].dropna()
     if len(outside):
         lines.append(
-            f"**Draft vocabulary** of {_span(runs['draft_vocab_size'])} tokens: {_percent(outside)} of the target's choices "
-            "lie outside it and count as rejections, a ceiling for every drafter."
+            f"**Draft vocabulary** of {_span(runs['draft_vocab_size'])} tokens: {_percent(outside)} of the target's "
+            "choices lie outside it and count as rejections, a ceiling for every drafter."
         )
     return "\n".join(f"- {line}" for line in lines)
 

@@ -106,13 +106,14 @@ def read(tables_dir: str | Path, name: str) -> pd.DataFrame:
     )
     if not path.is_file():
         raise StudyError(f"{path} is not there: {remedy}")
-    return check(_read_csv(path), name, path, remedy)
+    return check(_read_csv(path, name), name, path, remedy)
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    """Read a CSV file in which only an empty cell means missing (a variant may well be called ``none``)."""
+def _read_csv(path: Path, name: str) -> pd.DataFrame:
+    """Read a CSV file; only empty cells are missing (a variant may be called ``none``), and text such as 1e5 stays text."""
+    text = {column: "str" for column, kind in SCHEMAS[name].items() if kind == "str"}
     try:
-        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+        return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise StudyError(f"{path} is no readable CSV file ({error}): delete it and make it again") from None
 
@@ -164,7 +165,7 @@ def _read_run(folder: Path) -> dict[str, pd.DataFrame]:
         path = folder / f"{name}.csv"
         if not path.is_file():
             raise StudyError(f"{path} is not there: run notebooks/02_train_drafter.ipynb for this run again")
-        found[name] = check(_read_csv(path), name, path)
+        found[name] = check(_read_csv(path, name), name, path)
     expected = f"{folder.parent.name}/{folder.name}"
     for name, table in found.items():
         inside = sorted({f"{row.variant}/seed{row.seed}" for row in table.itertuples()}) or ["no run"]

@@ -99,10 +99,13 @@ def test_further_facts_of_a_run_are_kept_and_may_be_missing_elsewhere(tmp_path):
     assert tables.read(tmp_path / "tables", "runs")["peak_memory_bytes"].isna().tolist() == [False, True]
 
 
-def test_variant_called_none_is_no_missing_cell(tmp_path):
-    write_run(tmp_path, "none")
+def test_text_that_looks_like_something_else_stays_text(tmp_path):
+    """A variant called none is no missing cell, and a hash such as 0123e45 is no number."""
+    write_run(tmp_path, "none", git_revision="0123456e78", target_hash="0001")
     tables.collect(tmp_path, samples=5)
     assert set(tables.read(tmp_path / "tables", "counts")["variant"]) == {"none"}
+    row = tables.read(tmp_path / "tables", "runs").iloc[0]
+    assert (row["git_revision"], row["target_hash"]) == ("0123456e78", "0001")
 
 
 # What is refused
