@@ -1,0 +1,81 @@
+"""Small things that several tests use: tiny targets, documents with awkward answer spans, and every kind of drafter."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import torch
+
+from kvshot_lib.corpus import Document
+from kvshot_lib.drafters import DrafterConfig, build_drafter
+from kvshot_lib.features import Features, LiveFeatures, feature_spec
+from kvshot_lib.target import load_target
+
+STEPS = 7
+DRAFT_IDS = torch.arange(512)[torch.arange(512) % 5 != 3]  # a fifth of the target's tokens can't be drafted
+
+VARIANTS = {
+    "hidden": DrafterConfig("hidden"),
+    "hidden_post_norm": DrafterConfig("hidden", feedback="post_norm"),
+    "kv_1": DrafterConfig("kv", 1),
+    "kv_2": DrafterConfig("kv", 2),
+    "kv_1_from_target": DrafterConfig("kv", 1, init_from_target=True),
+    "kv_2_from_target": DrafterConfig("kv", 2, init_from_target=True),
+    "hybrid": DrafterConfig("hybrid"),
+    "hybrid_post_norm": DrafterConfig("hybrid", feedback="post_norm", gate_bias=-0.5),
+}
+
+
+@cache
+def target(name: str = "tiny-llama"):
+    return load_target(name, device="cpu", dtype="float32")
+
+
+def document(mask: str, seed: int = 0) -> Document:
+    """Random tokens with an answer mask written as digits, ``0001111``."""
+    tokens = np.random.default_rng([seed, len(mask)]).integers(3, 512, len(mask)).astype(np.int32)
+    return Document(tokens, np.array([digit == "1" for digit in mask]))
+
+
+DOCUMENTS = [
+    document("000111111111"),  # to the last token
+    document("0011100111111111100"),  # two spans, and a tail
+    document("00100000110"),  # a span too short to count, one anchor with one step
+    document("0000000"),  # no answer at all
+    document("011111111111111"),
+]
+
+
+def live_of(*documents: Document, name: str = "tiny-llama") -> LiveFeatures:
+    return LiveFeatures(target(name), documents, feature_spec(target(name)))
+
+
+@cache
+def live(name: str = "tiny-llama") -> LiveFeatures:
+    return live_of(*DOCUMENTS, name=name)
+
+
+def plain(batch: Features) -> Features:
+    """The same features as ordinary tensors: inference tensors can't take part in a gradient."""
+    return replace(batch, **{name: tensor.clone() for name, tensor in vars(batch).items() if tensor is not None})
+
+
+@cache
+def features(name: str = "tiny-llama", documents: tuple[int, ...] = tuple(range(len(DOCUMENTS))), length: int = 99):
+    """Some of the documents in one batch, at most ``length`` tokens of each."""
+    batch = plain(live(name).batch(documents))
+    return replace(batch, **{n: t[:, :length] for n, t in vars(batch).items() if n != "documents"})
+
+
+def drafter(variant: str, name: str = "tiny-llama", draft_ids=DRAFT_IDS):
+    """A drafter whose norms, gate and biases are random too, so that a mistake in any of them shows."""
+    built = build_drafter(VARIANTS[variant], target(name), live(name).spec, draft_ids, seed=1)
+    if not built.config.init_from_target:
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in built.parameters():
+                if parameter.dim() == 1:
+                    parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            if built.config.paradigm == "hybrid":
+                built.layers[0].gate.weight.normal_(0, 0.1, generator=generator)
+    return built

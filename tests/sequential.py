@@ -1,0 +1,146 @@
+"""A naive drafter: one anchor at a time, one token at a time, a list for a cache. What the parallel code must equal.
+
+Written from the formulas of the design alone. It takes weights, frozen tables and sizes from a drafter, and calls none of its
+code, nor that of ``kvshot_lib.attention`` and ``kvshot_lib.ttt``.
+"""
+
+import math
+
+import torch
+
+
+def draft(drafter, features, document: int, anchor: int, ttt_steps: int) -> list[torch.Tensor]:
+    """Logits over the draft vocabulary of q_{t,0} … q_{t,K-1} at one anchor t, as far as the document has tokens."""
+    weights = dict(drafter.named_parameters())
+    chain = {"hidden": _hidden_chain, "hybrid": _hidden_chain, "kv": _kv_chain}[drafter.config.paradigm]
+    steps = min(ttt_steps, features.tokens.shape[1] - 1 - anchor)
+    outputs = chain(drafter, weights, features, document, anchor, steps)
+    return [drafter.head @ rms_norm(output, weights["norm.weight"], drafter.sizes.rms_norm_eps) for output in outputs]
+
+
+def is_scored(answer_mask, document: int, anchor: int, step: int) -> bool:
+    """Whether the pair (t, k) counts: x_{t+1} … x_{t+2+k} are all there and all answer tokens."""
+    after = answer_mask[document, anchor + 1 : anchor + 3 + step].tolist()
+    return len(after) == step + 2 and all(after)
+
+
+def ttt_loss(drafter, features, target_head, ttt_steps: int, step_decay: float) -> torch.Tensor:
+    """Σ_k λ^k · mean of the soft cross-entropy over valid pairs whose target argmax the drafter can draft."""
+    places = {token: place for place, token in enumerate(drafter.draft_ids.tolist())}
+    terms = [[] for _ in range(ttt_steps)]
+    for document in range(len(features.tokens)):
+        for anchor in range(features.tokens.shape[1] - 2):
+            if not is_scored(features.answer_mask, document, anchor, 0):
+                continue
+            for step, logits in enumerate(draft(drafter, features, document, anchor, ttt_steps)):
+                if not is_scored(features.answer_mask, document, anchor, step):
+                    continue
+                judge = features.final_hidden[document, anchor + 1 + step]
+                if int((target_head @ judge).argmax()) in places:
+                    p = torch.softmax(drafter.head @ judge, -1)
+                    terms[step].append(-(p * torch.log_softmax(logits, -1)).sum())
+    return sum(step_decay**k * sum(found) / len(found) for k, found in enumerate(terms) if found)
+
+
+def rms_norm(x, weight, eps):
+    """[…, d] -> […, d]"""
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def mlp(weights, layer: str, x):
+    """SwiGLU: W_down (silu(W_gate x) * W_up x)"""
+    gate = weights[f"{layer}.mlp.gate_proj.weight"] @ x
+    return weights[f"{layer}.mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * (weights[f"{layer}.mlp.up_proj.weight"] @ x))
+
+
+def rotate(heads, position: int, base: float):
+    """RoPE: turn the pair (i, i + D/2) of every head [heads, D] by position · base^(-2i/D)."""
+    half = heads.shape[-1] // 2
+    angles = position * base ** (torch.arange(half) * -2 / heads.shape[-1])
+    first, second = heads[:, :half], heads[:, half:]
+    return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], -1)
+
+
+def attend(query, entries):
+    """One query [H, D] over a list of (key [G, D], value [G, D]); query head h reads KV head h // (H/G)."""
+    repeats = len(query) // len(entries[0][0])
+    keys, values = (torch.stack(part).repeat_interleave(repeats, 1) for part in zip(*entries, strict=True))
+    shares = torch.softmax(torch.einsum("hd,ehd->he", query, keys) / math.sqrt(query.shape[1]), -1)
+    return torch.einsum("he,ehd->hd", shares, values).flatten()
+
+
+def heads_of(drafter, weights, name: str, x):
+    """A projection of x, cut into heads: [heads, D]"""
+    return (weights[f"{name}.weight"] @ x).view(-1, drafter.sizes.head_dim)
+
+
+def own_entry(drafter, weights, attention: str, x, position: int):
+    """Key and value of one draft token (or one prefix column)."""
+    base = drafter.sizes.rope_parameters["rope_theta"]
+    key = rotate(heads_of(drafter, weights, f"{attention}.k_proj", x), position, base)
+    return key, heads_of(drafter, weights, f"{attention}.v_proj", x)
+
+
+def own_query(drafter, weights, attention: str, x, position: int):
+    base = drafter.sizes.rope_parameters["rope_theta"]
+    return rotate(heads_of(drafter, weights, f"{attention}.q_proj", x), position, base)
+
+
+def fused_entry(drafter, weights, layer: str, features, document: int, position: int):
+    """Target KV of one position, its reused layers end to end, through the layer's linear maps."""
+    key = weights[f"{layer}.fusion.keys.weight"] @ features.keys[document, position].reshape(-1)
+    value = weights[f"{layer}.fusion.values.weight"] @ features.values[document, position].reshape(-1)
+    return key.view(-1, drafter.sizes.head_dim), value.view(-1, drafter.sizes.head_dim)
+
+
+def _kv_chain(drafter, weights, features, document, anchor, steps):
+    """Per layer the target's projected KV at s ≤ t, then the layer's own entries; each draft token passes all layers."""
+    eps, layers = drafter.sizes.rms_norm_eps, [f"layers.{i}" for i in range(drafter.config.num_layers)]
+    caches = {
+        layer: [fused_entry(drafter, weights, layer, features, document, s) for s in range(anchor + 1)] for layer in layers
+    }
+    for step in range(steps):
+        position = anchor + 1 + step
+        x = drafter.embedding[features.tokens[document, position]]
+        for layer in layers:
+            u = rms_norm(x, weights[f"{layer}.attention_norm.weight"], eps)
+            caches[layer].append(own_entry(drafter, weights, f"{layer}.attention", u, position))
+            seen = attend(own_query(drafter, weights, f"{layer}.attention", u, position), caches[layer])
+            x = x + weights[f"{layer}.attention.o_proj.weight"] @ seen
+            x = x + mlp(weights, layer, rms_norm(x, weights[f"{layer}.mlp_norm.weight"], eps))
+        yield x
+
+
+def _hidden_chain(drafter, weights, features, document, anchor, steps):
+    """EAGLE-3: the prefix is the drafter's own step-0 entry of every column s ≤ t. `hybrid` adds the gated cross-attention."""
+    eps, layer = drafter.sizes.rms_norm_eps, "layers.0"
+
+    def read(token_place, state):
+        embedding = drafter.embedding[features.tokens[document, token_place]]
+        normed = rms_norm(embedding, weights[f"{layer}.embedding_norm.weight"], eps)
+        return torch.cat([normed, rms_norm(state, weights[f"{layer}.state_norm.weight"], eps)])
+
+    cache, cross_cache = [], []
+    for s in range(anchor + 1):
+        state = weights["fuse_hidden.weight"] @ torch.cat(list(features.hidden_states[document, s]))
+        cache.append(own_entry(drafter, weights, f"{layer}.attention", read(s + 1, state), s + 1))
+        if drafter.config.paradigm == "hybrid":
+            cross_cache.append(fused_entry(drafter, weights, layer, features, document, s))
+    for step in range(steps):
+        position = anchor + 1 + step
+        u = read(position, state)
+        if step > 0:  # the entry of step 0 is column s = t
+            cache.append(own_entry(drafter, weights, f"{layer}.attention", u, position))
+        seen = attend(own_query(drafter, weights, f"{layer}.attention", u, position), cache)
+        mixed = weights[f"{layer}.attention.o_proj.weight"] @ seen
+        if drafter.config.paradigm == "hybrid":
+            cross_cache.append(own_entry(drafter, weights, f"{layer}.cross", u, position))
+            crossed = attend(own_query(drafter, weights, f"{layer}.cross", u, position), cross_cache)
+            crossed = weights[f"{layer}.cross.o_proj.weight"] @ crossed
+            gate = torch.sigmoid(weights[f"{layer}.gate.weight"] @ u + weights[f"{layer}.gate.bias"])
+            mixed = mixed + gate * (crossed - mixed)
+        output = state + mixed
+        output = output + mlp(weights, layer, rms_norm(output, weights[f"{layer}.mlp_norm.weight"], eps))
+        yield output
+        post_norm = drafter.config.feedback == "post_norm"
+        state = rms_norm(output, weights["norm.weight"], eps) if post_norm else output

@@ -1,0 +1,286 @@
+"""The parallel TTT forward and loss against a naive drafter, hand-written masks, and every way for the future to leak in."""
+
+import itertools
+from dataclasses import replace
+
+import examples
+import numpy as np
+import pytest
+import sequential
+import torch
+from examples import DRAFT_IDS, STEPS, VARIANTS
+
+from kvshot_lib import ttt
+from kvshot_lib.ttt import Anchors, SoftCrossEntropy, draft_steps, find_anchors, predict, sample_anchors, ttt_loss
+
+EVERY = list(VARIANTS)
+TARGETS = ["tiny-llama", "tiny-qwen3"]
+
+
+def parallel_logits(drafter, features, steps=STEPS, anchors=None):
+    """{(document, anchor, step): logits} of every valid pair, from the code that trains."""
+    anchors = anchors or find_anchors(features.answer_mask, steps)
+    found = {}
+    for k, current, output in draft_steps(drafter, features, anchors, steps):
+        logits = drafter.norm(output) @ drafter.head.T
+        for document, row in current.valid[..., k].nonzero().tolist():
+            found[document, int(current.index[document, row]), k] = logits[document, row]
+    return found
+
+
+def naive_pairs(answer_mask, steps=STEPS):
+    documents, length = answer_mask.shape
+    every = itertools.product(range(documents), range(length), range(steps))
+    return [pair for pair in every if sequential.is_scored(answer_mask, *pair)]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("variant", EVERY)
+def test_parallel_forward_equals_the_sequential_drafter(variant, name):
+    drafter, features = examples.drafter(variant, name), examples.features(name)
+    with torch.no_grad():
+        parallel = parallel_logits(drafter, features)
+        pairs = naive_pairs(features.answer_mask)
+        assert sorted(parallel) == pairs and len(pairs) > 100
+        assert {step for *_, step in pairs} == set(range(STEPS))
+        chains = {}
+        for document, anchor, step in pairs:
+            if (document, anchor) not in chains:
+                chains[document, anchor] = sequential.draft(drafter, features, document, anchor, STEPS)
+            naive = chains[document, anchor][step]
+            assert (parallel[document, anchor, step] - naive).abs().max() < 1e-5 * max(1, naive.abs().max())
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("variant", EVERY)
+def test_loss_and_its_gradient_equal_the_sequential_drafter(variant, name):
+    features = examples.features(name, documents=(0, 2), length=12)
+    fast, slow = examples.drafter(variant, name), examples.drafter(variant, name)
+    result = ttt_loss(fast, features, ttt_steps=STEPS, step_decay=0.8)
+    result.loss.backward()
+    head = examples.target(name).model.get_output_embeddings().weight
+    reference = sequential.ttt_loss(slow, features, head, STEPS, 0.8)
+    reference.backward()
+    assert result.loss.item() == pytest.approx(reference.item(), rel=1e-6)
+    for (parameter, got), wanted in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        assert wanted.grad.abs().max() > 0, f"the reference has no gradient for {parameter}"
+        assert (got.grad - wanted.grad).abs().max() < 1e-5 * max(1, wanted.grad.abs().max()), parameter
+
+
+def test_anchors_of_hand_written_masks():
+    """-1 marks padding of the table; the digits are the number of valid draft steps of each anchor, K = 3."""
+    masks = {
+        "0001111": {2: 3, 3: 2, 4: 1},  # the example of the module: to the last token
+        "0001111000": {2: 3, 3: 2, 4: 1},  # the same with padding
+        "1111": {0: 2, 1: 1},  # x_0 is never drafted
+        "01100111110": {0: 1, 4: 3, 5: 3, 6: 2, 7: 1},  # two spans: no chain runs from one into the other
+        "0100110": {3: 1},  # a span of one token has no pair
+        "0000": {},
+        "1": {},
+    }
+    for digits, wanted in masks.items():
+        mask = torch.tensor([[digit == "1" for digit in digits]])
+        anchors = find_anchors(mask, 3)
+        used = anchors.valid[0, :, 0]
+        found = dict(zip(anchors.index[0, used].tolist(), anchors.valid[0, used].sum(-1).tolist(), strict=True))
+        assert found == wanted, digits
+        assert not anchors.valid[0, ~used].any() and not anchors.index[0, ~used].any()
+        assert (anchors.weight == 1).all()
+    rows = ["0001111000", "1111000000", "0000000000"]
+    batch = find_anchors(torch.tensor([[digit == "1" for digit in row] for row in rows]), 3)
+    assert batch.index.tolist() == [[2, 3, 4], [0, 1, 0], [0, 0, 0]]
+    assert batch.valid.sum(-1).tolist() == [[3, 2, 1], [2, 1, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_anchors_of_random_masks_equal_the_definition(seed):
+    mask = torch.tensor(np.random.default_rng(seed).random((4, 40)) < [[0.5], [0.8], [0.95], [0.0]])
+    anchors = find_anchors(mask, STEPS)
+    found = [(d, int(anchors.index[d, row]), k) for d, row, k in anchors.valid.nonzero().tolist()]
+    assert sorted(found) == naive_pairs(mask)
+
+
+@pytest.mark.parametrize("variant", EVERY)
+def test_a_batch_without_answers_has_no_loss_and_moves_nothing(variant):
+    drafter, features = examples.drafter(variant), examples.features()
+    result = ttt_loss(drafter, replace(features, answer_mask=torch.zeros_like(features.answer_mask)), ttt_steps=3)
+    result.loss.backward()
+    assert result.loss == 0 and not result.pairs.any() and not result.matches.any()
+    assert all(p.grad is None or not p.grad.any() for p in drafter.parameters())
+
+
+def test_loss_counts_matches_and_drops_what_cannot_be_drafted():
+    """`matches` and `pairs` equal a count by hand: pairs outside the draft vocabulary stay in the denominator."""
+    drafter, features = examples.drafter("kv_1"), examples.features()
+    result = ttt_loss(drafter, features, ttt_steps=STEPS)
+    logits, pairs, matches, outside = parallel_logits(drafter, features), [0] * STEPS, [0] * STEPS, 0
+    for (document, anchor, k), row in logits.items():
+        wanted = int(features.target_argmax[document, anchor + 1 + k])
+        pairs[k] += 1
+        matches[k] += int(drafter.draft_ids[row.argmax()]) == wanted
+        outside += wanted not in DRAFT_IDS.tolist()
+    assert result.pairs.tolist() == pairs and result.matches.tolist() == matches
+    assert outside > 10, "the example has no pair that can't be drafted"
+
+
+# Anchor subsampling
+
+
+def losses_and_gradients(drafter, features, **options):
+    drafter.zero_grad()
+    result = ttt_loss(drafter, features, ttt_steps=STEPS, **options)
+    result.loss.backward()
+    return result, torch.cat([p.grad.flatten() for p in drafter.parameters()])
+
+
+@pytest.mark.parametrize("variant", ["hidden", "kv_2", "hybrid"])
+def test_every_anchor_sampled_equals_the_full_computation_exactly(variant):
+    drafter, features = examples.drafter(variant), examples.features()
+    full, gradient = losses_and_gradients(drafter, features)
+    anchors = find_anchors(features.answer_mask, STEPS)
+    everything, place = sample_anchors(anchors, 1.0, torch.Generator().manual_seed(5))
+    assert all(torch.equal(getattr(everything, f), getattr(anchors, f)) for f in ("index", "valid"))
+    assert torch.equal(everything.weight[anchors.valid[..., 0]], anchors.weight[anchors.valid[..., 0]])
+    assert place.tolist() == [list(range(anchors.index.shape[1]))] * len(anchors.index)
+    one, same_gradient = losses_and_gradients(drafter, features, anchor_fraction=1.0)
+    assert torch.equal(one.loss, full.loss) and torch.equal(same_gradient, gradient)
+
+
+def test_a_subset_of_every_anchor_goes_the_sampled_way_to_the_same_numbers(monkeypatch):
+    """The code of ρ < 1 with all anchors drawn: same loss, same gradient, to the last bit."""
+    drafter, features = examples.drafter("hybrid"), examples.features()
+    full, gradient = losses_and_gradients(drafter, features)
+    sample = ttt.sample_anchors
+    monkeypatch.setattr(ttt, "sample_anchors", lambda anchors, fraction, generator: sample(anchors, 1.0, generator))
+    sampled, same_gradient = losses_and_gradients(
+        drafter, features, anchor_fraction=0.5, generator=torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(sampled.loss, full.loss) and torch.equal(same_gradient, gradient)
+
+
+def test_a_sample_is_the_size_that_the_fraction_says():
+    mask = torch.tensor([[d == "1" for d in row] for row in ("0111111111110", "0011111110000", "0110000000000", "0" * 13)])
+    anchors = find_anchors(mask, 3)
+    assert anchors.valid[..., 0].sum(1).tolist() == [10, 6, 1, 0]
+    subset, place = sample_anchors(anchors, 0.25, torch.Generator().manual_seed(0))
+    used = subset.valid[..., 0]
+    assert used.sum(1).tolist() == [3, 2, 1, 0]  # rounded up
+    for document, (number, kept) in enumerate([(10, 3), (6, 2), (1, 1)]):
+        assert subset.weight[document, used[document]].tolist() == pytest.approx([number / kept] * kept)
+        drawn = subset.index[document, used[document]].tolist()
+        assert len(set(drawn)) == kept
+        assert drawn == anchors.index[document, place[document, used[document]]].tolist()
+    assert not subset.weight[~used].any()
+
+
+def every_subset(anchors, fraction):
+    """One generator seed for each possible sample, found by trying seeds."""
+    found = {}
+    for seed in range(1000):
+        subset, _ = sample_anchors(anchors, fraction, torch.Generator().manual_seed(seed))
+        kept = [tuple(sorted(row[used].tolist())) for row, used in zip(subset.index, subset.valid[..., 0], strict=True)]
+        found.setdefault(tuple(kept), []).append(seed)
+    return found
+
+
+SPANS = ["00111111000", "01111110000"]  # 5 and 5 anchors; K = 3
+
+
+def test_the_mean_over_all_subsets_is_the_full_loss(monkeypatch):
+    """Exact: over every sample that can be drawn, the mean of loss and gradient is that of all anchors.
+
+    Two estimates that look right are not, and the numbers tell them apart: sampled terms that are not weighted up, and a mean over
+    the sampled pairs (a sample's sum over its own count), because later steps have fewer pairs and their number varies.
+    """
+    source = examples.live_of(*(examples.document(span, seed=9) for span in SPANS))
+    features = examples.plain(source.batch([0, 1]))
+    anchors = find_anchors(features.answer_mask, 3)
+    assert anchors.valid[..., 0].sum(1).tolist() == [5, 5]
+    subsets = every_subset(anchors, 0.4)  # 2 of 5 in each document
+    assert len(subsets) == 100
+    drafter = examples.drafter("kv_1")
+
+    def loss_and_gradient(**options):
+        drafter.zero_grad()
+        result = ttt_loss(drafter, features, ttt_steps=3, **options)
+        result.loss.backward()
+        return torch.cat([result.step_loss, drafter.layers[0].attention.q_proj.weight.grad.flatten()]).double()
+
+    def mean_over_subsets():
+        generators = [torch.Generator().manual_seed(seeds[0]) for seeds in subsets.values()]
+        return sum(loss_and_gradient(anchor_fraction=0.4, generator=g) for g in generators) / len(generators)
+
+    full = loss_and_gradient()
+    assert (mean_over_subsets() - full).abs().max() < 1e-5
+    with monkeypatch.context() as patched:
+        patched.setattr(ttt, "sample_anchors", _unweighted)
+        assert (mean_over_subsets() - full)[1:3].abs().min() > 0.1
+
+    losses = pair_losses(drafter, features)
+    of_step = {k: {(d, t): loss for (d, t, step), loss in losses.items() if step == k} for k in range(3)}
+    assert np.mean(list(of_step[1].values())) == pytest.approx(full[1].item(), abs=1e-5)
+    samples = [[(d, t) for d, kept in enumerate(documents) for t in kept] for documents in subsets]
+    own_count = np.mean([np.mean([of_step[1][pair] for pair in sample if pair in of_step[1]]) for sample in samples])
+    assert abs(own_count - full[1].item()) > 1e-3
+
+
+def pair_losses(drafter, features):
+    """{(document, anchor, step): soft cross-entropy} of the pairs that enter the loss."""
+    found = {}
+    for (document, anchor, k), logits in parallel_logits(drafter, features, 3).items():
+        if drafter.to_draft[features.target_argmax[document, anchor + 1 + k]] >= 0:
+            p = (drafter.head @ features.final_hidden[document, anchor + 1 + k]).softmax(-1)
+            found[document, anchor, k] = -(p * logits.log_softmax(-1)).sum().item()
+    return found
+
+
+def _unweighted(anchors, fraction, generator):
+    subset, place = sample_anchors(anchors, fraction, generator)
+    return replace(subset, weight=(subset.weight > 0).float()), place
+
+
+def test_every_anchor_is_drawn_equally_often():
+    anchors = find_anchors(torch.tensor([[d == "1" for d in "01111111"]]), 2)  # 6 anchors
+    subsets = every_subset(anchors, 0.5)
+    assert len(subsets) == 20
+    drawn = np.array([[anchor in kept for anchor in range(6)] for (kept,), seeds in subsets.items() for _ in seeds])
+    assert abs(drawn.mean(0) - 0.5).max() < 0.1  # standard error 0.025
+
+
+def test_sampling_is_a_function_of_the_generator_alone():
+    drafter, features = examples.drafter("hidden"), examples.features()
+    first, second, other = (
+        ttt_loss(drafter, features, anchor_fraction=0.3, generator=torch.Generator().manual_seed(seed)).loss.item()
+        for seed in (3, 3, 4)
+    )
+    assert first == second != other
+
+
+# Soft cross-entropy
+
+
+@pytest.mark.parametrize("rows", [0, 1, 40, 300])  # 256 rows are a chunk
+def test_soft_cross_entropy_equals_autograd(rows):
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(rows, 8, generator=generator), torch.randn(11, 8, generator=generator)
+    probabilities = torch.randn(20, 11, generator=generator).softmax(-1)
+    index = torch.randint(20, (rows,), generator=generator)
+    weight = torch.rand(rows, generator=generator) * 3
+    fast, slow = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    total, best = SoftCrossEntropy.apply(fast, head, probabilities, index, weight)
+    reference = -(weight[:, None] * probabilities[index] * (slow @ head.T).log_softmax(-1)).sum()
+    (2.5 * total).backward()
+    (2.5 * reference).backward()
+    assert torch.allclose(total, reference, rtol=1e-5)
+    assert torch.allclose(fast.grad, slow.grad, atol=1e-5)
+    assert torch.equal(best, (hidden @ head.T).argmax(-1))
+
+
+def test_predict_gives_the_argmax_as_target_tokens():
+    drafter, features = examples.drafter("hidden"), examples.features()
+    anchors = find_anchors(features.answer_mask, STEPS)
+    predictions = predict(drafter, features, anchors, STEPS)
+    logits = parallel_logits(drafter, features)
+    for document, row, k in anchors.valid.nonzero().tolist():
+        best = logits[document, int(anchors.index[document, row]), k].argmax()
+        assert predictions[document, row, k] == DRAFT_IDS[best]
