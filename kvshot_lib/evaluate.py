@@ -71,3 +71,14 @@ def outside_vocabulary(source, drafter: Drafter, documents: Sequence[int] | None
         wanted = features.target_argmax[0, anchors.index[anchors.valid[..., 0]] + 1]
         outside, total = outside + int((~known[wanted]).sum()), total + len(wanted)
     return outside / max(1, total)
+
+
+def greedy_agreement(source, documents: Sequence[int] | None = None) -> float:
+    """Share of answer tokens x_{t+1} that equal argmax p_t: 1 for greedy answers, up to near-ties that round differently."""
+    equal, total = 0, 0
+    for index in range(len(source)) if documents is None else documents:
+        features = source.batch([index], ("target_argmax",)).to("cpu")
+        answers = features.answer_mask[0, 1:]
+        same = features.target_argmax[0, :-1] == features.tokens[0, 1:]
+        equal, total = equal + int(same[answers].sum()), total + int(answers.sum())
+    return equal / max(1, total)

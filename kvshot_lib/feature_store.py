@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from .corpus import Document
 from .errors import StudyError
 from .features import STATE, Features, FeatureSpec, LiveFeatures, pad_documents
 from .files import sha256, write_atomically, write_json
-from .corpus import Document
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -99,6 +99,7 @@ class StoredFeatures:
                 f"the feature store at {self.folder} was made with another {differs}; run notebook 01_extract_kv_cache anew"
             )
         self.lengths: list[int] = manifest["lengths"]
+        self.documents_hash: str = manifest["documents_hash"]
         self._places: list[tuple[Path, int]] = []  # of each document: its shard and first row there
         for shard in manifest["shards"]:
             _check_shard(self.folder / shard["file"], shard, verify)

@@ -140,15 +140,12 @@ class LiveFeatures:
             "keys": lambda: torch.stack([taken.keys[layer] for layer in kv], dim=2).permute(0, 3, 2, 1, 4),
             "values": lambda: torch.stack([taken.values[layer] for layer in kv], dim=2).permute(0, 3, 2, 1, 4),
             "final_hidden": lambda: taken.final["hidden"],
-            "target_argmax": lambda: argmax_tokens(model.get_output_embeddings(), taken.final["hidden"]),
+            "target_argmax": lambda: self.argmax(taken.final["hidden"]),
         }
         return replace(plain, **{name: read[name]() for name in state})
 
-
-def argmax_tokens(head: torch.nn.Module, final_hidden: Tensor, rows: int = 2048) -> Tensor:
-    """argmax of the LM head's logits, a chunk of rows at a time so that logits [rows, vocabulary] stay small.
-
-    ``final_hidden`` [B, n, d] -> [B, n] int64.
-    """
-    flat = final_hidden.flatten(0, 1)
-    return torch.cat([head(part).argmax(-1) for part in flat.split(rows)]).view(final_hidden.shape[:-1])
+    def argmax(self, final_hidden: Tensor, rows: int = 2048) -> Tensor:
+        """argmax p_t over the whole vocabulary, [B, n, d] -> [B, n] int64; a chunk of rows at a time, so logits stay small."""
+        head = self.target.model.get_output_embeddings()
+        flat = final_hidden.flatten(0, 1)
+        return torch.cat([head(part).argmax(-1) for part in flat.split(rows)]).view(final_hidden.shape[:-1])

@@ -34,5 +34,5 @@ def provenance(device: str | torch.device = "cpu") -> dict[str, str]:
         "git_revision": git_revision(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }

@@ -115,7 +115,7 @@ def train(
     identity = {"drafter": drafter.description(), "train": asdict(config), "lengths": list(source.lengths)}
     progress = load_checkpoint(path, drafter, optimiser, identity) if path.exists() else Progress()
     saved = time.perf_counter()
-    with tqdm(total=total, initial=progress.step, unit="step", desc="train") as bar:
+    with tqdm(total=total, initial=progress.step, unit="step", desc="train", mininterval=2) as bar:
         for indices in batches(source.lengths, config, progress.step, total):
             started = time.perf_counter()
             _train_step(drafter, optimiser, source, indices, config, progress, total, dtype, path)

@@ -1,0 +1,97 @@
+"""Speed and memory of the study's two heavy loops on this machine: `make bench`.
+
+Extraction is given as a ratio to the bare target forward, alternating in one run; training in tokens/s over batches of 4 × 512
+tokens read from a feature store (K = 7, draft vocabulary 8,192). Nothing is asserted: machines differ.
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+
+import torch
+
+from .cache_facts import extraction_speed
+from .checkpoints import draft_vocabulary
+from .corpus import load_corpus
+from .drafters import DrafterConfig, build_drafter
+from .feature_store import StoredFeatures, write_store
+from .features import LiveFeatures, feature_spec
+from .provenance import device_name
+from .target import DEFAULT_TARGET, Target, load_target
+from .ttt import ttt_loss
+
+DRAFTERS = {
+    "hidden": DrafterConfig("hidden"),
+    "kv_2": DrafterConfig("kv", num_layers=2),
+    "hybrid": DrafterConfig("hybrid"),
+}
+
+
+def training_speed(
+    target: Target, store: StoredFeatures, config: DrafterConfig, anchor_fraction: float, *, vocabulary: int, steps: int
+) -> float:
+    """Tokens/s of forward, backward and optimiser over batches of four documents; the first step warms up."""
+    counts = torch.zeros(target.vocab_size, dtype=torch.int64)
+    drafter = build_drafter(config, target, store.spec, draft_vocabulary(counts, min(vocabulary, target.vocab_size)))
+    optimiser = torch.optim.AdamW(drafter.parameters(), lr=1e-4, fused=True)
+    device, half = target.device.type, target.dtype != torch.float32
+    tokens = 0
+    for step in range(steps + 1):
+        if step == 1:
+            started, tokens = time.perf_counter(), 0
+        indices = [(4 * step + i) % len(store) for i in range(4)]
+        features = store.batch(indices, (*drafter.reads, "final_hidden", "target_argmax")).to(device, target.dtype)
+        with torch.autocast(device, target.dtype, enabled=half):
+            generator = torch.Generator().manual_seed(step)
+            loss = ttt_loss(drafter, features, anchor_fraction=anchor_fraction, generator=generator).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(drafter.parameters(), 0.5)
+        optimiser.step()
+        optimiser.zero_grad()
+        tokens += sum(store.lengths[i] for i in indices)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return tokens / (time.perf_counter() - started)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory that this process has held: on the GPU if there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(words: list[str] | None = None) -> None:
+    """Print the two tables."""
+    parser = argparse.ArgumentParser(prog="python -m kvshot_lib.benchmark", description=__doc__.split("\n")[0])
+    parser.add_argument("--target", default=DEFAULT_TARGET)
+    parser.add_argument("--corpus", default="selfgen")
+    parser.add_argument("--documents", type=int, default=8, help="the longest of the corpus")
+    parser.add_argument("--steps", type=int, default=3, help="timed training steps")
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    given = parser.parse_args(words)
+    target = load_target(given.target)
+    dtype = str(target.dtype).removeprefix("torch.")
+    print(f"{device_name(target.device)}, {dtype}, torch {torch.__version__}, target {target.name}")
+    documents = sorted(load_corpus(given.corpus, "train").documents, key=lambda d: -len(d.tokens))[: given.documents]
+    live = LiveFeatures(target, documents, feature_spec(target, 3))
+    speed = extraction_speed(live, list(range(min(4, len(live)))))
+    print(
+        f"extraction {speed['extraction_tokens_per_s']:,.0f} tokens/s, bare forward {speed['bare_tokens_per_s']:,.0f}: "
+        f"ratio {speed['ratio']:.2f}"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_store(folder, live, batch_documents=4)
+        store = StoredFeatures(folder)
+        for name, config in DRAFTERS.items():
+            for fraction in (1.0, 0.2):
+                tokens_per_s = training_speed(
+                    target, store, config, fraction, vocabulary=given.vocabulary, steps=given.steps
+                )
+                print(f"train {name:8} anchor_fraction {fraction:.1f}: {tokens_per_s:>8,.0f} tokens/s", flush=True)
+    print(f"peak memory {peak_memory_bytes(target.device) / 1e9:.1f} GB")
+
+
+if __name__ == "__main__":
+    main()

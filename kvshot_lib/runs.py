@@ -1,0 +1,148 @@
+"""One training run: what it needs from disk, and what it leaves there (`results_dir/runs/<variant>/seed<k>`)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from .checkpoints import draft_vocabulary, warm_start
+from .drafters import Drafter, DrafterConfig, build_drafter
+from .errors import StudyError
+from .evaluate import match_documents, outside_vocabulary
+from .feature_store import StoredFeatures
+from .files import write_csv, write_json
+from .metrics import count_run
+from .provenance import provenance
+from .target import Target, load_target, resolve_device, resolve_dtype
+from .training import TrainConfig
+
+SPLITS = ("train", "validation", "evaluation")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A drafter about to be trained, with its target, features by split, folder, and the dtype to compute in.
+
+    ``fresh`` names the parameters that a warm start did not set.
+    """
+
+    variant: str
+    drafter: Drafter
+    target: Target
+    features: dict[str, StoredFeatures]
+    folder: Path
+    dtype: torch.dtype
+    init_from: str
+    fresh: list[str]
+
+
+def prepare_run(
+    variant: str,
+    drafter_config: DrafterConfig,
+    train_config: TrainConfig,
+    results_dir: str | Path,
+    *,
+    draft_vocab_size: int,
+    init_from: str = "",
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Run:
+    """Open the features that notebook 01 left in ``results_dir``, load their target and build the drafter.
+
+    Raises
+    ------
+    StudyError : features missing, damaged or of another target; no trained drafter to start from.
+    """
+    results_dir = Path(results_dir)
+    features = {split: StoredFeatures(results_dir / "features" / split) for split in SPLITS}
+    spec = features["train"].spec
+    target = load_target(spec.target, device=device, dtype=dtype)
+    if target.hash != spec.target_hash:
+        raise StudyError(
+            f"the features in {results_dir}/features come from other weights of {spec.target}; run 01_extract_kv_cache anew"
+        )
+    counts = _answer_token_counts(results_dir / "features" / "answer_token_counts.csv", target.vocab_size)
+    size = min(draft_vocab_size, target.vocab_size)
+    drafter = build_drafter(drafter_config, target, spec, draft_vocabulary(counts, size), seed=train_config.seed)
+    fresh = []
+    if init_from:
+        fresh = warm_start(drafter, results_dir / "runs" / init_from / f"seed{train_config.seed}")
+    folder = results_dir / "runs" / variant / f"seed{train_config.seed}"
+    computed = resolve_dtype(dtype, resolve_device(device))
+    return Run(variant, drafter, target, features, folder, computed, init_from, fresh)
+
+
+def _answer_token_counts(path: Path, vocab_size: int) -> torch.Tensor:
+    if not path.exists():
+        raise StudyError(f"{path} is missing; run notebook 01_extract_kv_cache with the same results_dir")
+    table, counts = pd.read_csv(path), torch.zeros(vocab_size, dtype=torch.int64)
+    counts[torch.tensor(table["token"].tolist())] = torch.tensor(table["count"].tolist())
+    return counts
+
+
+def run_facts(run: Run, train_config: TrainConfig, history: pd.DataFrame) -> dict:
+    """The run's row of ``runs.csv``."""
+    config, drafter = run.drafter.config, run.drafter
+    return {
+        "variant": run.variant,
+        "seed": train_config.seed,
+        "paradigm": config.paradigm,
+        "num_layers": config.num_layers,
+        "parameters": sum(p.numel() for p in drafter.parameters()),
+        "trained_tokens": int(history["trained_tokens"].max()),
+        "train_s": float(history["seconds"].max()),
+        "dtype": str(run.dtype).removeprefix("torch."),
+        **provenance(run.target.device),
+        "target": run.target.name,
+        "target_hash": run.target.hash,
+        "corpus": run.features["train"].documents_hash[:16],
+        "draft_vocab_size": len(drafter.draft_ids),
+        "ttt_steps": train_config.ttt_steps,
+        "anchor_fraction": train_config.anchor_fraction,
+        "learning_rate": train_config.learning_rate,
+        "epochs": train_config.epochs,
+        "profile": run.folder.parents[2].resolve().name,
+        "evaluation_documents": len(run.features["evaluation"]),
+        "out_of_draft_vocab_fraction": outside_vocabulary(run.features["evaluation"], drafter),
+        "init_from": run.init_from,
+        "init_from_target": config.init_from_target,
+        "batch_documents": train_config.batch_documents,
+    }
+
+
+def finish_run(
+    run: Run, train_config: TrainConfig, history: pd.DataFrame, facts: dict
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Judge the drafter on the evaluation documents and write the run's tables; ``run.json`` comes last and marks it done.
+
+    Returns
+    -------
+    counts, run_lengths : see `metrics.count_run`.
+    """
+    device = run.target.device
+    with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
+        matched = match_documents(
+            run.features["evaluation"], run.drafter, train_config.ttt_steps, device=device, dtype=run.dtype
+        )
+    counts, run_lengths = count_run(run.variant, train_config.seed, matched)
+    labels = {"variant": run.variant, "seed": train_config.seed}
+    tables = {"counts": counts, "run_lengths": run_lengths, "history": history.assign(**labels)}
+    for name, table in tables.items():
+        write_csv(run.folder / f"{name}.csv", table)
+    write_json(run.folder / "run.json", facts)
+    (run.folder / "checkpoint.pt").unlink(missing_ok=True)
+    return counts, run_lengths
+
+
+def acceptance_by_step(counts: pd.DataFrame) -> pd.DataFrame:
+    """Step and chain acceptance of one run, one row a draft step, from document counts summed first."""
+    total = counts.groupby("draft_step")[["anchors", "matches", "reached", "chain_matches"]].sum().reset_index()
+    return pd.DataFrame(
+        {
+            "draft step": total["draft_step"],
+            "step": total["matches"] / total["anchors"],
+            "chain": total["chain_matches"] / total["reached"],
+            "anchors": total["anchors"],
+        }
+    )
