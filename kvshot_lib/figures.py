@@ -1,7 +1,7 @@
 """The study's figures: each function draws one tidy table, and ``save_figure`` writes picture and table side by side.
 
 A figure drawn twice has the same bytes: nothing here is random, the font is matplotlib's own, and no date or version
-goes into the file. Colours are those of Okabe and Ito (safe for the colour-blind); a variant has the same one everywhere.
+goes into the file. Colours are Okabe and Ito's (safe for the colour-blind); a variant has the same one everywhere.
 """
 
 from pathlib import Path
@@ -235,14 +235,15 @@ def draw_training(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     keys, last_step = ["variant", "seed", "split", "metric", "draft_step"], table["draft_step"].max()
+    held_out = ((table["metric"] == "loss") & (table["split"] == "validation")).any()
     for (variant, _, split, metric, step), line in table.groupby(keys, sort=False, dropna=False):
-        faint = {"lw": 0.9, "alpha": 0.35} if split == "train" else {}
+        faint = {"lw": 0.9, "alpha": 0.35} if held_out and split == "train" else {"marker": "."}
         dashes = (0, (4, 2)) if metric == "acceptance" and step == last_step else "-"
         axes = left if metric == "loss" else right
         axes.plot(line["trained_tokens"] / 1000, line["value"], color=look(variant)[0], ls=dashes, **faint)
-    left.set(title="Loss, mean over draft steps\nthick: validation, thin: training", ylabel="cross-entropy, nats")
-    right.set(title=f"Step acceptance on validation documents\nsolid: step 0, dashed: step {last_step}")
-    right.set_ylim(0, None)
+    told = "thick: validation, thin: training" if held_out else "training documents"
+    left.set(title=f"Loss, mean over draft steps\n{told}", ylabel="cross-entropy, nats")
+    right.set(title=f"Step acceptance on validation documents\nsolid: step 0, dashed: step {last_step}", ylim=(0, None))
     for axes in (left, right):
         axes.set(xlabel="trained tokens, thousands", xlim=(0, None))
     variants = in_order(table["variant"])
