@@ -5,6 +5,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+import torch
 
 from kvshot_lib.corpus import (
     CORPORA,
@@ -20,6 +21,7 @@ from kvshot_lib.corpus import (
     save_corpus,
 )
 from kvshot_lib.errors import StudyError
+from kvshot_lib.target import load_target
 
 HEADER_TOKENS = 24  # <|im_start|>system … <|im_end|>\n<|im_start|>user\n
 ASSISTANT_HEADER = [2, 198, 1, 520, 9531, 198]  # <|im_end|>\n<|im_start|>assistant\n
@@ -152,8 +154,8 @@ def test_the_tiny_corpus_is_small_seeded_and_disjoint():
 
 
 def test_tracked_corpus_has_the_promised_size(selfgen):
-    assert [len(selfgen[split]) for split in SPLITS] == [10082, 128, 443]
-    assert len(load_corpus("selfgen", "evaluation").documents) == 436
+    assert [len(selfgen[split]) for split in SPLITS] == [10000, 128, 512]
+    assert len(load_corpus("selfgen", "evaluation").documents) == 508
     sizes = [path.stat().st_size for path in CORPORA["selfgen"].iterdir()]
     assert max(sizes) < 4_000_000 and sum(sizes) < 8_000_000
     assert max(len(d.tokens) for documents in selfgen.values() for d in documents) == 512
@@ -181,3 +183,25 @@ def test_tracked_masks_mark_exactly_the_answer(selfgen):
 def test_tracked_evaluation_answers_no_longer_repeat_themselves():
     for d in load_corpus("selfgen", "evaluation").documents:
         assert repetition_start(d.answer) == len(d.answer) >= MIN_ANSWER_TOKENS
+
+
+@pytest.mark.needs_target
+def test_tracked_corpus_belongs_to_the_default_target_and_decodes(selfgen):
+    target = load_target(device="cpu")
+    facts = load_corpus("selfgen", "train").provenance
+    assert (facts["target_hash"], facts["tokenizer_hash"]) == (target.hash, target.tokenizer_hash)
+    texts = target.tokenizer.batch_decode([d.tokens for documents in selfgen.values() for d in documents[:500]])
+    assert all(text.startswith("<|im_start|>system\nYou are a helpful AI assistant") for text in texts)
+    assert all("<|im_end|>\n<|im_start|>assistant\n" in text for text in texts)
+
+
+@pytest.mark.needs_target
+def test_tracked_evaluation_answers_are_the_targets_argmax():
+    """Ground truth = argmax, so chain statistics are exact; two equal logits may fall either way on another machine."""
+    target = load_target(device="cpu", dtype="float32")
+    same = []
+    for d in load_corpus("selfgen", "evaluation").documents[:2]:
+        with torch.no_grad():
+            best = target.model(torch.from_numpy(d.tokens)[None].long()).logits[0].argmax(-1).numpy()
+        same.extend(best[len(d.prompt) - 1 : -1] == d.answer)
+    assert len(same) > 100 and np.mean(same) > 0.995
