@@ -50,7 +50,9 @@ def rms_norm(x, weight, eps):
 def mlp(weights, layer: str, x):
     """SwiGLU: W_down (silu(W_gate x) * W_up x)"""
     gate = weights[f"{layer}.mlp.gate_proj.weight"] @ x
-    return weights[f"{layer}.mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * (weights[f"{layer}.mlp.up_proj.weight"] @ x))
+    return weights[f"{layer}.mlp.down_proj.weight"] @ (
+        gate * torch.sigmoid(gate) * (weights[f"{layer}.mlp.up_proj.weight"] @ x)
+    )
 
 
 def rotate(heads, position: int, base: float):
@@ -97,7 +99,8 @@ def _kv_chain(drafter, weights, features, document, anchor, steps):
     """Per layer the target's projected KV at s ≤ t, then the layer's own entries; each draft token passes all layers."""
     eps, layers = drafter.sizes.rms_norm_eps, [f"layers.{i}" for i in range(drafter.config.num_layers)]
     caches = {
-        layer: [fused_entry(drafter, weights, layer, features, document, s) for s in range(anchor + 1)] for layer in layers
+        layer: [fused_entry(drafter, weights, layer, features, document, s) for s in range(anchor + 1)]
+        for layer in layers
     }
     for step in range(steps):
         position = anchor + 1 + step
