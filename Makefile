@@ -31,8 +31,8 @@ $(READY): pyproject.toml requirements.txt constraints.txt
 	  $(PYTHON) -m venv --clear $(VENV) || { echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
 	fi
 	@touch $(INSTALLING)
-	@echo "Installing torch (a CPU build if pip has one at hand)" && $(PIP) install -c constraints.txt torch || $(PIP_FAILED)
-	@echo "Installing the other packages" && $(PIP) install --quiet -r requirements.txt || $(PIP_FAILED)
+	@echo "Installing torch (a CPU build if pip has one at hand)" && $(PIP) install --no-compile -c constraints.txt torch || $(PIP_FAILED)
+	@echo "Installing the other packages" && $(PIP) install --no-compile --quiet -r requirements.txt || $(PIP_FAILED)
 	@rm -f $(INSTALLING) && touch $(READY)
 
 study: $(READY)  ## the main job: extract, train, measure, draw (results/PROFILE); ARGS=-n shows what would run

@@ -75,7 +75,11 @@ def execute(notebook: Path, output: Path, parameters: dict, cwd: Path, progress:
 
     for name in ("papermill", "traitlets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    quiet = {"progress_bar": False, "config": Config({"KernelManager": {"transport_encryption": "auto"}})}
+    quiet = {
+        "progress_bar": False,
+        "config": Config({"KernelManager": {"transport_encryption": "auto"}}),
+        "extra_arguments": ["--IPKernelApp.log_level=50"],
+    }
     try:
         papermill.execute_notebook(str(notebook), str(output), parameters, cwd=str(cwd), stderr_file=progress, **quiet)
     except PapermillExecutionError as error:
