@@ -190,6 +190,26 @@ def test_nothing_but_the_visible_reaches_a_draft(variant, path):
 
 
 @pytest.mark.parametrize("variant", EVERY)
+def test_a_document_alone_and_in_a_batch_gets_the_same_drafts(variant):
+    """Target state, drafts and loss of a padded batch are those of its documents one by one."""
+    drafter, together = examples.drafter(variant), parallel_logits(examples.drafter(variant), examples.features())
+    totals = torch.zeros(2, STEPS)
+    for document in range(len(examples.DOCUMENTS)):
+        features = examples.features(documents=(document,))
+        for (_, anchor, k), logits in parallel_logits(drafter, features).items():
+            assert torch.allclose(together.pop((document, anchor, k)), logits, atol=1e-5, rtol=1e-5)
+        result = ttt_loss(drafter, features, ttt_steps=STEPS)
+        scored = torch.tensor([k for _, _, k in pair_losses(drafter, features, STEPS)], dtype=torch.int64).bincount(
+            minlength=STEPS
+        )
+        totals += torch.stack([result.step_loss * scored, scored])
+    assert not together
+    assert torch.allclose(
+        ttt_loss(drafter, examples.features(), ttt_steps=STEPS).step_loss, totals[0] / totals[1], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("variant", EVERY)
 def test_a_drafter_needs_only_the_state_that_it_names(variant):
     drafter, features = examples.drafter(variant), examples.features()
     unread = {name: None for name in (*STATE, "final_hidden", "target_argmax") if name not in drafter.reads}
@@ -320,10 +340,10 @@ def test_the_mean_over_all_subsets_is_the_full_loss(monkeypatch):
     assert abs(own_count - full[1].item()) > 1e-3
 
 
-def pair_losses(drafter, features):
+def pair_losses(drafter, features, steps=3):
     """{(document, anchor, step): soft cross-entropy} of the pairs that enter the loss."""
     found = {}
-    for (document, anchor, k), logits in parallel_logits(drafter, features, 3).items():
+    for (document, anchor, k), logits in parallel_logits(drafter, features, steps).items():
         if drafter.to_draft[features.target_argmax[document, anchor + 1 + k]] >= 0:
             p = (drafter.head @ features.final_hidden[document, anchor + 1 + k]).softmax(-1)
             found[document, anchor, k] = -(p * logits.log_softmax(-1)).sum().item()
