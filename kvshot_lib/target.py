@@ -232,6 +232,10 @@ def _from_pretrained(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrained
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa"), tokenizer
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
+        if "does not support an attention implementation" in why:  # Mamba, RWKV, …
+            raise StudyError(
+                f"target {str(folder)!r} ({why.split()[0]}) has no standard attention: it keeps no KV cache to reuse; choose another target"
+            ) from error
         known = ", ".join([DEFAULT_TARGET, *TINY])
         raise StudyError(f"could not load target {str(folder)!r}: {why} — give {known}, a hub id or a model folder") from error
 
