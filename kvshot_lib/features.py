@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from .capture import capture, hidden_layers, uniform_layers
+from .capture import capture, check_layers, hidden_layers, uniform_layers
 from .corpus import Document
 from .errors import StudyError
 from .target import Target, full_attention_layers
@@ -81,13 +81,15 @@ class Features:
 def feature_spec(
     target: Target, kv_layers: int | Sequence[int] = 3, fused_layers: Sequence[int] | None = None
 ) -> FeatureSpec:
-    """Choose layers of ``target``: ``kv_layers`` is a list, or how many uniformly spaced ones."""
+    """Choose layers of ``target``: ``kv_layers`` is a list, or how many uniformly spaced ones; impossible ones are refused."""
     config = target.config
     full = full_attention_layers(target.model)
     chosen = uniform_layers(full, kv_layers) if isinstance(kv_layers, int) else tuple(kv_layers)
+    fused = tuple(fused_layers or hidden_layers(config.num_hidden_layers))
+    check_layers(target.model, fused, chosen)
     return FeatureSpec(
         target=target.name, target_hash=target.hash, tokenizer_hash=target.tokenizer_hash,
-        hidden_layers=tuple(fused_layers or hidden_layers(config.num_hidden_layers)), kv_layers=chosen,
+        hidden_layers=fused, kv_layers=chosen,
         hidden_size=config.hidden_size, num_kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,
@@ -126,7 +128,7 @@ class LiveFeatures:
         """Tokens of each document."""
         return [len(document.tokens) for document in self.documents]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: a drafter's backward can't use tensors made there
     def batch(self, indices: Sequence[int], state: Sequence[str] = STATE) -> Features:
         """Run the target on the chosen documents and return their features on its device, in its dtype."""
         plain = pad_documents(self.documents, indices).to(self.target.device)
