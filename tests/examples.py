@@ -8,7 +8,7 @@ import torch
 
 from kvshot_lib.corpus import Document
 from kvshot_lib.drafters import DrafterConfig, build_drafter
-from kvshot_lib.features import Features, LiveFeatures, feature_spec
+from kvshot_lib.features import LiveFeatures, feature_spec
 from kvshot_lib.target import load_target
 
 STEPS = 7
@@ -55,15 +55,10 @@ def live(name: str = "tiny-llama") -> LiveFeatures:
     return live_of(*DOCUMENTS, name=name)
 
 
-def plain(batch: Features) -> Features:
-    """The same features as ordinary tensors: inference tensors can't take part in a gradient."""
-    return replace(batch, **{name: tensor.clone() for name, tensor in vars(batch).items() if tensor is not None})
-
-
 @cache
 def features(name: str = "tiny-llama", documents: tuple[int, ...] = tuple(range(len(DOCUMENTS))), length: int = 99):
     """Some of the documents in one batch, at most ``length`` tokens of each."""
-    batch = plain(live(name).batch(documents))
+    batch = live(name).batch(documents)
     return replace(batch, **{n: t[:, :length] for n, t in vars(batch).items() if n != "documents"})
 
 

@@ -309,7 +309,7 @@ def test_the_mean_over_all_subsets_is_the_full_loss(monkeypatch):
     the sampled pairs (a sample's sum over its own count), because later steps have fewer pairs and their number varies.
     """
     source = examples.live_of(*(examples.document(span, seed=9) for span in SPANS))
-    features = examples.plain(source.batch([0, 1]))
+    features = source.batch([0, 1])
     anchors = find_anchors(features.answer_mask, 3)
     assert anchors.valid[..., 0].sum(1).tolist() == [5, 3]
     subsets = every_subset(anchors, 0.4)  # 2 of 5 and 2 of 3
