@@ -1,6 +1,5 @@
 """Target state on disk: safetensors shards with a manifest, resumable, checked on reading, read memory-mapped."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -46,7 +45,7 @@ def write_store(
     folder = Path(folder)
     manifest = {
         "schema": SCHEMA, "spec": asdict(live.spec), "dtype": str(dtype).removeprefix("torch."), "lengths": live.lengths,
-        "documents_hash": _documents_hash(live.documents), "shard_documents": shard_documents, "shards": [], "complete": False,
+        "documents_hash": live.documents_hash, "shard_documents": shard_documents, "shards": [], "complete": False,
     }  # fmt: skip
     manifest = json.loads(json.dumps(manifest))
     if (folder / MANIFEST).exists():
@@ -219,10 +218,3 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
         raise StudyError(
             f"the features need {needed_bytes / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB free; free some space or use fewer documents"
         )
-
-
-def _documents_hash(documents: Sequence[Document]) -> str:
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(document.tokens.astype("<i4").tobytes() + document.answer_mask.astype("u1").tobytes() + b"|")
-    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Target state of a batch of documents, from a live target or (feature_store.py) from disk, behind one interface."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -127,6 +128,14 @@ class LiveFeatures:
     def lengths(self) -> list[int]:
         """Tokens of each document."""
         return [len(document.tokens) for document in self.documents]
+
+    @property
+    def documents_hash(self) -> str:
+        """SHA-256 of all tokens and answer masks."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(document.tokens.astype("<i4").tobytes() + document.answer_mask.astype("u1").tobytes() + b"|")
+        return digest.hexdigest()
 
     @torch.no_grad()  # not inference_mode: a drafter's backward can't use tensors made there
     def batch(self, indices: Sequence[int], state: Sequence[str] = STATE) -> Features:

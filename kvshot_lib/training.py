@@ -1,5 +1,6 @@
 """Training a drafter: batches, optimiser, validation, checkpoints that resume to the same weights."""
 
+import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -112,7 +113,7 @@ def train(
     optimiser = torch.optim.AdamW(
         drafter.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
     )
-    identity = {"drafter": drafter.description(), "train": asdict(config), "lengths": list(source.lengths)}
+    identity = _identity(drafter, source, config, dtype)
     progress = load_checkpoint(path, drafter, optimiser, identity) if path.exists() else Progress()
     saved = time.perf_counter()
     with tqdm(total=total, initial=progress.step, unit="step", desc="train", mininterval=2) as bar:
@@ -215,7 +216,7 @@ def _report(drafter, validation, config: TrainConfig, progress: Progress, rate: 
                 "split": "validation",
                 "draft_step": k,
                 "loss": math.nan,
-                "acceptance": matches[k] / max(1, anchors[k]),
+                "acceptance": float(matches[k] / max(1, anchors[k])),  # a NumPy number would lock the checkpoint
             }
         )
     progress.window, progress.window_steps = None, 0
@@ -227,6 +228,22 @@ def _headline(rows: list[dict]) -> str:
     accepted = [row["acceptance"] for row in rows if row["split"] == "validation"]
     chosen = sorted({0, len(accepted) // 2, len(accepted) - 1})
     return f"loss {rows[0]['loss']:.2f}, accepted " + " ".join(f"[{k}] {accepted[k]:.3f}" for k in chosen)
+
+
+def _identity(drafter: Drafter, source, config: TrainConfig, dtype: torch.dtype) -> dict:
+    """Everything that a training depends on, by name; ``drafter`` still has its starting weights (a warm start's, say)."""
+    described, weights = drafter.description(), hashlib.sha256()
+    for tensor in drafter.state_dict().values():
+        weights.update(tensor.cpu().numpy().tobytes())
+    own = {
+        "draft_vocabulary": hashlib.sha256(drafter.draft_ids.cpu().numpy().tobytes()).hexdigest(),
+        "starting_weights": weights.hexdigest(),
+        "training_documents": source.documents_hash,
+        "dtype": str(dtype),
+    }
+    identity = {**described["config"], **described["spec"], **asdict(config), **own}
+    del identity["checkpoint_every_s"]
+    return identity
 
 
 def save_checkpoint(
@@ -249,15 +266,7 @@ def load_checkpoint(path: Path, drafter: Drafter, optimiser: torch.optim.Optimiz
         found = state["identity"]
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise StudyError(f"{path} can't be read ({type(error).__name__}); delete it to train from the start") from error
-    differs = [
-        f"{part}.{name}"
-        for part in ("drafter", "train")
-        for name in identity[part]
-        if identity[part][name] != found[part].get(name)
-    ]
-    if identity["lengths"] != found["lengths"]:
-        differs.append("training documents")
-    if differs:
+    if differs := [name for name in identity if identity[name] != found.get(name)]:
         raise StudyError(
             f"{path} belongs to another run (differs in {', '.join(differs)}); delete it or choose another results_dir"
         )
