@@ -87,8 +87,12 @@ def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise StudyError(
             f"no trained drafter in {folder}; run notebook 02_train_drafter for that variant and seed first"
         )
-    description = json.loads((folder / DESCRIPTION).read_text())
-    if not (folder / WEIGHTS).exists() or sha256(folder / WEIGHTS) != description["weights_sha256"]:
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text())
+        expected, _, _ = description["weights_sha256"], description["spec"], description["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"{folder / DESCRIPTION} is damaged; delete that folder and train the drafter again") from error
+    if not (folder / WEIGHTS).exists() or sha256(folder / WEIGHTS) != expected:
         raise StudyError(
             f"the weights in {folder} are missing or altered; delete that folder and train the drafter again"
         )
