@@ -91,7 +91,9 @@ def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         description = json.loads((folder / DESCRIPTION).read_text())
         expected, _, _ = description["weights_sha256"], description["spec"], description["config"]
     except (ValueError, KeyError, TypeError) as error:
-        raise StudyError(f"{folder / DESCRIPTION} is damaged; delete that folder and train the drafter again") from error
+        raise StudyError(
+            f"{folder / DESCRIPTION} is damaged; delete that folder and train the drafter again"
+        ) from error
     if not (folder / WEIGHTS).exists() or sha256(folder / WEIGHTS) != expected:
         raise StudyError(
             f"the weights in {folder} are missing or altered; delete that folder and train the drafter again"

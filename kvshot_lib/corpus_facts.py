@@ -54,7 +54,11 @@ def coverage_table(
     rows = []
     for name, count in counts.items():
         covered = count[order].cumsum() / count.sum()
-        rows += [{"answers": name, "draft_vocab_size": size, "coverage": covered[size - 1]} for size in sizes]
+        rows += [
+            {"answers": name, "draft_vocab_size": size, "coverage": covered[size - 1]}
+            for size in sizes
+            if size <= vocab_size
+        ]
     return pd.DataFrame(rows)
 
 

@@ -39,8 +39,6 @@ class DrafterConfig:
     kv_fusion : how the reused layers' KV become one layer's: ``linear`` (concatenate, one linear map).
     feedback : what ``hidden`` and ``hybrid`` feed back as state: ``pre_norm`` (EAGLE-3) or ``post_norm`` (EAGLE-3.1).
     gate_bias : initial bias of the hybrid's gate; the gate starts near sigmoid(gate_bias).
-    init_from_target : start ``kv`` attention and MLP from the target's reused layers, and each layer's fusion as the pick of that
-        layer's cache. False draws them at random.
     """
 
     paradigm: str = "hidden"
@@ -48,7 +46,6 @@ class DrafterConfig:
     kv_fusion: str = "linear"
     feedback: str = "pre_norm"
     gate_bias: float = 0.0
-    init_from_target: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -57,10 +54,6 @@ class DrafterConfig:
         if self.num_layers < 1 or (self.paradigm != "kv" and self.num_layers != 1):
             raise StudyError(
                 f"num_layers={self.num_layers} does not fit {self.paradigm}; kv takes 1 or more, hidden and hybrid take 1"
-            )
-        if self.init_from_target and self.paradigm != "kv":
-            raise StudyError(
-                f"init_from_target does not fit {self.paradigm}; only kv layers read what target layers read"
             )
 
 
@@ -118,14 +111,6 @@ class LinearFusion(nn.Module):
         pairs = ((self.keys, features.keys), (self.values, features.values))
         return tuple(linear(part.flatten(2)).unflatten(-1, (groups, -1)).transpose(1, 2) for linear, part in pairs)
 
-    @torch.no_grad()
-    def pick(self, layer: int) -> None:
-        """Start as the identity on reused layer number ``layer`` and zero on the others."""
-        for linear in (self.keys, self.values):
-            width = linear.out_features
-            linear.weight.zero_()
-            linear.weight[:, layer * width : (layer + 1) * width] = torch.eye(width)
-
 
 class HiddenLayer(nn.Module):
     """EAGLE-3's layer: attention reads [norm(embedding); norm(state)], the residual stream is the state."""
@@ -134,8 +119,8 @@ class HiddenLayer(nn.Module):
 
     def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
         super().__init__()
-        norm = lambda: LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)  # noqa: E731
-        self.embedding_norm, self.state_norm, self.mlp_norm = norm(), norm(), norm()
+        for name in ("embedding_norm", "state_norm", "mlp_norm"):
+            setattr(self, name, LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps))
         self.attention = PrefixAttention(sizes, 2 * sizes.hidden_size)
         self.mlp = LlamaMLP(sizes)
 
@@ -336,21 +321,4 @@ def build_drafter(
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
     with torch.no_grad():
         drafter.norm.weight.copy_(model.get_decoder().norm.weight)
-        if config.init_from_target:
-            _start_from_target(drafter, target)
     return drafter.to(target.device)
-
-
-def _start_from_target(drafter: Drafter, target: Target) -> None:
-    """Copy attention, MLP and norms of evenly spaced reused layers (the last one always) into the `kv` drafter's layers."""
-    reused, number = drafter.spec.kv_layers, len(drafter.layers)
-    for index, layer in enumerate(drafter.layers):
-        pick = round((index + 1) * len(reused) / number) - 1 if number <= len(reused) else min(index, len(reused) - 1)
-        source = target.model.get_decoder().layers[reused[pick]]
-        layer.fusion.pick(pick)
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            getattr(layer.attention, name).weight.copy_(getattr(source.self_attn, name).weight)
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            getattr(layer.mlp, name).weight.copy_(getattr(source.mlp, name).weight)
-        layer.attention_norm.weight.copy_(source.input_layernorm.weight)
-        layer.mlp_norm.weight.copy_(source.post_attention_layernorm.weight)

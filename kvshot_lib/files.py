@@ -34,7 +34,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         reason = disk_trouble(error)
         if reason is None:
             raise
-        raise StudyError(f"could not write {path}: {reason}; free some space or choose another folder, then run again") from error
+        raise StudyError(
+            f"could not write {path}: {reason}; free some space or choose another folder, then run again"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path

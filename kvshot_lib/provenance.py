@@ -13,7 +13,9 @@ def git_revision() -> str:
     """Short revision of the study's checkout, with ``+`` if tracked files differ from it; ``unknown`` outside git."""
     folder = Path(__file__).parent
     try:
-        run = lambda *words: subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()
+        run = lambda *words: subprocess.run(
+            ["git", "-C", folder, *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
         changed = run("status", "--porcelain", "--untracked-files=no", "--", ":/kvshot_lib", ":/notebooks/Snakefile")
         return run("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -12,7 +13,7 @@ from .errors import StudyError
 from .evaluate import match_documents, outside_vocabulary
 from .feature_store import StoredFeatures
 from .files import write_csv, write_json
-from .metrics import count_run
+from .metrics import COUNTS, RUNS, count_run, metrics_of
 from .provenance import provenance
 from .target import Target, load_target, resolve_device, resolve_dtype
 from .training import TrainConfig
@@ -106,15 +107,16 @@ def run_facts(run: Run, train_config: TrainConfig, history: pd.DataFrame) -> dic
         "evaluation_documents": len(run.features["evaluation"]),
         "out_of_draft_vocab_fraction": outside_vocabulary(run.features["evaluation"], drafter),
         "init_from": run.init_from,
-        "init_from_target": config.init_from_target,
         "batch_documents": train_config.batch_documents,
     }
 
 
 def finish_run(
-    run: Run, train_config: TrainConfig, history: pd.DataFrame, facts: dict
+    run: Run, train_config: TrainConfig, history: pd.DataFrame, facts: dict, *, draft_length: int = 7
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Judge the drafter on the evaluation documents and write the run's tables; ``run.json`` comes last and marks it done.
+
+    ``draft_length`` is K, the draft steps that are judged, however many it was trained on.
 
     Returns
     -------
@@ -122,9 +124,7 @@ def finish_run(
     """
     device = run.target.device
     with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
-        matched = match_documents(
-            run.features["evaluation"], run.drafter, train_config.ttt_steps, device=device, dtype=run.dtype
-        )
+        matched = match_documents(run.features["evaluation"], run.drafter, draft_length, device=device, dtype=run.dtype)
     counts, run_lengths = count_run(run.variant, train_config.seed, matched)
     labels = {"variant": run.variant, "seed": train_config.seed}
     tables = {"counts": counts, "run_lengths": run_lengths, "history": history.assign(**labels)}
@@ -137,12 +137,7 @@ def finish_run(
 
 def acceptance_by_step(counts: pd.DataFrame) -> pd.DataFrame:
     """Step and chain acceptance of one run, one row a draft step, from document counts summed first."""
-    total = counts.groupby("draft_step")[["anchors", "matches", "reached", "chain_matches"]].sum().reset_index()
-    return pd.DataFrame(
-        {
-            "draft step": total["draft_step"],
-            "step": total["matches"] / total["anchors"],
-            "chain": total["chain_matches"] / total["reached"],
-            "anchors": total["anchors"],
-        }
-    )
+    total = counts.groupby("draft_step")[COUNTS].sum()
+    found = metrics_of(total.to_numpy(), np.ones(len(RUNS)))
+    table = {"draft step": total.index, "step": found["step_acceptance"], "chain": found["chain_acceptance"]}
+    return pd.DataFrame({**table, "anchors": total["anchors"].to_numpy()})

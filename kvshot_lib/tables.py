@@ -8,6 +8,7 @@ that depends on their names only, into ``RESULTS_DIR/tables/*.csv`` and adds ``a
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -124,8 +125,8 @@ def in_order(variants) -> list[str]:
     return sorted(set(variants), key=lambda name: (known.get(name, len(known)), name))
 
 
-def collect(results_dir: str | Path, samples: int = 2000, seed: int = 0) -> dict[str, Path]:
-    """Merge all finished runs of ``results_dir`` into ``results_dir/tables/<name>.csv``, each written atomically.
+def collect(results_dir: str | Path, runs: Sequence[str] = (), samples: int = 2000, seed: int = 0) -> dict[str, Path]:
+    """Merge runs (``variant/seed0`` …; all finished ones by default) of ``results_dir`` into ``results_dir/tables/<name>.csv``, each written atomically.
 
     Floats keep 6 significant digits, and a training history at most 100 steps per run and split, so that recorded
     tables stay small. A run without ``run.json`` is unfinished and left out.
@@ -137,14 +138,15 @@ def collect(results_dir: str | Path, samples: int = 2000, seed: int = 0) -> dict
     """
     results_dir = Path(results_dir)
     finished = [path.parent for path in results_dir.glob("runs/*/seed*/run.json")]
+    finished = [folder for folder in finished if not runs or f"{folder.parent.name}/{folder.name}" in runs]
     if not finished:
         raise StudyError(
             f"no finished run in {results_dir / 'runs'}: train a drafter there with notebooks/02_train_drafter.ipynb"
         )
     position = {name: i for i, name in enumerate(in_order(folder.parent.name for folder in finished))}
-    runs = [_read_run(folder) for folder in finished]
-    runs.sort(key=lambda run: (position[run["runs"]["variant"].iloc[0]], run["runs"]["seed"].iloc[0]))
-    tables = {name: pd.concat([run[name] for run in runs], ignore_index=True) for name in runs[0]}
+    read = [_read_run(folder) for folder in finished]
+    read.sort(key=lambda run: (position[run["runs"]["variant"].iloc[0]], run["runs"]["seed"].iloc[0]))
+    tables = {name: pd.concat([run[name] for run in read], ignore_index=True) for name in read[0]}
     _check_one_target(tables["runs"], results_dir)
     tables["acceptance"] = acceptance_table(tables["counts"], tables["run_lengths"], samples, seed)
     tables["history"] = _thin(tables["history"])
@@ -205,8 +207,10 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="collect")
     command = commands.add_parser("collect", help="merge the runs of RESULTS_DIR into RESULTS_DIR/tables/*.csv")
     command.add_argument("results_dir", metavar="RESULTS_DIR")
+    command.add_argument("runs", nargs="*", metavar="VARIANT/seedN", help="only these (all finished ones by default)")
+    given = parser.parse_args(arguments)
     try:
-        for path in collect(parser.parse_args(arguments).results_dir).values():
+        for path in collect(given.results_dir, given.runs).values():
             print(path)
     except StudyError as error:
         sys.exit(f"StudyError: {error}")

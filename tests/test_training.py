@@ -13,7 +13,9 @@ from kvshot_lib import training
 from kvshot_lib.corpus import load_corpus
 from kvshot_lib.drafters import DrafterConfig, build_drafter
 from kvshot_lib.errors import StudyError
+from kvshot_lib.evaluate import match_documents
 from kvshot_lib.features import FeatureSpec, LiveFeatures
+from kvshot_lib.metrics import count_document
 from kvshot_lib.training import TrainConfig, batch_plan, batches, learning_rate, total_steps, train
 
 SHORT = TrainConfig(
@@ -57,7 +59,7 @@ def assert_same(found, wanted):
     pd.testing.assert_frame_equal(found[1], wanted[1], check_exact=True)
 
 
-@pytest.mark.parametrize("variant", ["hidden", "kv_2_from_target", "hybrid"])
+@pytest.mark.parametrize("variant", ["hidden", "kv_2", "hybrid"])
 @pytest.mark.parametrize(("killed", "saved"), [(2, 0), (4, 4), (5, 5), (8, 6)])
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, variant, killed, saved):
     """Killed before any checkpoint, right after one (with a report, and between two reports), and two steps after one."""
@@ -119,7 +121,7 @@ def test_checkpoints_are_written_as_often_as_asked_for(tmp_path, monkeypatch):
 def test_a_training_run_changes_no_weight_of_the_target(tmp_path):
     target = examples.target()
     before = {name: tensor.clone() for name, tensor in target.model.state_dict().items()}
-    for variant in ("hidden", "kv_2_from_target", "hybrid"):
+    for variant in ("hidden", "kv_2", "hybrid"):
         drafter = examples.drafter(variant)
         frozen = drafter.embedding.clone(), drafter.head.clone()
         start = {name: p.clone() for name, p in drafter.named_parameters()}
@@ -276,12 +278,20 @@ def test_batches_go_on_where_a_run_stopped():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["hidden", "hidden_post_norm", "kv_1", "kv_2", "kv_2_from_target", "hybrid"])
+@pytest.mark.parametrize("variant", ["hidden", "hidden_post_norm", "kv_1", "kv_2", "hybrid"])
 def test_every_paradigm_learns_four_documents_by_heart(tmp_path, variant):
     target = examples.target()
     source = LiveFeatures(target, load_corpus("tiny", "train").documents[:4], examples.live().spec)
     drafter = build_drafter(VARIANTS[variant], target, source.spec, torch.arange(512))
-    config = TrainConfig(epochs=150, batch_documents=2, learning_rate=3e-3, anchor_fraction=1.0, validate_every=0)
-    history = train(drafter, source, source, config, tmp_path)
-    first = history[(history["split"] == "validation") & (history["draft_step"] == 0)]
-    assert first["acceptance"].iloc[-1] > 0.95
+    config = TrainConfig(
+        epochs=400,
+        batch_documents=4,
+        learning_rate=1e-2,
+        clip_norm=5.0,
+        ttt_steps=2,
+        anchor_fraction=1.0,
+        validate_every=0,
+    )
+    train(drafter, source, source, config, tmp_path)
+    counts = sum(count_document(*document)[0] for document in match_documents(source, drafter, 2))
+    assert (counts[:, 1] / counts[:, 0] > 0.95).all(), counts
