@@ -100,7 +100,7 @@ def feature_spec(
 def pad_documents(documents: Sequence[Document], indices: Sequence[int]) -> Features:
     """Tokens and masks of a batch, right-padded; no target state yet."""
     batch = [documents[i] for i in indices]
-    longest = max(len(document.tokens) for document in batch)
+    longest = max(2, *(len(document.tokens) for document in batch))  # an empty prefix crashes the fused kernel
     tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
     mask = torch.zeros(len(batch), longest, dtype=torch.bool)
     for row, document in enumerate(batch):

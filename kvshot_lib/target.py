@@ -144,6 +144,10 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
         raise StudyError(
             f"target {name} has layers without standard attention: it keeps no KV cache to reuse; choose another target"
         )
+    if getattr(config, "kv_lora_rank", None):
+        raise StudyError(
+            f"target {name} compresses its cache (latent attention): it has no keys to reuse; choose another target"
+        )
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)

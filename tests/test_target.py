@@ -118,6 +118,12 @@ def test_recurrent_and_sliding_targets_are_refused(tmp_path):
     one_line(error)
 
 
+def test_a_compressed_cache_is_refused():
+    config = AutoConfig.for_model("deepseek_v3", **SMALL, **HEADS, q_lora_rank=8, first_k_dense_replace=9)
+    with pytest.raises(StudyError, match="compresses its cache .* choose another target"):
+        full_attention_layers(AutoModelForCausalLM.from_config(config))
+
+
 def test_full_attention_layers_of_mixed_and_of_plain_targets(tmp_path):
     def layers(family, **options):
         return full_attention_layers(

@@ -109,6 +109,14 @@ def test_a_batch_without_answers_has_no_loss_and_moves_nothing(variant):
     assert all(p.grad is None or not p.grad.any() for p in drafter.parameters())
 
 
+@pytest.mark.parametrize("variant", ["hidden", "kv_1", "hybrid"])
+def test_documents_of_one_token_are_no_trouble(variant):
+    """A prefix without entries would crash the process in the fused kernel."""
+    features = examples.live_of(examples.document("1"), examples.document("0")).batch([0, 1])
+    result = ttt_loss(examples.drafter(variant), features, ttt_steps=3)
+    assert result.loss == 0 and not result.pairs.any()
+
+
 def test_loss_counts_matches_and_drops_what_cannot_be_drafted():
     """`matches` and `pairs` equal a count by hand: pairs outside the draft vocabulary stay in the denominator."""
     drafter, features = examples.drafter("kv_1"), examples.features()
