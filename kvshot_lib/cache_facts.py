@@ -3,14 +3,17 @@
 import time
 from statistics import median
 
+import matplotlib as mpl
 import pandas as pd
 import seaborn as sns
 import torch
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from .capture import Captured, attention_rows, capture
 from .features import STATE, FeatureSpec, LiveFeatures
+from .figures import STYLE
 from .target import Target
 
 
@@ -41,6 +44,7 @@ def norm_table(taken: Captured) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@mpl.rc_context(STYLE)
 def draw_norms(table: pd.DataFrame) -> Figure:
     """Mean norms as two maps, layer by KV head; ``table`` is :func:`norm_table`."""
     figure = Figure(figsize=(9.6, 2.6), layout="constrained")
@@ -51,8 +55,11 @@ def draw_norms(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def attention_table(taken: Captured, layers: list[int]) -> pd.DataFrame:
-    """Attention weights of every query of the first captured sequence, averaged over heads: layer, query, key, weight."""
+def attention_table(taken: Captured, layers: list[int], tokens: int = 96) -> pd.DataFrame:
+    """Attention weights among the first ``tokens`` of the first captured sequence, averaged over heads.
+
+    Columns layer, query, key and weight; one row for each query and each key up to it.
+    """
     rows = []
     for layer in layers:
         queries = taken.queries[layer][:1]
@@ -64,12 +71,22 @@ def attention_table(taken: Captured, layers: list[int]) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
+def sinks(table: pd.DataFrame, distance: int = 16) -> pd.DataFrame:
+    """The position that later queries (by ``distance`` or more) look at most, per layer: layer, key, mean_weight.
+
+    ``table`` is :func:`attention_table`; positions with fewer than ``distance`` such queries don't count.
+    """
+    later = table[table["query"] - table["key"] >= distance]
+    by_key = later.groupby(["layer", "key"])["weight"].agg(["mean", "size"])
+    means = by_key[by_key["size"] >= distance]["mean"].rename("mean_weight").reset_index()
+    return means.loc[means.groupby("layer")["mean_weight"].idxmax()].reset_index(drop=True)
+
+
+@mpl.rc_context(STYLE)
 def draw_attention(table: pd.DataFrame, answer_start: int) -> Figure:
     """One triangle a layer: how much the token in row t looks at the token in column s, on a logarithmic scale."""
-    from matplotlib.colors import LogNorm
-
     layers = sorted(table["layer"].unique())
-    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.3), layout="constrained")
     for axes, layer in zip(figure.subplots(1, len(layers), sharey=True), layers, strict=True):
         grid = table[table["layer"] == layer].pivot(index="query", columns="key", values="weight")
         picture = axes.imshow(grid, cmap="magma", norm=LogNorm(vmin=1e-3, vmax=1), interpolation="nearest")
