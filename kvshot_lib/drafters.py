@@ -303,8 +303,17 @@ class Drafter(nn.Module):
 def build_drafter(
     config: DrafterConfig, target: Target, spec: FeatureSpec, draft_ids: Tensor, *, seed: int = 0
 ) -> Drafter:
-    """A fresh drafter in float32 on the target's device; equal seeds give equal weights on any device."""
+    """A fresh drafter in float32 on the target's device; equal seeds give equal weights on any device.
+
+    Raises
+    ------
+    StudyError : the target scales its embeddings or caps its logits (Gemma), which the drafters don't imitate.
+    """
     model, source = target.model, target.config
+    if type(model.get_input_embeddings()) is not nn.Embedding or getattr(source, "final_logit_softcapping", None):
+        raise StudyError(
+            f"target {target.name} scales its embeddings or caps its logits: drafters don't; choose another target"
+        )
     sizes = LlamaConfig(
         hidden_size=source.hidden_size, intermediate_size=source.intermediate_size, head_dim=spec.head_dim,
         num_attention_heads=source.num_attention_heads, num_key_value_heads=source.num_key_value_heads,

@@ -50,7 +50,8 @@ def write_store(
     manifest = json.loads(json.dumps(manifest))
     if (folder / MANIFEST).exists():
         manifest = _resume(folder, manifest, replace)
-    _check_space(folder, sum(live.lengths[_done(manifest) :]) * sum(live.spec.bytes_per_token.values()))
+    needed = sum(live.lengths[_done(manifest) :]) * sum(live.spec.bytes_per_token.values())
+    _check_space(folder, needed * dtype.itemsize // 2)
     with tqdm(
         total=sum(live.lengths),
         initial=sum(live.lengths[: _done(manifest)]),

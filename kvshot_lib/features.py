@@ -87,6 +87,8 @@ def feature_spec(
     full = full_attention_layers(target.model)
     chosen = uniform_layers(full, kv_layers) if isinstance(kv_layers, int) else tuple(kv_layers)
     fused = tuple(fused_layers or hidden_layers(config.num_hidden_layers))
+    if not chosen:
+        raise StudyError("kv_layers=[] reuses nothing; give layers, or how many uniformly spaced ones")
     check_layers(target.model, fused, chosen)
     return FeatureSpec(
         target=target.name, target_hash=target.hash, tokenizer_hash=target.tokenizer_hash,

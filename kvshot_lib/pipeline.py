@@ -40,7 +40,7 @@ class Profile:
     extract, train, decay : for notebooks 01, 02 (every drafter) and 03.
     drafters : variant name to the parameters of notebook 02 that make it.
     seeds : every drafter is trained once with each.
-    parallel_trainings : how many trainings may run side by side (0: one a core; with one GPU, say 1).
+    parallel_trainings : how many trainings may run side by side (0: one a core; more than cores is fine; with one GPU, say 1).
     """
 
     name: str
@@ -165,7 +165,7 @@ def imported_modules(tree: ast.AST) -> set[str]:
     return names
 
 
-def run_snakemake(profile: str, words: list[str], lock: int) -> int:
+def run_snakemake(profile: str, cores: int, words: list[str], lock: int) -> int:
     """Run notebooks/Snakefile in the current folder; returns the exit status. Ctrl-C is left to Snakemake.
 
     Snakemake holds ``lock`` too, so that it stays held if this process alone is killed. Snakemake's own lock outlives
@@ -181,7 +181,7 @@ def run_snakemake(profile: str, words: list[str], lock: int) -> int:
         f"profile={profile}",
     ]
     command += ["--quiet", "rules" if {"-n", "--dry-run"} & set(words) else "all"]
-    command += ["--cores", "all", "--rerun-incomplete", "--nolock", "--keep-going"]
+    command += ["--cores", str(cores), "--rerun-incomplete", "--nolock", "--keep-going"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     process = subprocess.Popen([*command, *words], pass_fds=[lock], env=os.environ | {"PATH": path})
     while True:
@@ -198,7 +198,8 @@ def main(words: list[str] | None = None) -> int:
         check_profile(loaded)
         results = Path("results") / loaded.name
         with locked(results / ".lock") as lock:
-            status = run_snakemake(profile, words, lock)
+            cores = max(os.cpu_count(), loaded.parallel_trainings)
+            status = run_snakemake(profile, cores, words, lock)
     except (StudyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -49,6 +49,9 @@ class TrainConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise StudyError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("max_steps", "validate_every", "weight_decay", "warmup_fraction"):
+            if getattr(self, name) < 0:
+                raise StudyError(f"{name}={getattr(self, name)} must be 0 or more")
         if not 0 < self.anchor_fraction <= 1:
             raise StudyError(f"anchor_fraction={self.anchor_fraction} must be above 0 and at most 1")
 

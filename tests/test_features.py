@@ -97,3 +97,8 @@ def test_tokens_of_a_larger_vocabulary_are_refused():
         StudyError, match="token id 700, target tiny-llama only 512; use a corpus made with this target"
     ):
         examples.live_of(foreign)
+
+
+def test_reusing_no_layer_is_refused():
+    with pytest.raises(StudyError, match="reuses nothing"):
+        feature_spec(examples.target(), [])

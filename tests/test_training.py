@@ -295,3 +295,9 @@ def test_every_paradigm_learns_four_documents_by_heart(tmp_path, variant):
     train(drafter, source, source, config, tmp_path)
     counts = sum(count_document(*document)[0] for document in match_documents(source, drafter, 2))
     assert (counts[:, 1] / counts[:, 0] > 0.95).all(), counts
+
+
+@pytest.mark.parametrize("name", ["max_steps", "validate_every", "weight_decay", "warmup_fraction"])
+def test_negative_settings_are_refused_by_name(name):
+    with pytest.raises(StudyError, match=f"{name}=-1 must be 0 or more"):
+        TrainConfig(**{name: -1})
