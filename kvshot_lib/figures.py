@@ -17,6 +17,7 @@ from .errors import StudyError
 from .files import write_atomically, write_csv
 from .tables import in_order, rounded
 
+LEAST_ANCHORS = 50
 STEP_METRICS = ("step_acceptance", "chain_acceptance")
 
 STYLE = sns.axes_style("ticks") | {
@@ -73,6 +74,18 @@ def pick(summary: pd.DataFrame, *metrics: str) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
+def supported(table: pd.DataFrame, summary: pd.DataFrame, reference: str | None = None) -> pd.DataFrame:
+    """The rows of ``table`` that rest on ``LEAST_ANCHORS`` anchors or more, in ``summary`` (and for ``reference``, if given).
+
+    Late chain steps of a weak drafter rest on a handful of anchors; a point drawn there is noise with a marker on it.
+    """
+    enough = summary.loc[summary["anchors"] >= LEAST_ANCHORS, ["variant", "metric", "draft_step"]]
+    table = table.merge(enough)
+    if reference is not None:
+        table = table.merge(enough.loc[enough["variant"] == reference, ["metric", "draft_step"]])
+    return table
+
+
 @mpl.rc_context(STYLE)
 def draw_decay(table: pd.DataFrame) -> Figure:
     """Step and chain acceptance against the draft step; bands are 95% intervals over documents, bars seed ranges.
@@ -81,7 +94,7 @@ def draw_decay(table: pd.DataFrame) -> Figure:
     """
     titles = {
         "step_acceptance": "Step acceptance $\\alpha_k$\nall anchors, earlier steps may have failed",
-        "chain_acceptance": "Chain acceptance\nonly anchors whose earlier steps all matched",
+        "chain_acceptance": f"Chain acceptance\nanchors whose earlier steps all matched ({LEAST_ANCHORS} or more)",
     }
     return _draw_steps(table, titles, "share of the target's tokens guessed")
 
@@ -116,7 +129,7 @@ def _draw_steps(table: pd.DataFrame, titles: dict[str, str], ylabel: str, zero_l
             axes.axhline(0, color="#222222", lw=1, ls=(0, (4, 3)), zorder=1)
         else:
             highest = table.loc[table["metric"] == metric, ["value", "high"]].max().max()
-            axes.set_ylim(0, np.clip(1.08 * highest, 0.05, 1.02))
+            axes.set_ylim(0, np.clip(np.nan_to_num(1.08 * highest, nan=1.0), 0.05, 1.02))
         _label_ends(axes, ends)
     figure.axes[0].set_ylabel(ylabel)
     return figure
@@ -166,7 +179,7 @@ def draw_retention(table: pd.DataFrame) -> Figure:
             axes.barh(y, row["value"], height=0.62, color=colour, alpha=0.85)
             _whisker(axes, row, y, "#222222")
             end = np.nanmax([row["value"], row["high"], row["seed_high"], 0])
-            shown = f"{row['value']:.2f}" if np.isfinite(row["value"]) else "not defined"
+            shown = f"{row['value']:.2f}" if np.isfinite(row["value"]) else "too few anchors"
             axes.text(end + 0.02 * edge, y, shown, va="center", fontsize=9.5)
         axes.axvline(1, color="#222222", lw=1, ls=(0, (4, 3)))
         axes.set(title=title, xlim=(0, 1.16 * edge), xlabel="last step / step 0   (dashed: no decay)")

@@ -58,6 +58,7 @@ def run_notebook(
         print(f"{output.stem}: started", file=sys.stderr, flush=True)
         started_at = time.monotonic()
         execute(notebook, unfinished, parameters, Path(cwd or notebook.parent), Progress(output.stem))
+        collapse_progress(unfinished)
         os.replace(unfinished, output)
         print(f"{output.stem}: done in {time.monotonic() - started_at:.0f} s", file=sys.stderr, flush=True)
 
@@ -86,6 +87,21 @@ def execute(notebook: Path, output: Path, parameters: dict, cwd: Path, progress:
         text = " ".join(str(error.evalue).split()) or "(no message)"
         line = text if error.ename == "StudyError" else f"{error.ename}: {text}"
         raise StudyError(f"{notebook.name}: {line} [cell {error.exec_count} of {output}]") from error
+
+
+def collapse_progress(path: Path) -> None:
+    """Leave of each cell's stderr what a terminal would show at the end: a progress bar's last state, not every one."""
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        text = "".join(output.text for output in outputs if output.get("name") == "stderr")
+        lines = [line.split("\r")[-1] for line in text.removesuffix("\n").replace("\r\n", "\n").split("\n")]
+        rest = [output for output in outputs if output.get("name") != "stderr"]
+        if text:
+            cell.outputs = [nbformat.v4.new_output("stream", name="stderr", text="\n".join(lines) + "\n"), *rest]
+    nbformat.write(notebook, path)
 
 
 class Progress:

@@ -122,7 +122,7 @@ def test_drafter_that_never_matches_can_be_drawn(tmp_path):
     ):
         table = figures.pick(summary, *names)
         figures.save_figure(draw(table), table, tmp_path, names[0])
-    assert "not defined" in [text.get_text() for text in draw(table).axes[0].texts]
+    assert "too few anchors" in [text.get_text() for text in draw(table).axes[0].texts]
 
 
 def test_training_figure_tells_which_documents_its_loss_is_of(tmp_path):
@@ -180,3 +180,14 @@ def test_recorded_figures_are_what_their_notebook_draws(folder, tmp_path):
     for path in sorted(drawn.glob("*.png")):
         baseline = shutil.copy(folder / path.name, tmp_path / f"recorded_{path.name}")
         assert compare_images(str(baseline), str(path), tol=2) is None, path.name
+
+
+def test_points_on_few_anchors_are_not_drawn():
+    columns = ["variant", "metric", "draft_step", "anchors"]
+    rows = [("a", "chain_acceptance", 0, 90), ("a", "chain_acceptance", 1, 50), ("a", "chain_acceptance", 2, 49)]
+    rows += [("b", "chain_acceptance", 0, 90), ("b", "chain_acceptance", 1, 49), ("b", "chain_acceptance", 2, 90)]
+    summary = pd.DataFrame(rows, columns=columns).astype({"draft_step": "Int64"})
+    kept = figures.supported(summary, summary)
+    assert kept[["variant", "draft_step"]].values.tolist() == [["a", 0], ["a", 1], ["b", 0], ["b", 2]]
+    gaps = figures.supported(summary[summary["variant"] == "b"], summary, reference="a")
+    assert gaps["draft_step"].tolist() == [0]

@@ -13,6 +13,7 @@ from kvshot_lib.errors import StudyError
 from kvshot_lib.notebooks import (
     Progress,
     claim,
+    collapse_progress,
     execute_in_place,
     locked,
     main,
@@ -152,3 +153,14 @@ def test_nbval_sees_a_changed_number_and_a_changed_figure_and_the_checks_see_a_s
 
     subprocess.run([sys.executable, "-m", "nbstripout", str(good)], check=True)
     assert faults(good) == ["execution counts are not 1..n"]
+
+
+def test_progress_bars_keep_their_last_state_only(tmp_path):
+    stream = lambda name, text: nbformat.v4.new_output("stream", name=name, text=text)
+    outputs = [stream("stderr", "bar: 10%"), stream("stdout", "found 3\n"), stream("stderr", "\rbar: 100%\nnote\n")]
+    cell = nbformat.v4.new_code_cell("run()", outputs=outputs)
+    path = tmp_path / "bars.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    collapse_progress(path)
+    told = [(output.name, output.text) for output in nbformat.read(path, as_version=4).cells[0].outputs]
+    assert told == [("stderr", "bar: 100%\nnote\n"), ("stdout", "found 3\n")]
