@@ -57,6 +57,7 @@ publish:  ## copy tables and figures of results/PROFILE to data/recorded/PROFILE
 	@mkdir -p data/recorded/$(PROFILE) figures/$(PROFILE)
 	cp results/$(PROFILE)/tables/*.csv data/recorded/$(PROFILE)/
 	cp results/$(PROFILE)/figures/* figures/$(PROFILE)/
+	rm -f figures/$(PROFILE)/training_*_seed*  # training.png shows them together
 
 execute: $(READY)  ## run the committed notebooks in place at their own parameters (NOTEBOOKS=... for some)
 	@$(BIN)/python -m kvshot_lib.notebooks execute $(NOTEBOOKS)

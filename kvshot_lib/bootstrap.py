@@ -111,15 +111,18 @@ class Draws:
 
     def rows(self, variant: str, metric: str, draft_step: int | None = None) -> np.ndarray:
         """Draws of one metric, a row per seed: float [seeds, 1 + samples]."""
-        step = (
-            self.keys["draft_step"].isna()
-            if draft_step is None
-            else self.keys["draft_step"].eq(draft_step).fillna(False)
-        )
-        found = self.values[
-            (self.keys["variant"].eq(variant) & self.keys["metric"].eq(metric) & step).to_numpy(dtype=bool)
-        ]
-        if not len(found):
+        return self.values[self._places(variant, metric, draft_step)]
+
+    def anchors(self, variant: str, metric: str, draft_step: int | None = None) -> int:
+        """The fewest anchors, over seeds, that the metric rests on."""
+        return int(self.keys.loc[self._places(variant, metric, draft_step), "anchors"].min())
+
+    def _places(self, variant: str, metric: str, draft_step: int | None) -> np.ndarray:
+        """Which rows are of this metric: bool [rows]; some are."""
+        steps = self.keys["draft_step"]
+        same_step = steps.isna() if draft_step is None else steps.eq(draft_step).fillna(False)
+        found = (self.keys["variant"].eq(variant) & self.keys["metric"].eq(metric) & same_step).to_numpy(dtype=bool)
+        if not found.any():
             raise StudyError(
                 f"no {metric} (draft_step {draft_step}) of {variant}; variants here: {', '.join(self.variants)}"
             )

@@ -62,12 +62,11 @@ def attention_table(taken: Captured, layers: list[int], tokens: int = 96) -> pd.
     """
     rows = []
     for layer in layers:
-        queries = taken.queries[layer][:1]
-        weights = attention_rows(queries, taken.keys[layer][:1], torch.arange(queries.shape[2])).mean(1)[0]
-        seen = weights.tril().nonzero()
-        rows.append(
-            pd.DataFrame({"layer": layer, "query": seen[:, 0], "key": seen[:, 1], "weight": weights[tuple(seen.T)]})
-        )
+        queries, keys = taken.queries[layer][:1, :, :tokens], taken.keys[layer][:1, :, :tokens]
+        rows_wanted = torch.arange(queries.shape[2], device=queries.device)
+        weights = attention_rows(queries, keys, rows_wanted).mean(1)[0].cpu()
+        query, key = torch.tril_indices(*weights.shape)
+        rows.append(pd.DataFrame({"layer": layer, "query": query, "key": key, "weight": weights[query, key]}))
     return pd.concat(rows, ignore_index=True)
 
 

@@ -1,6 +1,6 @@
 """The pipeline's profiles (notebooks/profiles/*.yaml), its start, and what makes its results out of date.
 
-    python -m kvshot_lib.pipeline [PROFILE] [-n ...]    run notebooks/Snakefile; what follows PROFILE goes to Snakemake
+python -m kvshot_lib.pipeline [PROFILE] [-n ...]    run notebooks/Snakefile; what follows PROFILE goes to Snakemake
 """
 
 import ast

@@ -10,6 +10,7 @@ import pandas as pd
 
 from .bootstrap import Draws, Interval
 from .errors import StudyError
+from .figures import LEAST_ANCHORS
 from .tables import VARIANTS, in_order
 
 
@@ -51,7 +52,7 @@ def acceptance(draws: Draws) -> str:
     columns = [("step_acceptance", step) for step in steps]
     columns += [(name, None) for name in ("retention", "chain_retention", "expected_mat", "measured_mat")]
     variants, symbols = in_order(draws.variants), [f"$\\alpha_{{{step}}}$" for step in steps]
-    rows = [[f"`{variant}`", *(_cell(draws.mean(variant, *column)) for column in columns)] for variant in variants]
+    rows = [[f"`{variant}`", *(_cell(draws, variant, *column) for column in columns)] for variant in variants]
     header = ["variant", *symbols, "retention", "chain retention", "expected MAT", "measured MAT"]
     return markdown_table(rows, header)
 
@@ -192,9 +193,11 @@ def _percent(fractions: pd.Series) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _cell(found: Interval) -> str:
-    """An interval on two lines, for a table."""
-    return str(found).replace(" [", "<br>[")
+def _cell(draws: Draws, variant: str, metric: str, draft_step: int | None) -> str:
+    """An interval on two lines, for a table; no number where it would rest on fewer than ``LEAST_ANCHORS`` anchors."""
+    if draws.anchors(variant, metric, draft_step) < LEAST_ANCHORS:
+        return "too few<br>anchors"
+    return str(draws.mean(variant, metric, draft_step)).replace(" [", "<br>[")
 
 
 def _signed(found: Interval) -> str:
