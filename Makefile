@@ -39,7 +39,8 @@ study: $(READY)  ## the main job: extract, train, measure, draw (results/PROFILE
 	@$(BIN)/python -m kvshot_lib.pipeline $(PROFILE) $(ARGS)
 
 test: $(READY)  ## library tests, the smoke pipeline, and every notebook against its saved outputs
-	@$(BIN)/python -m pytest $(ARGS) --nbval --nbval-current-env tests notebooks
+	@$(BIN)/python -m pytest $(ARGS) --numprocesses 2 --dist loadfile tests
+	@$(BIN)/python -m pytest $(ARGS) --nbval --nbval-current-env notebooks
 
 figures: $(READY)  ## redraw figures/PROFILE from data/recorded/PROFILE
 	@$(BIN)/python -m kvshot_lib.notebooks run notebooks/03_long_range_decay.ipynb \

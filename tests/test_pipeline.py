@@ -95,10 +95,10 @@ def study(finished, tmp_path):
 
 
 @pytest.mark.pipeline
-def test_small_study_trains_two_drafters_side_by_side_and_the_third_on_all_cores(finished):
-    cores = len(os.sched_getaffinity(0))
-    expected = {"hidden": cores // 2, "kv_1": cores // 2, "hybrid_warm": cores} if cores == 2 else {}
-    for variant, threads in expected.items():
+def test_trainings_share_the_cores_evenly(finished):
+    """As many of the three drafters as there are cores train at once."""
+    threads = max(1, os.cpu_count() // min(os.cpu_count(), 3))
+    for variant in ("hidden", "kv_1", "hybrid_warm"):
         text = (finished / f"results/small/notebooks/02_train_drafter.{variant}.seed0.ipynb").read_text()
         assert f"started 1 times with {threads} threads" in text
 
