@@ -40,8 +40,8 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
             f"the drafter in {folder} was trained for target {spec['target']} ({spec['target_hash'][:8]}…), "
             f"not for {target.name} ({target.hash[:8]}…); load that target or train a drafter for this one"
         )
-    spec = FeatureSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in spec.items()})
-    drafter = build_drafter(DrafterConfig(**description["config"]), target, spec, tensors.pop("draft_ids"))
+    config, spec = DrafterConfig(**description["config"]), FeatureSpec.from_json(spec)
+    drafter = build_drafter(config, target, spec, tensors.pop("draft_ids"))
     drafter.load_state_dict(tensors)
     return drafter.eval()
 

@@ -92,9 +92,8 @@ class StoredFeatures:
             raise StudyError(
                 f"the feature store at {self.folder} is not finished; run notebook 01_extract_kv_cache again, it resumes"
             )
-        spec = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["spec"].items()}
-        self.spec = FeatureSpec(**spec)
-        if expect is not None and (differs := _differences(asdict(expect), spec)):
+        self.spec = FeatureSpec.from_json(manifest["spec"])
+        if expect is not None and (differs := _differences(asdict(expect), asdict(self.spec))):
             raise StudyError(
                 f"the feature store at {self.folder} was made with another {differs}; run notebook 01_extract_kv_cache anew"
             )

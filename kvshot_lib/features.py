@@ -32,6 +32,11 @@ class FeatureSpec:
     head_dim: int
     vocab_size: int
 
+    @classmethod
+    def from_json(cls, read: dict) -> "FeatureSpec":
+        """A spec back from JSON, which knows lists but no tuples."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in read.items()})
+
     @property
     def bytes_per_token(self) -> dict[str, int]:
         """Bytes that one token's features take in bfloat16, by kind."""
