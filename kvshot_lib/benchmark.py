@@ -13,7 +13,7 @@ import torch
 
 from .cache_facts import extraction_speed
 from .checkpoints import draft_vocabulary
-from .corpus import load_corpus
+from .corpus import answer_token_counts, load_corpus
 from .drafters import DrafterConfig, build_drafter
 from .feature_store import StoredFeatures, write_store
 from .features import LiveFeatures, feature_spec
@@ -29,11 +29,16 @@ DRAFTERS = {
 
 
 def training_speed(
-    target: Target, store: StoredFeatures, config: DrafterConfig, anchor_fraction: float, *, vocabulary: int, steps: int
+    target: Target,
+    store: StoredFeatures,
+    config: DrafterConfig,
+    anchor_fraction: float,
+    *,
+    draft_ids: torch.Tensor,
+    steps: int,
 ) -> float:
     """Tokens/s of forward, backward and optimiser over batches of four documents; the first step warms up."""
-    counts = torch.zeros(target.vocab_size, dtype=torch.int64)
-    drafter = build_drafter(config, target, store.spec, draft_vocabulary(counts, min(vocabulary, target.vocab_size)))
+    drafter = build_drafter(config, target, store.spec, draft_ids)
     optimiser = torch.optim.AdamW(drafter.parameters(), lr=1e-4, fused=True)
     device, half = target.device.type, target.dtype != torch.float32
     tokens = 0
@@ -74,7 +79,10 @@ def main(words: list[str] | None = None) -> None:
     target = load_target(given.target)
     dtype = str(target.dtype).removeprefix("torch.")
     print(f"{device_name(target.device)}, {dtype}, torch {torch.__version__}, target {target.name}")
-    documents = sorted(load_corpus(given.corpus, "train").documents, key=lambda d: -len(d.tokens))[: given.documents]
+    answers = load_corpus(given.corpus, "train").documents
+    counts = torch.from_numpy(answer_token_counts(answers, target.vocab_size))
+    draft_ids = draft_vocabulary(counts, min(given.vocabulary, target.vocab_size))
+    documents = sorted(answers, key=lambda d: -len(d.tokens))[: given.documents]
     live = LiveFeatures(target, documents, feature_spec(target, 3))
     speed = extraction_speed(live, list(range(min(4, len(live)))))
     print(
@@ -86,9 +94,7 @@ def main(words: list[str] | None = None) -> None:
         store = StoredFeatures(folder)
         for name, config in DRAFTERS.items():
             for fraction in (1.0, 0.2):
-                tokens_per_s = training_speed(
-                    target, store, config, fraction, vocabulary=given.vocabulary, steps=given.steps
-                )
+                tokens_per_s = training_speed(target, store, config, fraction, draft_ids=draft_ids, steps=given.steps)
                 print(f"train {name:8} anchor_fraction {fraction:.1f}: {tokens_per_s:>8,.0f} tokens/s", flush=True)
     print(f"peak memory {peak_memory_bytes(target.device) / 1e9:.1f} GB")
 

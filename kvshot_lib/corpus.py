@@ -187,6 +187,11 @@ def read_documents(path: str | Path) -> list[Document]:
     ]
 
 
+def answer_token_counts(documents: Sequence[Document], vocab_size: int) -> np.ndarray:
+    """How often each id occurs in the answers, int [vocab_size]."""
+    return np.bincount(np.concatenate([d.answer for d in documents]), minlength=vocab_size)
+
+
 def repetition_start(answer: np.ndarray, repeat_tokens: int = REPEAT_TOKENS) -> int:
     """Where an answer starts to repeat itself: the first position whose next ``repeat_tokens`` tokens, in this order, have
     started earlier in the answer too; ``len(answer)`` if there is none.

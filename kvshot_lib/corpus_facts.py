@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .corpus import Corpus, Document, repetition_share, repetition_start
+from .corpus import Corpus, Document, answer_token_counts, repetition_share, repetition_start
 from .figures import STYLE
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73")
@@ -49,7 +49,9 @@ def coverage_table(
 
     By hand: training answers a a b c, size 1 keeps a; held-out answers a b b d are covered to 1/4.
     """
-    counts = {name: _token_counts(documents, vocab_size) for name, documents in {"train": train, **held_out}.items()}
+    counts = {
+        name: answer_token_counts(documents, vocab_size) for name, documents in {"train": train, **held_out}.items()
+    }
     order = np.argsort(-counts["train"], kind="stable")
     rows = []
     for name, count in counts.items():
@@ -100,8 +102,3 @@ def readable(document: Document, tokenizer, *, mark_repetition: bool = False, wi
         answer += " ✂ " + text(document.answer[end:])
     wrap = lambda part: "\n".join(textwrap.fill(line, width) for line in part.strip().split("\n"))
     return f"USER\n{wrap(user)}\n\nASSISTANT\n{wrap(answer)}\n"
-
-
-def _token_counts(documents: Sequence[Document], vocab_size: int) -> np.ndarray:
-    """How often each id occurs in the answers, int [vocab_size]."""
-    return np.bincount(np.concatenate([d.answer for d in documents]), minlength=vocab_size)
