@@ -17,32 +17,7 @@ import pandas as pd
 from .bootstrap import acceptance_table
 from .errors import StudyError
 from .files import write_csv
-
-# Variant names of the study, in the order in which tables and figures show them.
-VARIANTS = [
-    "hidden",
-    "hidden_post_norm",
-    "hidden_continued",
-    "kv_1",
-    "kv_2",
-    "kv_3",
-    "kv_4",
-    "kv_2_heads",
-    "kv_2_mlp",
-    "kv_2_unrotate",
-    "kv_2_4kv",
-    "kv_1_none",
-    "kv_2_zero",
-    "kv_2_shuffled",
-    "kv_2_lagged",
-    "kv_2_from_hidden",
-    "kv_2_no_ttt",
-    "kv_2_grad50",
-    "hybrid",
-    "hybrid_warm",
-    "cross_only_warm",
-]
-
+from .variants import VARIANTS
 
 def _columns(text: str) -> dict[str, str]:
     return dict(column.split(":") for column in text.split())
