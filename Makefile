@@ -56,7 +56,8 @@ bench: $(READY)  ## speed of extraction and training on this machine
 publish:  ## copy tables and figures of results/PROFILE to data/recorded/PROFILE and figures/PROFILE
 	@test -d results/$(PROFILE)/tables || { echo "results/$(PROFILE)/tables isn't there; make it with: make study PROFILE=$(PROFILE)" >&2; exit 1; }
 	@mkdir -p data/recorded/$(PROFILE) figures/$(PROFILE)
-	cp results/$(PROFILE)/tables/*.csv data/recorded/$(PROFILE)/
+	for table in results/$(PROFILE)/tables/*.csv.gz; do rm -f "data/recorded/$(PROFILE)/$$(basename "$$table" .gz)"; done  # one form of a table
+	cp results/$(PROFILE)/tables/*.csv results/$(PROFILE)/tables/*.csv.gz data/recorded/$(PROFILE)/
 	cp results/$(PROFILE)/figures/* figures/$(PROFILE)/
 	rm -f figures/$(PROFILE)/training_*_seed*  # training.png shows them together
 

@@ -145,7 +145,7 @@ def draw(counts: pd.DataFrame, run_lengths: pd.DataFrame, samples: int = 2000, s
     """Compute every metric on the evaluation documents and on ``samples`` bootstrap resamples of them."""
     runs, stacked, stacked_runs = stack_counts(counts, run_lengths)
     weights = resample_weights(stacked.shape[1], samples, seed)
-    values = metrics_of(np.einsum("sd,rdkc->rskc", weights, stacked), np.einsum("sd,rdc->rsc", weights, stacked_runs))
+    values = metrics_of(_resampled(weights, stacked), _resampled(weights, stacked_runs))
     keys, rows = [], []
     for r, (variant, run_seed) in enumerate(runs.itertuples(index=False, name=None)):
         for metric in METRICS:
@@ -158,6 +158,15 @@ def draw(counts: pd.DataFrame, run_lengths: pd.DataFrame, samples: int = 2000, s
                 rows.append(values[metric][r] if step is None else values[metric][r, :, step])
     keys = pd.DataFrame(keys, columns=["variant", "seed", "metric", "draft_step", "anchors", "documents"])
     return Draws(keys.astype({"draft_step": "Int64"}), np.stack(rows))
+
+
+def _resampled(weights: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sums over documents: weights [samples, documents] and counts [runs, documents, …] -> float64 [runs, samples, …].
+
+    A product of float matrices, which is fast. It is exact: all terms and sums are integers below 2**53.
+    """
+    flat = counts.reshape(*counts.shape[:2], -1).astype(np.float64)
+    return (weights.astype(np.float64) @ flat).reshape(len(counts), len(weights), *counts.shape[2:])
 
 
 def _denominator(counts: np.ndarray, metric: str, step: int | None) -> np.ndarray:

@@ -62,6 +62,34 @@ def match_documents(
     return [tuple(part[kept[index]] for part in found[index]) for index in wanted]
 
 
+def anchor_places(source, documents: Sequence[int] | None = None) -> list[np.ndarray]:
+    """Where the anchors of each document lie, in the order in which `match_documents` gives them.
+
+    An anchor t has a generated offset, the answer tokens of its span at positions ≤ t, and a context length, t + 1:
+
+        position           0 1 2 3 4 5 6
+        answer mask        0 0 0 1 1 1 1
+        anchor                 t t t        (two answer tokens or more must follow)
+        generated offset       0 1 2        (0: on the last token before the answer)
+        context length         3 4 5
+
+    Returns
+    -------
+    Per document int64 [anchors, 2], the columns of ``metrics.AXES``.
+    """
+    found = []
+    for index in range(len(source)) if documents is None else documents:
+        answer_mask = source.batch([index], ("target_argmax",)).answer_mask.cpu()
+        anchors = find_anchors(answer_mask, 1)
+        places = anchors.index[anchors.valid[..., 0]]
+        position = torch.arange(answer_mask.shape[1])
+        last_outside = (
+            torch.where(answer_mask[0], -1, position).cummax(0).values
+        )  # the last token at or before t outside an answer
+        found.append(torch.stack([places - last_outside[places], places + 1], dim=1).numpy())
+    return found
+
+
 def outside_vocabulary(source, drafter: Drafter, documents: Sequence[int] | None = None) -> float:
     """Share of drafted positions whose target argmax is outside the draft vocabulary: no drafter can be right there."""
     known, outside, total = drafter.to_draft.cpu() >= 0, 0, 0

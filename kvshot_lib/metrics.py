@@ -25,6 +25,8 @@ from .errors import StudyError
 
 COUNTS = ["anchors", "matches", "reached", "chain_matches"]
 RUNS = ["anchors", "accepted"]
+AXES = ["generated_offset", "context_length_tokens"]
+FIRST_BIN = 16
 SCALAR_METRICS = ["retention", "chain_retention", "expected_mat", "measured_mat"]
 METRICS = ["step_acceptance", "chain_acceptance", *SCALAR_METRICS]
 
@@ -80,6 +82,54 @@ def count_run(
     run_lengths = pd.DataFrame(np.stack([r for _, r in counted]), columns=RUNS)
     index = {**run, "document": np.arange(len(counted))}
     return counts, run_lengths.assign(**index)[[*index, *RUNS]]
+
+
+def bin_low(places: np.ndarray) -> np.ndarray:
+    """Lower edge of each place's bin: 0 for 0 … 15, then powers of two (16 for 16 … 31, 32 for 32 … 63, and so on)."""
+    places = np.asarray(places, dtype=np.int64)
+    return np.where(places < FIRST_BIN, 0, 1 << (np.frexp(np.maximum(places, 1))[1].astype(np.int64) - 1))
+
+
+def axis_steps(draft_length: int) -> list[int]:
+    """The draft steps that are counted along the axes: the first, the middle one and the last (0, 3 and 6 of K = 7)."""
+    return sorted({0, (draft_length - 1) // 2, draft_length - 1})
+
+
+def count_axes(
+    variant: str, seed: int, documents: Iterable[tuple[np.ndarray, np.ndarray]], places: Iterable[np.ndarray]
+) -> pd.DataFrame:
+    """Count anchors and matches of a run by generated offset and by context length, each in the bins of `bin_low`.
+
+    With K = 1, an answer x_1 x_2 … of which the anchors 0 … 16 are valid, and a match at anchors 15 and 16 alone:
+
+        axis                    bin_low   anchors              matches
+        generated_offset        0         16  (offsets 0-15)   1
+        generated_offset        16        1   (offset 16)      1
+        context_length_tokens   0         15  (lengths 1-15)   0
+        context_length_tokens   16        2   (16 and 17)      2
+
+    Parameters
+    ----------
+    documents : (match, valid), bool [anchors, K] each, in the order of the corpus, as for `count_run`
+    places : int [anchors, 2] of each document, the columns of ``AXES``; `evaluate.anchor_places` gives them
+
+    Returns
+    -------
+    The rows of ``axes.csv``, for the draft steps of `axis_steps` and without rows of zero anchors. Over the bins of an
+    axis they sum to the anchors and matches of ``counts.csv``.
+    """
+    rows = []
+    for document, ((match, valid), where) in enumerate(zip(documents, places, strict=True)):
+        for axis, bins in zip(AXES, bin_low(where).T, strict=True):
+            for step in axis_steps(valid.shape[1]):
+                counted = valid[:, step]
+                for low in np.unique(bins[counted]):
+                    inside = counted & (bins == low)
+                    rows.append([document, axis, low, step, inside.sum(), (inside & match[:, step]).sum()])
+    rows = pd.DataFrame(rows, columns=["document", "axis", "bin_low", "draft_step", "anchors", "matches"])
+    rows.insert(0, "variant", variant)
+    rows.insert(1, "seed", seed)
+    return rows.sort_values(["document", "axis", "bin_low", "draft_step"], ignore_index=True)
 
 
 def metrics_of(counts: np.ndarray, runs: np.ndarray) -> dict[str, np.ndarray]:

@@ -10,10 +10,10 @@ import torch
 from .checkpoints import draft_vocabulary, warm_start
 from .drafters import Drafter, DrafterConfig, build_drafter
 from .errors import StudyError
-from .evaluate import match_documents, outside_vocabulary
+from .evaluate import anchor_places, match_documents, outside_vocabulary
 from .feature_store import StoredFeatures
 from .files import write_csv, write_json
-from .metrics import COUNTS, RUNS, count_run, metrics_of
+from .metrics import COUNTS, RUNS, count_axes, count_run, metrics_of
 from .provenance import provenance
 from .target import Target, load_target, resolve_device, resolve_dtype
 from .training import TrainConfig
@@ -126,8 +126,9 @@ def finish_run(
     with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
         matched = match_documents(run.features["evaluation"], run.drafter, draft_length, device=device, dtype=run.dtype)
     counts, run_lengths = count_run(run.variant, train_config.seed, matched)
+    axes = count_axes(run.variant, train_config.seed, matched, anchor_places(run.features["evaluation"]))
     labels = {"variant": run.variant, "seed": train_config.seed}
-    tables = {"counts": counts, "run_lengths": run_lengths, "history": history.assign(**labels)}
+    tables = {"counts": counts, "run_lengths": run_lengths, "axes": axes, "history": history.assign(**labels)}
     for name, table in tables.items():
         write_csv(run.folder / f"{name}.csv", table)
     write_json(run.folder / "run.json", facts)

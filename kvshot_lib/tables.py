@@ -1,13 +1,16 @@
 """The study's tidy tables: their columns, how runs are collected into them, and how they are read back.
 
-A run leaves ``run.json`` (one row of ``runs``), ``counts.csv``, ``run_lengths.csv`` and ``history.csv`` in
+A run leaves ``run.json`` (one row of ``runs``), ``counts.csv``, ``run_lengths.csv``, ``axes.csv`` and ``history.csv`` in
 ``RESULTS_DIR/runs/<variant>/seed<seed>/``. ``python -m kvshot_lib.tables collect RESULTS_DIR`` merges them, in an order
-that depends on their names only, into ``RESULTS_DIR/tables/*.csv`` and adds ``acceptance.csv``: metrics and intervals.
+that depends on their names only, into ``RESULTS_DIR/tables`` and adds ``acceptance``: metrics and intervals. Tables are
+CSV files, the large ones compressed (``counts.csv.gz``); pandas and spreadsheets open both.
 """
 
 import argparse
+import gzip
 import json
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +19,10 @@ import pandas as pd
 
 from .bootstrap import acceptance_table
 from .errors import StudyError
-from .files import write_csv
+from .files import write_atomically, write_csv
+from .metrics import AXES
 from .variants import VARIANTS
+
 
 def _columns(text: str) -> dict[str, str]:
     return dict(column.split(":") for column in text.split())
@@ -36,6 +41,9 @@ SCHEMAS = {
         "chain_matches:int64"
     ),
     "run_lengths": _columns("variant:str seed:int64 document:int64 anchors:int64 accepted:int64"),
+    "axes": _columns(
+        "variant:str seed:int64 document:int64 axis:str bin_low:int64 draft_step:int64 anchors:int64 matches:int64"
+    ),
     "history": _columns(
         "variant:str seed:int64 step:int64 trained_tokens:int64 seconds:float64 split:str draft_step:Int64 "
         "loss:float64 acceptance:float64 learning_rate:float64"
@@ -49,9 +57,13 @@ KEYS = {
     "runs": ["variant", "seed"],
     "counts": ["variant", "seed", "document", "draft_step"],
     "run_lengths": ["variant", "seed", "document"],
+    "axes": ["variant", "seed", "document", "axis", "bin_low", "draft_step"],
     "history": ["variant", "seed", "step", "split", "draft_step"],
     "acceptance": ["variant", "seed", "metric", "draft_step"],
 }
+
+COMPRESSED = {"counts", "run_lengths", "axes", "history"}  # a row a document or a training step: large in a large run
+OPTIONAL = {"axes"}  # runs recorded before there was such a table have none
 
 
 def check(table: pd.DataFrame, name: str, source: str | Path, remedy: str = "") -> pd.DataFrame:
@@ -74,24 +86,65 @@ def check(table: pd.DataFrame, name: str, source: str | Path, remedy: str = "") 
 
 
 def read(tables_dir: str | Path, name: str) -> pd.DataFrame:
-    """Read and check one of the collected tables; ``name`` is a key of ``SCHEMAS``."""
-    path = Path(tables_dir) / f"{name}.csv"
+    """Read and check one of the collected tables, ``<name>.csv.gz`` or else ``<name>.csv``; ``name`` is a key of ``SCHEMAS``.
+
+    A table of ``OPTIONAL`` that is not there is read as an empty one.
+    """
+    path = Path(tables_dir) / f"{name}.csv.gz"
+    path = path if path.is_file() else path.with_suffix("")
     remedy = (
         "train drafters with notebooks/02_train_drafter.ipynb, then run `python -m kvshot_lib.tables collect "
         "RESULTS_DIR`; `make study` does both"
     )
-    if not path.is_file():
-        raise StudyError(f"{path} is not there: {remedy}")
-    return check(_read_csv(path, name), name, path, remedy)
+    if path.is_file():
+        return check(_read_csv(path, name), name, path, remedy)
+    if name in OPTIONAL:
+        return _empty(name)
+    raise StudyError(f"{path} is not there: {remedy}")
+
+
+def _empty(name: str) -> pd.DataFrame:
+    return pd.DataFrame(columns=list(SCHEMAS[name])).astype(SCHEMAS[name])
 
 
 def _read_csv(path: Path, name: str) -> pd.DataFrame:
-    """Read a CSV file; only empty cells are missing (a variant may be called ``none``), and text such as 1e5 stays text."""
+    """Read a CSV file, compressed or not; only empty cells are missing (a variant may be called ``none``), and text such as 1e5 stays text."""
     text = {column: "str" for column, kind in SCHEMAS[name].items() if kind == "str"}
     try:
         return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path} is no readable CSV file ({error}): delete it and make it again") from None
+    except _UNREADABLE as error:
+        told = str(error).splitlines()[0]
+        raise StudyError(f"{path} is no readable CSV file ({told}): delete it and make it again") from None
+
+
+_UNREADABLE = (
+    pd.errors.EmptyDataError,
+    pd.errors.ParserError,
+    UnicodeDecodeError,
+    gzip.BadGzipFile,
+    zlib.error,
+    EOFError,
+)
+
+
+def write(tables_dir: str | Path, name: str, table: pd.DataFrame) -> Path:
+    """Write a collected table atomically, the same rows always as the same bytes; those of ``COMPRESSED`` with gzip.
+
+    The table in its other form, if an earlier version left one, is removed: no folder holds two copies of a table.
+    """
+    plain = Path(tables_dir) / f"{name}.csv"
+    compressed = plain.with_suffix(".csv.gz")
+    if name not in COMPRESSED:
+        compressed.unlink(missing_ok=True)
+        return write_csv(plain, table)
+
+    def write_gzip(path: Path) -> None:
+        with open(path, "wb") as handle, gzip.GzipFile(filename="", mode="wb", fileobj=handle, mtime=0) as packed:
+            packed.write(table.to_csv(index=False, lineterminator="\n").encode())
+
+    written = write_atomically(compressed, write_gzip)
+    plain.unlink(missing_ok=True)
+    return written
 
 
 def in_order(variants) -> list[str]:
@@ -101,7 +154,7 @@ def in_order(variants) -> list[str]:
 
 
 def collect(results_dir: str | Path, runs: Sequence[str] = (), samples: int = 2000, seed: int = 0) -> dict[str, Path]:
-    """Merge runs (``variant/seed0`` …; all finished ones by default) of ``results_dir`` into ``results_dir/tables/<name>.csv``, each written atomically.
+    """Merge runs (``variant/seed0`` …; all finished ones by default) of ``results_dir`` into ``results_dir/tables/``, as `write` does.
 
     Floats keep 6 significant digits, and a training history at most 100 steps per run and split, so that recorded
     tables stay small. A run without ``run.json`` is unfinished and left out.
@@ -125,10 +178,7 @@ def collect(results_dir: str | Path, runs: Sequence[str] = (), samples: int = 20
     _check_one_target(tables["runs"], results_dir)
     tables["acceptance"] = acceptance_table(tables["counts"], tables["run_lengths"], samples, seed)
     tables["history"] = _thin(tables["history"])
-    return {
-        name: write_csv(results_dir / "tables" / f"{name}.csv", rounded(table))
-        for name, table in sorted(tables.items())
-    }
+    return {name: write(results_dir / "tables", name, rounded(table)) for name, table in sorted(tables.items())}
 
 
 def _read_run(folder: Path) -> dict[str, pd.DataFrame]:
@@ -138,17 +188,35 @@ def _read_run(folder: Path) -> dict[str, pd.DataFrame]:
     except (ValueError, OSError) as error:
         raise StudyError(f"{folder / 'run.json'} can't be read ({error}): delete {folder} and train again") from None
     found = {"runs": check(pd.DataFrame([record]), "runs", folder / "run.json")}
-    for name in ("counts", "run_lengths", "history"):
+    for name in ("counts", "run_lengths", "axes", "history"):
         path = folder / f"{name}.csv"
-        if not path.is_file():
+        if path.is_file():
+            found[name] = check(_read_csv(path, name), name, path)
+        elif name in OPTIONAL:
+            found[name] = _empty(name)
+        else:
             raise StudyError(f"{path} is not there: run notebooks/02_train_drafter.ipynb for this run again")
-        found[name] = check(_read_csv(path, name), name, path)
     expected = f"{folder.parent.name}/{folder.name}"
     for name, table in found.items():
+        if table.empty and name in OPTIONAL:
+            continue
         inside = sorted({f"{row.variant}/seed{row.seed}" for row in table.itertuples()}) or ["no run"]
         if inside != [expected]:
             raise StudyError(f"the {name} in {folder} are of {' and '.join(inside)}: delete {folder} and train again")
+    _check_axes(found["axes"], found["counts"], folder)
     return found
+
+
+def _check_axes(axes: pd.DataFrame, counts: pd.DataFrame, folder: Path) -> None:
+    """Refuse a run whose anchors and matches along an axis are not those of its counts."""
+    index, summed = ["document", "draft_step"], ["anchors", "matches"]
+    wanted = counts[counts["draft_step"].isin(axes["draft_step"]) & (counts["anchors"] > 0)]
+    for axis in AXES:
+        found = axes[axes["axis"] == axis].groupby(index)[summed].sum()
+        if not found.equals(wanted.set_index(index)[summed].sort_index()):
+            raise StudyError(
+                f"the bins of {axis} in {folder / 'axes.csv'} don't sum to counts.csv: delete {folder} and train again"
+            )
 
 
 def _check_one_target(runs: pd.DataFrame, results_dir: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from examples import DRAFT_IDS, STEPS, VARIANTS
 
 from kvshot_lib import metrics
-from kvshot_lib.evaluate import judge, match_documents, outside_vocabulary
+from kvshot_lib.evaluate import anchor_places, judge, match_documents, outside_vocabulary
 from kvshot_lib.ttt import find_anchors, predict
 
 LAST_ONES = [examples.document("0" * 5 + "1" * length, seed=3) for length in range(1, 12)]  # spans of 1 to 11 tokens
@@ -116,6 +116,35 @@ def test_a_target_argmax_that_cannot_be_drafted_is_a_rejection():
     outside = outside_vocabulary(source, examples.drafter("hidden"))
     assert 0.02 < outside < 0.5
     assert step_0 == pytest.approx(1 - outside)
+
+
+def test_places_of_anchors_by_hand():
+    """0011100111111111100: anchors 1 2 of the first span, 6 … 14 of the second. 00100000110: anchor 7."""
+    source = examples.live()
+    assert anchor_places(source, [1])[0].tolist() == [[0, 2], [1, 3], *([t - 6, t + 1] for t in range(6, 15))]
+    assert anchor_places(source, [2])[0].tolist() == [[0, 8]]
+    assert anchor_places(source, [3])[0].shape == (0, 2)
+    assert anchor_places(examples.live_of(examples.document("11110")))[0].tolist() == [[1, 1], [2, 2]]
+
+
+@pytest.mark.parametrize("documents", [None, [4, 0, 2, 3, 1]])
+def test_places_line_up_with_matches(documents):
+    """A drafter that is right only where the generated offset is even: `match_documents` gives its anchors in this order."""
+    source = examples.live()
+
+    def predictor(features, anchors, ttt_steps):
+        drafts = perfect(features, anchors, ttt_steps)
+        outside = (~features.answer_mask[:, None, :]) & (
+            torch.arange(features.tokens.shape[1]) <= anchors.index[..., None]
+        )
+        last_outside = torch.where(outside, torch.arange(outside.shape[2]), -1).amax(-1)
+        return torch.where(((anchors.index - last_outside) % 2 == 0)[..., None], drafts, (drafts + 1) % 512)
+
+    matched = match_documents(source, predictor, STEPS, documents=documents, batch_documents=3)
+    places = anchor_places(source, documents)
+    assert [len(where) for where in places] == [len(match) for match, _ in matched]
+    for (match, _), where in zip(matched, places, strict=True):
+        assert match[:, 0].tolist() == (where[:, 0] % 2 == 0).tolist()
 
 
 def test_judge_never_counts_what_is_not_valid():

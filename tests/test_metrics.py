@@ -9,6 +9,7 @@ from kvshot_lib import bootstrap, metrics
 from kvshot_lib.errors import StudyError
 
 # The worked example of the module's docstring; -1 marks pairs that are not valid.
+RUN = ["variant", "seed"]
 EXAMPLE = np.array([[1, 1, 0], [0, 1, 1], [1, 0, -1], [1, -1, -1]])
 
 
@@ -44,6 +45,49 @@ def test_worked_example_by_hand():
     assert values["chain_retention", None] == 0
     assert values["expected_mat", None] == pytest.approx(1 + 3 / 4 + 1 / 2 + 1 / 4)
     assert values["measured_mat", None] == pytest.approx(2)
+
+
+def test_bins_are_powers_of_two():
+    assert metrics.bin_low([0, 1, 15, 16, 31, 32, 63, 64, 127, 128, 256, 511, 512, 1023]).tolist() == [
+        0, 0, 0, 16, 16, 32, 32, 64, 64, 128, 256, 256, 512, 512
+    ]  # fmt: skip
+    assert [metrics.axis_steps(length) for length in (1, 2, 3, 7)] == [[0], [0, 1], [0, 1, 2], [0, 3, 6]]
+
+
+def test_counts_along_the_axes_by_hand():
+    """The example of `count_axes` at two steps: the last anchor is valid at step 0 alone, 15 matches at both."""
+    valid = np.ones((17, 2), bool)
+    valid[16, 1] = False
+    match = np.zeros((17, 2), bool)
+    match[15] = match[16] = True  # the match that is not valid must not count
+    places = np.stack([np.arange(17), np.arange(17) + 1], axis=1)
+    none = np.zeros((0, 2), bool)
+    table = metrics.count_axes("kv_2", 3, [(none, none), (match, valid)], [np.zeros((0, 2), int), places])
+    assert table.columns.tolist() == [*RUN, "document", "axis", "bin_low", "draft_step", "anchors", "matches"]
+    assert (table["variant"] == "kv_2").all() and (table["seed"] == 3).all() and (table["document"] == 1).all()
+    assert table[["axis", "bin_low", "draft_step", "anchors", "matches"]].to_numpy().tolist() == [
+        ["context_length_tokens", 0, 0, 15, 0],
+        ["context_length_tokens", 0, 1, 15, 0],
+        ["context_length_tokens", 16, 0, 2, 2],
+        ["context_length_tokens", 16, 1, 1, 1],
+        ["generated_offset", 0, 0, 16, 1],
+        ["generated_offset", 0, 1, 16, 1],
+        ["generated_offset", 16, 0, 1, 1],
+    ]
+
+
+@given(st.lists(documents(), min_size=1, max_size=4), st.integers(0, 40))
+@settings(max_examples=40, deadline=None)
+def test_bins_of_an_axis_sum_to_the_counts(tables, prompt):
+    matched = [split(table) for table in tables]
+    places = [np.stack([3 * np.arange(len(m)), 3 * np.arange(len(m)) + prompt], axis=1) for m, _ in matched]
+    counts, _ = metrics.count_run("hidden", 0, matched)
+    axes = metrics.count_axes("hidden", 0, matched, places)
+    index, summed = ["document", "draft_step"], ["anchors", "matches"]
+    wanted = counts[counts["anchors"] > 0].set_index(index)[summed].sort_index()
+    for axis in metrics.AXES:
+        found = axes[axes["axis"] == axis].groupby(index)[summed].sum()
+        assert found.reset_index().astype(int).equals(wanted.reset_index().astype(int)), axis
 
 
 @pytest.mark.parametrize("answer", [1, 2, 6, 7, 8, 9, 30])

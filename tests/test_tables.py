@@ -1,5 +1,6 @@
 """Collecting runs into tables, and what is refused with one line that says what to do."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -11,7 +12,15 @@ from kvshot_lib import metrics, tables
 from kvshot_lib.bootstrap import acceptance_table
 from kvshot_lib.errors import StudyError
 
-RECORDED = sorted((Path(__file__).parents[1] / "data/recorded").glob("*/counts.csv"))
+RECORDED = sorted((Path(__file__).parents[1] / "data/recorded").glob("*/counts.csv*"))
+
+
+COLLECTED = {"runs", "counts", "run_lengths", "axes", "history", "acceptance"}
+PLACES = np.stack([np.arange(10) + 10, np.arange(10) + 30], axis=1)  # of ten anchors: generated offset, context length
+
+
+def documents_of(match):
+    return [(m, np.ones_like(m)) for m in match]
 
 
 def write_run(results_dir, variant, seed=0, documents=6, history_steps=3, **facts):
@@ -19,9 +28,10 @@ def write_run(results_dir, variant, seed=0, documents=6, history_steps=3, **fact
     folder = Path(results_dir) / "runs" / variant / f"seed{seed}"
     folder.mkdir(parents=True)
     match = np.random.default_rng([seed, *variant.encode()]).random((documents, 10, 3)) < 0.5
-    counts, run_lengths = metrics.count_run(variant, seed, [(m, np.ones_like(m)) for m in match])
-    counts.to_csv(folder / "counts.csv", index=False)
-    run_lengths.to_csv(folder / "run_lengths.csv", index=False)
+    counts, run_lengths = metrics.count_run(variant, seed, documents_of(match))
+    axes = metrics.count_axes(variant, seed, documents_of(match), [PLACES] * documents)
+    for name, table in (("counts", counts), ("run_lengths", run_lengths), ("axes", axes)):
+        table.to_csv(folder / f"{name}.csv", index=False)
     columns = tables.SCHEMAS["history"]
     rows = [
         [variant, seed, n, 100 * n, n / 3, "train", k, 1 / 3, 0.5, 1e-3] for n in range(history_steps) for k in (0, 1)
@@ -39,8 +49,8 @@ def test_collect_merges_every_run_in_the_order_of_the_study(tmp_path):
     unfinished = write_run(tmp_path, "kv_1")
     (unfinished / "run.json").unlink()
     paths = tables.collect(tmp_path, samples=20)
-    assert sorted(paths) == sorted(tables.SCHEMAS)
-    for name in tables.SCHEMAS:
+    assert set(paths) == COLLECTED
+    for name in COLLECTED:
         table = tables.read(tmp_path / "tables", name)
         runs = table[["variant", "seed"]].drop_duplicates().to_numpy().tolist()
         assert runs == [["hidden", 0], ["kv_2", 2], ["kv_2", 10], ["hybrid", 0], ["zebra", 0]], name
@@ -59,6 +69,57 @@ def test_collect_twice_writes_the_same_bytes(tmp_path):
     assert not list((tmp_path / "tables").glob(".*"))
 
 
+def test_large_tables_are_compressed_and_name_neither_time_nor_file(tmp_path):
+    write_run(tmp_path, "hidden")
+    paths = tables.collect(tmp_path, samples=5)
+    large = {name for name, path in paths.items() if path.name == f"{name}.csv.gz"}
+    assert large == {"counts", "run_lengths", "axes", "history"}
+    for name in large:
+        header = paths[name].read_bytes()[:10]
+        assert (header[3], header[4:8]) == (0, bytes(4)), "flags: no file name; modification time 0"
+    assert {path.name for path in paths.values()} - {f"{name}.csv.gz" for name in large} == {
+        "runs.csv",
+        "acceptance.csv",
+    }
+
+
+def test_either_form_of_a_table_is_read_and_only_one_is_left(tmp_path):
+    table = pd.DataFrame([["none", 0, 1, 2, 1]], columns=list(tables.SCHEMAS["run_lengths"]))
+    table.to_csv(tmp_path / "run_lengths.csv", index=False)
+    pd.testing.assert_frame_equal(tables.read(tmp_path, "run_lengths"), table, check_dtype=False)
+    newer = table.assign(accepted=2)
+    newer.to_csv(tmp_path / "run_lengths.csv.gz", index=False)
+    assert tables.read(tmp_path, "run_lengths")["accepted"].tolist() == [2]
+    tables.write(tmp_path, "run_lengths", table)
+    assert [path.name for path in tmp_path.iterdir()] == ["run_lengths.csv.gz"]
+    assert tables.read(tmp_path, "run_lengths")["accepted"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda data: b"variant,seed\n", lambda data: data[:-9], lambda data: data[:30] + data[40:]]
+)
+def test_damaged_compressed_table_is_one_line(tmp_path, spoil):
+    write_run(tmp_path, "hidden")
+    path = tables.collect(tmp_path, samples=5)["counts"]
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(
+        StudyError, match="counts.csv.gz is no readable CSV file .*: delete it and make it again"
+    ) as error:
+        tables.read(tmp_path / "tables", "counts")
+    assert "\n" not in str(error.value)
+
+
+def test_runs_without_counts_along_the_axes_are_collected(tmp_path):
+    """Runs of earlier versions have no axes.csv; a table that is not there reads as an empty one."""
+    (write_run(tmp_path, "hidden") / "axes.csv").unlink()
+    tables.collect(tmp_path, samples=5)
+    assert tables.read(tmp_path / "tables", "axes").empty
+    assert tables.read(tmp_path / "elsewhere", "axes").empty
+    write_run(tmp_path, "kv_1")
+    tables.collect(tmp_path, samples=5)
+    assert set(tables.read(tmp_path / "tables", "axes")["variant"]) == {"kv_1"}
+
+
 def test_written_acceptance_is_that_of_the_written_counts(tmp_path):
     write_run(tmp_path, "hidden")
     tables.collect(tmp_path, samples=50)
@@ -69,11 +130,12 @@ def test_written_acceptance_is_that_of_the_written_counts(tmp_path):
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.name)
 def test_recorded_tables_are_whole_and_agree(path):
-    recorded = {name: tables.read(path.parent, name) for name in tables.SCHEMAS}
+    recorded = {name: tables.read(path.parent, name) for name in COLLECTED}
     computed = acceptance_table(recorded["counts"], recorded["run_lengths"])
     pd.testing.assert_frame_equal(recorded["acceptance"], computed, rtol=1e-5)
-    for name in tables.SCHEMAS:
-        assert set(recorded[name]["variant"]) == set(recorded["runs"]["variant"]), name
+    for name in COLLECTED:
+        if name not in tables.OPTIONAL or len(recorded[name]):
+            assert set(recorded[name]["variant"]) == set(recorded["runs"]["variant"]), name
 
 
 def test_long_histories_are_thinned_to_their_ends_and_even_steps_between(tmp_path):
@@ -89,7 +151,7 @@ def test_floats_have_six_digits(tmp_path):
     write_run(tmp_path, "hidden", train_s=123.456789)
     tables.collect(tmp_path, samples=5)
     assert tables.read(tmp_path / "tables", "runs")["train_s"].tolist() == [123.457]
-    assert "0.333333," in (tmp_path / "tables/history.csv").read_text()
+    assert ",0.333333," in gzip.decompress((tmp_path / "tables/history.csv.gz").read_bytes()).decode()
 
 
 def test_further_facts_of_a_run_are_kept_and_may_be_missing_elsewhere(tmp_path):
@@ -127,19 +189,23 @@ def edit(name, change):
         (edit("counts", lambda t: t.assign(seed="one")), "counts.csv has a cell of the wrong type .*one"),
         (edit("counts", lambda t: t.assign(draft_step=0)), "counts.csv has two rows for .*'document': 0"),
         (edit("counts", lambda t: t.assign(variant="kv_9")), "the counts in .* are of kv_9/seed0"),
+        (edit("axes", lambda t: t.assign(variant="kv_9")), "the axes in .* are of kv_9/seed0"),
+        (edit("axes", lambda t: t[:-1]), "bins of generated_offset in .*axes.csv don't sum to counts.csv: delete"),
+        (edit("axes", lambda t: t.assign(matches=0)), "don't sum to counts.csv"),
         (edit("counts", lambda t: t[:0]), "the counts in .* are of no run"),
-        (edit("counts", lambda t: t[1:]), "different documents, draft steps or anchors"),
+        (edit("counts", lambda t: t[1:]), "don't sum to counts.csv"),
+        (edit("run_lengths", lambda t: t[1:]), "different documents, draft steps or anchors"),
     ],
 )
 def test_spoiled_runs_are_refused_and_earlier_tables_stay(tmp_path, spoil, message):
     write_run(tmp_path, "hidden")
     write_run(tmp_path, "kv_2")
-    before = {name: path.read_bytes() for name, path in tables.collect(tmp_path, samples=5).items()}
+    before = {path: path.read_bytes() for path in tables.collect(tmp_path, samples=5).values()}
     spoil(tmp_path / "runs/kv_2/seed0")
     with pytest.raises(StudyError, match=message) as error:
         tables.collect(tmp_path, samples=5)
     assert "\n" not in str(error.value)
-    assert before == {name: (tmp_path / f"tables/{name}.csv").read_bytes() for name in before}
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_runs_of_two_targets_are_refused(tmp_path):
