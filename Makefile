@@ -42,10 +42,9 @@ test: $(READY)  ## library tests, the smoke pipeline, and every notebook against
 	@$(BIN)/python -m pytest $(ARGS) --numprocesses 2 --dist loadfile tests
 	@$(BIN)/python -m pytest $(ARGS) --nbval --nbval-current-env notebooks
 
-figures: $(READY)  ## redraw figures/PROFILE from data/recorded/PROFILE
-	@$(BIN)/python -m kvshot_lib.notebooks run notebooks/03_long_range_decay.ipynb \
-	  results/$(PROFILE)/notebooks/03_long_range_decay.recorded.ipynb \
-	  -p tables_dir ../data/recorded/$(PROFILE) -p figures_dir ../figures/$(PROFILE)
+# Every recorded profile, unless PROFILE names one.
+figures: $(READY)  ## redraw figures/ from the tables in data/recorded/ (PROFILE=... for one of them)
+	@$(BIN)/python -m kvshot_lib.pipeline --figures $(if $(filter-out file,$(origin PROFILE)),$(PROFILE))
 
 lab: $(READY)  ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir . notebooks

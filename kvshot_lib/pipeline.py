@@ -1,6 +1,7 @@
 """The pipeline's profiles (notebooks/profiles/*.yaml), its start, and what makes its results out of date.
 
-python -m kvshot_lib.pipeline [PROFILE] [-n ...]    run notebooks/Snakefile; what follows PROFILE goes to Snakemake
+python -m kvshot_lib.pipeline [PROFILE] [-n ...]        run notebooks/Snakefile; what follows PROFILE goes to Snakemake
+python -m kvshot_lib.pipeline --figures [PROFILE ...]   redraw figures/PROFILE from data/recorded/PROFILE (all of them)
 """
 
 import ast
@@ -8,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields
@@ -16,15 +18,18 @@ from pathlib import Path
 import yaml
 
 from .errors import StudyError
-from .notebooks import locked
+from .notebooks import locked, run_notebook
 from .parameters import check_names, check_no_number_as_text, check_parameters, code_hash, read_code_cells
+from .variants import VARIANTS
 
 NOTEBOOKS = {
     "generate": "notebooks/00_generate_corpus.ipynb",
     "extract": "notebooks/01_extract_kv_cache.ipynb",
     "train": "notebooks/02_train_drafter.ipynb",
     "decay": "notebooks/03_long_range_decay.ipynb",
+    "scorecard": "notebooks/08_paper_scorecard.ipynb",
 }
+OPTIONAL = ("generate", "scorecard")
 SET_BY_PIPELINE = {"results_dir", "figures_dir", "tables_dir", "variant", "seed", "profile"}
 # Modules whose changes can't change a number: a new error message need not train anything again.
 PLUMBING = {"errors", "files", "provenance", "notebooks", "parameters", "pipeline"}
@@ -38,9 +43,11 @@ class Profile:
     ----------
     generate : for notebook 00, which the pipeline runs only if the profile has this key.
     extract, train, decay : for notebooks 01, 02 (every drafter) and 03.
-    drafters : variant name to the parameters of notebook 02 that make it.
+    scorecard : for notebook 08, which the pipeline runs only if the profile has this key.
+    drafters : variant name to the parameters of notebook 02 that make it; the file may just list names of `VARIANTS`.
     seeds : every drafter is trained once with each.
-    parallel_trainings : how many trainings may run side by side (0: one a core; more than cores is fine; with one GPU, say 1).
+    parallel_trainings : how many trainings may run side by side, at most; 0 means one a core, and more than cores is fine.
+        On a GPU it is what fits its memory: all of them run on the same one.
     """
 
     name: str
@@ -48,6 +55,7 @@ class Profile:
     extract: dict = field(default_factory=dict)
     train: dict = field(default_factory=dict)
     decay: dict = field(default_factory=dict)
+    scorecard: dict | None = None
     drafters: dict = field(default_factory=dict)
     seeds: list = field(default_factory=lambda: [0])
     parallel_trainings: int = 0
@@ -72,15 +80,41 @@ def load_profile(name_or_path: str | Path) -> Profile:
     kinds = {f.name: f.type for f in fields(Profile) if f.name != "name"}
     check_names(content, kinds, f"profile {path.name}")
     for key, value in content.items():
-        kind = dict if key == "generate" else kinds[key]
-        if not isinstance(value, kind):
+        kind = dict if key in OPTIONAL else kinds[key]
+        if not isinstance(value, kind) and not (key == "drafters" and isinstance(value, list)):
             raise StudyError(f"profile {path.name}: '{key}' must be a {kind.__name__}, not {value!r}")
+    content["drafters"] = resolve_drafters(content.get("drafters", {}), f"profile {path.name}")
     profile = Profile(name=path.stem, **content)
     drafters = {f"drafters.{variant}": given for variant, given in profile.drafters.items()}
     sections = {key: content[key] for key in NOTEBOOKS if key in content}
     for where, parameters in (sections | drafters).items():
         check_section(f"profile {path.name}, {where}", parameters)
     return profile
+
+
+def resolve_drafters(given: list | dict, where: str) -> dict[str, dict]:
+    """Variant name to parameters, for a list of the study's names, or for a mapping that may also make other drafters.
+
+    A name of the study always means the study's drafter: parameters given for it (a budget, say) are added to its own, and
+    one that changes its own is refused. Another name needs parameters.
+    """
+    found = {}
+    for name in given:
+        parameters = given[name] if isinstance(given, dict) else None
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+            raise StudyError(f"{where}: {name!r} is no name for a drafter; use letters, digits, _ and -")
+        if not isinstance(parameters, dict | None):
+            raise StudyError(f"{where}, drafters.{name} must be a mapping of parameters, not {parameters!r}")
+        if not parameters:
+            check_names([name], VARIANTS, f"{where}, drafters: the study")
+        own, parameters = VARIANTS.get(name, {}), parameters or {}
+        for key in own.keys() & parameters.keys():
+            if own[key] != parameters[key]:
+                raise StudyError(
+                    f"{where}: the study's '{name}' has {key}={own[key]!r}; with {parameters[key]!r} give it another name"
+                )
+        found[name] = own | parameters
+    return found
 
 
 def check_section(where: str, parameters: object) -> None:
@@ -94,24 +128,79 @@ def check_section(where: str, parameters: object) -> None:
 
 
 def check_profile(profile: Profile) -> None:
-    """Refuse parameters that the notebooks don't have, before anything runs.
+    """Refuse parameters that the notebooks don't have and warm starts from nowhere, before anything runs.
 
     Raises
     ------
     StudyError : names the profile's section, the parameter and the valid names.
     """
-    for key in ("generate", "extract", "decay"):
+    for key, notebook in NOTEBOOKS.items():
         if getattr(profile, key) is not None:
-            check_parameters(NOTEBOOKS[key], getattr(profile, key))
+            check_parameters(notebook, getattr(profile, key))
     for variant, parameters in profile.drafters.items():
-        check_parameters(NOTEBOOKS["train"], profile.train | parameters)
-        start = parameters.get("init_from")
-        if start and start not in profile.drafters:
+        check_parameters(NOTEBOOKS["train"], parameters)
+        check_start(profile, variant)
+    if not profile.drafters or not profile.seeds:
+        raise StudyError(f"profile {profile.name} has no drafters or no seeds, so there is nothing to train")
+    for seed in profile.seeds:
+        if not isinstance(seed, int) or seed < 0:
+            raise StudyError(f"profile {profile.name}: seed {seed!r} must be a whole number, 0 or more")
+
+
+def check_start(profile: Profile, variant: str) -> None:
+    """Follow ``init_from`` from drafter to drafter, to one that starts from nothing."""
+    passed, here = [], variant
+    while start := (profile.train | profile.drafters[here]).get("init_from"):
+        if start not in profile.drafters:
             raise StudyError(
-                f"profile {profile.name}: '{variant}' starts from '{start}', which is not among its drafters"
+                f"profile {profile.name}: '{here}' starts from '{start}', which is not among its drafters; add it there"
             )
-    if not profile.drafters:
-        raise StudyError(f"profile {profile.name} has no drafters, so there is nothing to train")
+        passed.append(here)
+        if start in passed:
+            raise StudyError(
+                f"profile {profile.name}: '{variant}' starts from itself, by {' from '.join([*passed, start])}"
+            )
+        here = start
+
+
+def check_drafters(profile: Profile) -> None:
+    """Refuse values that no drafter or training can have, as the trainings would. (It imports torch: some seconds.)
+
+    Every parameter of notebook 02 that is a field of `DrafterConfig` or `TrainConfig` goes there.
+
+    Raises
+    ------
+    StudyError : names the profile's drafter and what is wrong with it.
+    """
+    from .drafters import DrafterConfig
+    from .training import TrainConfig
+
+    defaults = parameter_defaults(NOTEBOOKS["train"])
+    for variant, parameters in profile.drafters.items():
+        values = defaults | profile.train | parameters
+        try:
+            for config in (DrafterConfig, TrainConfig):
+                config(**{f.name: values[f.name] for f in fields(config) if f.name in values})
+            for name in ("draft_vocab_size", "draft_length"):
+                if values.get(name, 1) < 1:
+                    raise StudyError(f"{name}={values[name]} must be 1 or more")
+        except (StudyError, TypeError) as error:
+            raise StudyError(f"profile {profile.name}, drafter '{variant}': {error}") from error
+
+
+def parameter_defaults(notebook: str | Path) -> dict:
+    """Names and values in the notebook's ``parameters`` cell; only plain values, no expressions.
+
+    Raises
+    ------
+    StudyError : no notebook there.
+    """
+    found = {}
+    for cell in read_code_cells(notebook):
+        for node in ast.parse(cell.source).body if "parameters" in cell.tags else ():
+            with contextlib.suppress(ValueError, AttributeError):
+                found[node.targets[0].id] = ast.literal_eval(node.value)
+    return found
 
 
 def fingerprint(key: str, parameters: dict, *upstream: str) -> str:
@@ -165,12 +254,13 @@ def imported_modules(tree: ast.AST) -> set[str]:
     return names
 
 
-def run_snakemake(profile: str, cores: int, words: list[str], lock: int) -> int:
+def run_snakemake(profile: str, parallel_trainings: int, words: list[str], lock: int) -> int:
     """Run notebooks/Snakefile in the current folder; returns the exit status. Ctrl-C is left to Snakemake.
 
     Snakemake holds ``lock`` too, so that it stays held if this process alone is killed. Snakemake's own lock outlives
     a kill and would block the next run.
     """
+    cores = max(os.cpu_count(), parallel_trainings)
     command = [
         sys.executable,
         "-m",
@@ -181,7 +271,8 @@ def run_snakemake(profile: str, cores: int, words: list[str], lock: int) -> int:
         f"profile={profile}",
     ]
     command += ["--quiet", "rules" if {"-n", "--dry-run"} & set(words) else "all"]
-    command += ["--cores", str(cores), "--rerun-incomplete", "--nolock", "--keep-going"]
+    command += ["--cores", str(cores), "--resources", f"training={parallel_trainings or cores}"]
+    command += ["--rerun-incomplete", "--nolock", "--keep-going"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     process = subprocess.Popen([*command, *words], pass_fds=[lock], env=os.environ | {"PATH": path})
     while True:
@@ -189,20 +280,56 @@ def run_snakemake(profile: str, cores: int, words: list[str], lock: int) -> int:
             return process.wait()
 
 
+def redraw(name: str) -> None:
+    """Draw figures/<name> anew from data/recorded/<name>: notebook 03, and 08 if the profile has it.
+
+    Raises
+    ------
+    StudyError : nothing recorded under that name, or a notebook that failed.
+    """
+    tables = Path("data/recorded") / name
+    if not tables.is_dir():
+        known = ", ".join(recorded_profiles()) or "nothing yet"
+        raise StudyError(f"there are no tables in {tables}; recorded: {known}")
+    known = Path(f"notebooks/profiles/{name}.yaml").exists()  # or else recorded by hand
+    profile = load_profile(name) if known else Profile(name)
+    for key in ("decay", "scorecard"):
+        parameters = getattr(profile, key)
+        if parameters is not None:
+            notebook = Path(NOTEBOOKS[key])
+            folders = {"tables_dir": f"../{tables}", "figures_dir": f"../figures/{name}"}
+            output = Path(f"results/{name}/notebooks/{notebook.stem}.recorded.ipynb")
+            run_notebook(notebook, output, parameters | folders)
+
+
+def recorded_profiles() -> list[str]:
+    """Names of the folders in data/recorded."""
+    return sorted(path.name for path in Path("data/recorded").glob("*/"))
+
+
 def main(words: list[str] | None = None) -> int:
-    """Check the profile, run the pipeline and say how it ended; returns the exit status."""
-    words = sys.argv[1:] if words is None else words
-    profile = words.pop(0) if words and not words[0].startswith("-") else "laptop"
+    """Redraw figures, or check the profile, run the pipeline and say how it ended; returns the exit status."""
+    words = list(sys.argv[1:] if words is None else words)
     try:
-        loaded = load_profile(profile)
-        check_profile(loaded)
-        results = Path("results") / loaded.name
-        with locked(results / ".lock") as lock:
-            cores = max(os.cpu_count(), loaded.parallel_trainings)
-            status = run_snakemake(profile, cores, words, lock)
+        if words[:1] == ["--figures"]:
+            for name in words[1:] or recorded_profiles():
+                redraw(name)
+            return 0
+        profile = words.pop(0) if words and not words[0].startswith("-") else "laptop"
+        return study(profile, words)
     except (StudyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def study(profile: str, words: list[str]) -> int:
+    """Check the profile, run the pipeline and say how it ended; returns Snakemake's exit status."""
+    loaded = load_profile(profile)
+    check_profile(loaded)
+    check_drafters(loaded)
+    results = Path("results") / loaded.name
+    with locked(results / ".lock") as lock:
+        status = run_snakemake(profile, loaded.parallel_trainings, words, lock)
     if status:
         print(
             "the run stopped early; what was finished is kept, and the same command goes on from there", file=sys.stderr

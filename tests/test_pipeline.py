@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -16,7 +17,8 @@ from notebook_checks import ROOT, write_notebook
 
 from kvshot_lib import pipeline
 from kvshot_lib.errors import StudyError
-from kvshot_lib.pipeline import check_profile, fingerprint, load_profile
+from kvshot_lib.pipeline import check_drafters, check_profile, fingerprint, load_profile
+from kvshot_lib.variants import VARIANTS
 
 EXTRACT = """from pathlib import Path
 store = Path(results_dir) / "features"
@@ -35,9 +37,9 @@ for name in ("run.json", "counts.csv", "run_lengths.csv", "history.csv"):
 PROFILE = """extract: {target: tiny}
 train: {wait_s: 0}
 drafters:
-  hidden: {paradigm: hidden}
+  hidden:
   kv_1: {paradigm: kv}
-  hybrid_warm: {paradigm: hybrid, init_from: hidden}
+  warm: {paradigm: hybrid, init_from: hidden}
 """
 
 
@@ -46,7 +48,7 @@ def small_study(folder: Path) -> Path:
     common = 'results_dir = "../results/none"\nfigures_dir = ""\n'
     notebooks = folder / "notebooks"
     write_notebook(notebooks / "01_extract_kv_cache.ipynb", common + 'target = "tiny"\ntrain_documents = 4', EXTRACT)
-    train = 'variant = "a"\nseed = 0\nparadigm = "hidden"\ninit_from = ""\nwait_s = 0\nlearning_rate = 0.001'
+    train = 'variant = "a"\nseed = 0\nparadigm = "hidden"\nnum_layers = 1\ninit_from = ""\nwait_s = 0\nlearning_rate = 0.001'
     write_notebook(notebooks / "02_train_drafter.ipynb", common + train, TRAIN)
     write_notebook(notebooks / "03_long_range_decay.ipynb", 'tables_dir = ""\nfigures_dir = ""', "print(1)")
     (notebooks / "profiles").mkdir()
@@ -98,7 +100,7 @@ def study(finished, tmp_path):
 def test_trainings_share_the_cores_evenly(finished):
     """As many of the three drafters as there are cores train at once."""
     threads = max(1, os.cpu_count() // min(os.cpu_count(), 3))
-    for variant in ("hidden", "kv_1", "hybrid_warm"):
+    for variant in ("hidden", "kv_1", "warm"):
         text = (finished / f"results/small/notebooks/02_train_drafter.{variant}.seed0.ipynb").read_text()
         assert f"started 1 times with {threads} threads" in text
 
@@ -121,8 +123,8 @@ def test_nothing_runs_again_after_a_reader_ran_and_saved_notebooks(study):
         ("notebooks/01_extract_kv_cache.ipynb", "store.mkdir(", "store.mkdir(mode=0o755, ", {"extract": 1, "train": 3}),
         (
             "notebooks/profiles/small.yaml",
-            "{paradigm: hidden}",
-            "{paradigm: hidden, learning_rate: 0.01}",
+            "hidden:\n",
+            "hidden: {learning_rate: 0.01}\n",
             {"train": 2},
         ),
         ("notebooks/profiles/small.yaml", "target: tiny", "target: tiny-qwen3", {"extract": 1, "train": 3}),
@@ -166,18 +168,39 @@ def test_killed_run_is_resumed_and_changed_parameters_start_afresh(tmp_path):
         ("target: tiny", "targt: tiny", r"has no 'targt' \(did you mean 'target'\?\); valid names: .*train_documents"),
         ("wait_s: 0", "learning_rate: 1e-3", "train, learning_rate: '1e-3' is text"),
         ("paradigm: kv}", "paradgm: kv}", r"has no 'paradgm' \(did you mean 'paradigm'\?\)"),
-        ("init_from: hidden", "init_from: hiden", "'hybrid_warm' starts from 'hiden', which is not among its drafters"),
+        ("init_from: hidden", "init_from: hiden", "'warm' starts from 'hiden', which is not among its drafters"),
         ("wait_s: 0", "seed: 1", "'seed' is set by the pipeline"),
         ("drafters:", "seeds: 3\ndrafters:", "'seeds' must be a list, not 3"),
         ("{target: tiny}", "{target: tiny", "not valid YAML"),
         ("{paradigm: kv}", "kv", "drafters.kv_1 must be a mapping"),
+        ("{paradigm: kv}", "{paradigm: hidden}", "the study's 'kv_1' has paradigm='kv'; with 'hidden' give it another"),
+        ("hidden:\n", "hiden:\n", r"the study has no 'hiden' \(did you mean 'hidden'\?\); valid names: hidden, .*kv_1"),
+        ("  warm:", "  a b:", "'a b' is no name for a drafter"),
+        ("init_from: hidden", "init_from: warm", "'warm' starts from itself, by warm from warm"),
+        ("drafters:", "seeds: [0, a]\ndrafters:", "seed 'a' must be a whole number"),
+        ("drafters:", "seeds: []\ndrafters:", "no seeds, so there is nothing to train"),
+        ("drafters:", "scorecard: {}\ndrafters:", "there is no notebook notebooks/08_paper_scorecard.ipynb"),
+        ("{paradigm: kv}", "{paradigm: kv, num_layers: 0}", "drafter 'kv_1': num_layers=0 "),
+        (
+            "{paradigm: hybrid,",
+            "{paradigm: hybrit,",
+            "drafter 'warm': paradigm='hybrit' is not known; choose from",
+        ),
+        ("wait_s: 0", "learning_rate: -1.0", "drafter 'hidden': learning_rate=-1.0 must be above 0"),
+        (
+            "wait_s: 0",
+            "learning_rate: fast",
+            "drafter 'hidden': '>' not supported between instances of 'str' and 'int'",
+        ),
     ],
 )
 def test_bad_profile_is_refused_in_one_line(tmp_path, monkeypatch, old, new, message):
     monkeypatch.chdir(small_study(tmp_path))
     edit(tmp_path / "notebooks/profiles/small.yaml", old, new)
     with pytest.raises(StudyError, match=message) as caught:
-        check_profile(load_profile("small"))
+        profile = load_profile("small")
+        check_profile(profile)
+        check_drafters(profile)
     assert "\n" not in str(caught.value)
 
 
@@ -186,6 +209,43 @@ def test_command_line_refuses_a_bad_profile_before_anything_runs(tmp_path, monke
     assert pipeline.main(["smal"]) == 1
     assert "there is no profile notebooks/profiles/smal.yaml; known: small" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("parallel, cores, limit", [(0, 4, 4), (1, 4, 1), (3, 4, 3), (6, 6, 6)])
+def test_no_more_trainings_at_once_than_the_profile_says(monkeypatch, parallel, cores, limit):
+    """Threads alone would let 16 cores run eight trainings of two threads where six were asked for."""
+    commands = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    done = SimpleNamespace(wait=lambda: 0)
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: commands.append(command) or done)
+    assert pipeline.run_snakemake("small", parallel, ["-n"], lock=0) == 0
+    assert f"--cores {cores} --resources training={limit} " in " ".join(commands[0])
+    assert re.search(r"rule train:.*?resources:\s+training=1,", (ROOT / "notebooks/Snakefile").read_text(), re.DOTALL)
+
+
+def test_figures_are_redrawn_from_every_recorded_profile(tmp_path, monkeypatch, capsys):
+    """Notebook 03 with the profile's own parameters; 08 only where the profile has it; a wrong name is told."""
+    monkeypatch.chdir(small_study(tmp_path))
+    edit(tmp_path / "notebooks/profiles/small.yaml", "drafters:", "scorecard: {samples: 5}\ndrafters:")
+    for name in ("other", "small"):
+        (tmp_path / "data/recorded" / name).mkdir(parents=True)
+    ran = []
+    monkeypatch.setattr(pipeline, "run_notebook", lambda *given: ran.append(given))
+    assert pipeline.main(["--figures"]) == 0
+    assert [(notebook.name[:2], str(output), parameters) for notebook, output, parameters in ran] == [
+        (number, f"results/{name}/notebooks/{stem}.recorded.ipynb", {**own, **recorded_folders(name)})
+        for name, number, stem, own in [
+            ("other", "03", "03_long_range_decay", {}),
+            ("small", "03", "03_long_range_decay", {}),
+            ("small", "08", "08_paper_scorecard", {"samples": 5}),
+        ]
+    ]
+    assert pipeline.main(["--figures", "smal"]) == 1
+    assert "there are no tables in data/recorded/smal; recorded: other, small" in capsys.readouterr().err
+
+
+def recorded_folders(name: str) -> dict[str, str]:
+    return {"tables_dir": f"../data/recorded/{name}", "figures_dir": f"../figures/{name}"}
 
 
 def test_fingerprint_sees_library_code_but_neither_comments_nor_docstrings(tmp_path, monkeypatch):
@@ -210,7 +270,21 @@ def test_fingerprint_sees_library_code_but_neither_comments_nor_docstrings(tmp_p
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks/profiles").glob("*.yaml")), ids=lambda path: path.stem)
 def test_committed_profile_fits_the_notebooks(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    check_profile(load_profile(path.stem))
+    profile = load_profile(path.stem)
+    check_profile(profile)
+    check_drafters(profile)
+
+
+def test_variants_by_list_and_by_mapping(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("drafters: [kv_2, hybrid_warm, hidden]")
+    assert load_profile(path).drafters == {name: VARIANTS[name] for name in ("kv_2", "hybrid_warm", "hidden")}
+    path.write_text("drafters: {kv_2: , hidden: {epochs: 9}, mine: {paradigm: kv, kv_layers: 5}}")
+    assert load_profile(path).drafters == {
+        "kv_2": {"paradigm": "kv", "num_layers": 2},
+        "hidden": {"paradigm": "hidden", "epochs": 9},
+        "mine": {"paradigm": "kv", "kv_layers": 5},
+    }
 
 
 @pytest.mark.pipeline
