@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 
 from .checkpoints import draft_vocabulary, warm_start
+from .cost import drafting_cost
 from .drafters import Drafter, DrafterConfig, build_drafter
 from .errors import StudyError
 from .evaluate import anchor_places, match_documents, outside_vocabulary
@@ -83,7 +84,7 @@ def _answer_token_counts(path: Path, vocab_size: int) -> torch.Tensor:
 
 
 def run_facts(run: Run, train_config: TrainConfig, history: pd.DataFrame) -> dict:
-    """The run's row of ``runs.csv``."""
+    """The run's row of ``runs.csv``; it measures what drafting costs, which takes a second."""
     config, drafter = run.drafter.config, run.drafter
     return {
         "variant": run.variant,
@@ -108,6 +109,7 @@ def run_facts(run: Run, train_config: TrainConfig, history: pd.DataFrame) -> dic
         "out_of_draft_vocab_fraction": outside_vocabulary(run.features["evaluation"], drafter),
         "init_from": run.init_from,
         "batch_documents": train_config.batch_documents,
+        **drafting_cost(drafter, dtype=run.dtype),
     }
 
 

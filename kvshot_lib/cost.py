@@ -1,0 +1,165 @@
+"""What drafting with a drafter costs: arithmetic counted from its modules, bytes, and seconds measured.
+
+Acceptance says how many drafts are right; whether that pays depends on what a draft costs. Counted are multiplications and additions
+of matrix products (2 · inputs · outputs for a linear map); norms, RoPE, softmax and the other small operations are left out.
+"""
+
+import time
+from statistics import median
+
+import torch
+from torch import nn
+
+from .drafters import Drafter
+from .features import Features
+from .ttt import Anchors, draft_steps
+
+BYTES = 2  # of a stored number: bfloat16, whatever the measured run computed in
+
+
+def drafting_cost(
+    drafter: Drafter,
+    context_length_tokens: int = 512,
+    draft_length: int = 7,
+    *,
+    dtype: torch.dtype = torch.float32,
+    repeats: int = 7,
+) -> dict[str, float | int]:
+    """Columns for ``runs.csv``.
+
+    Parameters
+    ----------
+    context_length_tokens : N, prefix entries that the chain's anchor sees. draft_length : K, steps of the chain.
+    dtype : what :func:`draft_step_s` computes in.
+
+    Returns
+    -------
+    ``drafting_flops`` of one draft step, the mean over the chain's K; ``prefix_flops_per_token`` and ``prefix_bytes_per_token``, for
+    each token that the target verified; ``draft_step_s`` seconds of one draft step on the drafter's device; ``draft_context_tokens`` N.
+    """
+    steps = [step_flops(drafter, context_length_tokens, k) for k in range(draft_length)]
+    return {
+        "drafting_flops": round(sum(steps) / draft_length),
+        "prefix_flops_per_token": prefix_flops_per_token(drafter),
+        "prefix_bytes_per_token": prefix_bytes_per_token(drafter),
+        "draft_step_s": draft_step_s(drafter, context_length_tokens, draft_length, dtype=dtype, repeats=repeats),
+        "draft_context_tokens": context_length_tokens,
+    }
+
+
+def step_flops(drafter: Drafter, context_length_tokens: int, draft_step: int) -> int:
+    """FLOPs of draft step k of one chain whose anchor sees N prefix entries.
+
+    FLOPs = 2 d V + Σ over layers of (Σ over linear maps 2 in · out + Σ over branches 4 H D (N + J)), with V draft tokens, H query heads
+    of size D, and J entries of the chain itself: k + 1 for a branch over the target's KV; k for one over hidden states, whose step 0
+    makes no entry (the prefix has it) and needs no key and value map.
+    """
+    total = 2 * drafter.head.numel()
+    for layer in drafter.layers:
+        total += _linear(layer) - _linear(getattr(layer, "fusion", None))
+        for attention in _attentions(layer):
+            own = draft_step + 1
+            if _makes_its_prefix(layer, attention) and layer.reads_state:
+                own = draft_step
+                total -= (draft_step == 0) * _keys_and_values(attention)
+            total += 4 * attention.q_proj.out_features * (context_length_tokens + own)
+    return total
+
+
+def prefix_flops_per_token(drafter: Drafter) -> int:
+    """FLOPs that turn one more token's target state into prefix entries: fusing layers, and keys and values where the drafter makes them."""
+    total = _linear(getattr(drafter, "fuse_hidden", None))
+    for layer in drafter.layers:
+        total += _linear(getattr(layer, "fusion", None))
+        total += sum(_keys_and_values(a) for a in _attentions(layer) if _makes_its_prefix(layer, a))
+    return total
+
+
+def prefix_bytes_per_token(drafter: Drafter) -> int:
+    """Bytes of keys and values that the drafter's attention reads per context token, in bfloat16.
+
+    With ``kv_fusion="heads"`` these are the target's own cache and take no memory besides.
+    """
+    attentions = [attention for layer in drafter.layers for attention in _attentions(layer)]
+    return sum((a.k_proj.out_features + a.v_proj.out_features) * BYTES for a in attentions)
+
+
+@torch.no_grad()
+def draft_step_s(
+    drafter: Drafter,
+    context_length_tokens: int,
+    draft_length: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    repeats: int = 7,
+) -> float:
+    """Seconds of one draft step of one chain (batch 1), prefix entries ready, LM head and argmax included: median over ``repeats`` chains.
+
+    Values don't matter to the time, so everything the drafter reads is zero; and it runs as it is written, not compiled. Other work on
+    the machine, trainings side by side say, lengthens it.
+    """
+    device = drafter.norm.weight.device
+    features, anchors = _zeros(drafter, context_length_tokens, draft_length)
+    seconds = []
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), torch.compiler.set_stance("force_eager"):
+        ready = _WithPrefix(drafter, features)
+        for _ in range(repeats + 1):
+            _wait(device)
+            started = time.perf_counter()
+            for _, _, output in draft_steps(ready, features, anchors, draft_length):
+                (drafter.norm(output[0]).to(drafter.head.dtype) @ drafter.head.T).argmax(-1)
+            _wait(device)
+            seconds.append((time.perf_counter() - started) / draft_length)
+    return median(seconds[1:])  # the first warms up
+
+
+class _WithPrefix:
+    """A drafter whose prefix entries are made once."""
+
+    def __init__(self, drafter: Drafter, features: Features):
+        self._drafter, self._entries = drafter, drafter.prefix(features)
+
+    def prefix(self, features: Features):
+        return self._entries
+
+    def __getattr__(self, name: str):
+        return getattr(self._drafter, name)
+
+
+def _zeros(drafter: Drafter, context_length_tokens: int, draft_length: int) -> tuple[Features, Anchors]:
+    """A document of N + 1 tokens and its anchor t = N - 1, which sees prefix entries s = 0 … N-1; steps k ≥ 1 reread its last token."""
+    spec, device, length = drafter.spec, drafter.norm.weight.device, context_length_tokens + 1
+    kv = (1, length, len(spec.kv_layers), spec.num_kv_heads, spec.head_dim)
+    shapes = {"hidden_states": (1, length, len(spec.hidden_layers), spec.hidden_size), "keys": kv, "values": kv}
+    state = {name: torch.zeros(shapes[name], device=device) for name in drafter.reads}
+    tokens = torch.zeros(1, length, dtype=torch.int64, device=device)
+    features = Features(tokens, tokens.bool(), tokens[:, 0], **state)
+    index = torch.tensor([[context_length_tokens - 1]], device=device)
+    valid = torch.ones(1, 1, draft_length, dtype=torch.bool, device=device)
+    return features, Anchors(index, valid, valid[..., 0].float())
+
+
+def _attentions(layer: nn.Module) -> list[nn.Module]:
+    return [module for module in layer.modules() if hasattr(module, "q_proj")]
+
+
+def _makes_its_prefix(layer: nn.Module, attention: nn.Module) -> bool:
+    """Are this branch's prefix entries its own keys and values, rather than projected target KV?"""
+    over_state = layer.reads_state and attention is layer.attention
+    return over_state or getattr(layer, "fusion", None) is None
+
+
+def _linear(module: nn.Module | None) -> int:
+    """FLOPs of every linear map in a module, each used once on one row; None has none."""
+    parts = [] if module is None else module.modules()
+    return sum(2 * part.weight.numel() for part in parts if isinstance(part, nn.Linear))
+
+
+def _keys_and_values(attention: nn.Module) -> int:
+    return _linear(attention.k_proj) + _linear(attention.v_proj)
+
+
+def _wait(device: torch.device) -> None:
+    """Let a GPU finish what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
