@@ -1,6 +1,9 @@
 """Trained drafters on disk: weights as safetensors, what they are as JSON beside them."""
 
+import hashlib
 import json
+import re
+import shlex
 from pathlib import Path
 
 import torch
@@ -12,6 +15,7 @@ from .errors import StudyError
 from .features import FeatureSpec
 from .files import sha256, write_atomically, write_json
 from .target import Target
+from .variants import VARIANTS
 
 WEIGHTS, DESCRIPTION = "drafter.safetensors", "drafter.json"
 
@@ -55,16 +59,22 @@ def warm_start(drafter: Drafter, folder: str | Path) -> list[str]:
 
     Raises
     ------
-    StudyError : no drafter there (names the notebook that makes it), or another target or draft vocabulary.
+    StudyError : no drafter there (names the command that makes it), or another target or draft vocabulary.
     """
-    description, tensors = _read(Path(folder))
-    if description["spec"]["target_hash"] != drafter.spec.target_hash:
+    draft_ids = drafter.draft_ids.cpu()
+    description, tensors = _read(Path(folder), draft_vocab_size=len(draft_ids))
+    theirs, ours = description["spec"], drafter.spec
+    if theirs["target_hash"] != ours.target_hash:
         raise StudyError(
-            f"can't start from {folder}: it was trained for another target ({description['spec']['target']})"
+            f"can't start from {folder}: it was trained for target {theirs['target']} ({theirs['target_hash'][:8]}…), "
+            f"not for {ours.target} ({ours.target_hash[:8]}…); train it for this target, in another results_dir"
         )
-    draft_ids = tensors.pop("draft_ids")
-    if not torch.equal(draft_ids, drafter.draft_ids.cpu()):
-        raise StudyError(f"can't start from {folder}: it drafts from another vocabulary ({len(draft_ids)} tokens)")
+    their_ids = tensors.pop("draft_ids")
+    if not torch.equal(their_ids, draft_ids):
+        raise StudyError(
+            f"can't start from {folder}: it drafts from another vocabulary ({_named(their_ids)}, not {_named(draft_ids)}); "
+            "train both with the same draft_vocab_size and features"
+        )
     own = drafter.state_dict()
     shared = {name: tensor for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
     drafter.load_state_dict(shared, strict=False)
@@ -82,11 +92,42 @@ def draft_vocabulary(answer_token_counts: torch.Tensor, size: int) -> torch.Tens
     return torch.argsort(answer_token_counts, descending=True, stable=True)[:size].sort().values
 
 
-def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+def training_command(folder: Path, **parameters) -> str:
+    """The command, for the repository's root, that trains the drafter of ``results_dir/runs/<variant>/seed<k>``.
+
+    ``results_dir`` may be absolute, or relative to the root or to notebooks/; the study's variants bring their parameters along.
+    """
+    results_dir, variant, seed = folder.parents[2], folder.parent.name, folder.name.removeprefix("seed")
+    inside = Path(*(part for part in results_dir.parts if part != ".."))
+    seen = inside if inside.is_absolute() else Path("..") / inside  # from notebooks/, where notebooks run
+    output = inside / f"notebooks/02_train_drafter.{variant}.seed{seed}.ipynb"
+    values = {"variant": variant, **VARIANTS.get(variant, {}), "seed": seed, **parameters}
+    values |= {"results_dir": seen, "figures_dir": seen / "figures"}
+    given = [word for name, value in values.items() for word in ("-p", name, str(value))]
+    notebook = "notebooks/02_train_drafter.ipynb"
+    return shlex.join(["python", "-m", "kvshot_lib.notebooks", "run", notebook, str(output), *given])
+
+
+def _named(draft_ids: torch.Tensor) -> str:
+    """Size and short hash of a draft vocabulary."""
+    return f"{len(draft_ids)} tokens, {hashlib.sha256(draft_ids.numpy().tobytes()).hexdigest()[:8]}…"
+
+
+def _missing(folder: Path, **parameters) -> str:
+    """What to do about a drafter that isn't there."""
+    if not (re.fullmatch(r"seed\d+", folder.name) and folder.parent.parent.name == "runs"):
+        return f"no trained drafter in {folder}; give a folder that notebook 02_train_drafter made: .../runs/<variant>/seed<k>"
+    known = "" if folder.parent.name in VARIANTS else ", what makes it this variant"
+    return (
+        f"no trained drafter in {folder}; train it first, from the repository's root (add your budget{known}): "
+        f"{training_command(folder, **parameters)}"
+    )
+
+
+def _read(folder: Path, **parameters) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Checked description and tensors of a trained drafter; ``parameters`` are known of how one that is missing is to be trained."""
     if not (folder / DESCRIPTION).exists():
-        raise StudyError(
-            f"no trained drafter in {folder}; run notebook 02_train_drafter for that variant and seed first"
-        )
+        raise StudyError(_missing(folder, **parameters))
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
         expected, _, _ = description["weights_sha256"], description["spec"], description["config"]

@@ -1,14 +1,19 @@
 """Trained drafters on disk: the same drafts after a round trip, and nothing loaded that doesn't belong together."""
 
 import json
+import shlex
+from pathlib import Path
 
 import examples
 import pytest
 import torch
+import yaml
 from examples import STEPS, VARIANTS
+from notebook_checks import ROOT
 
 from kvshot_lib.checkpoints import DESCRIPTION, WEIGHTS, draft_vocabulary, load_drafter, save_drafter, warm_start
 from kvshot_lib.errors import StudyError
+from kvshot_lib.parameters import check_parameters
 from kvshot_lib.ttt import find_anchors, predict
 
 
@@ -30,7 +35,7 @@ def test_a_drafter_is_the_same_after_a_round_trip(tmp_path, variant):
 
 
 def test_a_missing_altered_or_foreign_drafter_is_refused(tmp_path):
-    with pytest.raises(StudyError, match="no trained drafter in .*; run notebook 02_train_drafter"):
+    with pytest.raises(StudyError, match="no trained drafter in .*; give a folder that notebook 02_train_drafter made"):
         load_drafter(tmp_path, examples.target())
     save_drafter(examples.drafter("hidden"), tmp_path)
     with pytest.raises(
@@ -71,14 +76,43 @@ def test_a_warm_start_takes_what_is_shared(tmp_path):
 
 def test_a_warm_start_from_elsewhere_is_refused(tmp_path):
     hybrid = examples.drafter("hybrid")
-    with pytest.raises(StudyError, match="no trained drafter in .*; run notebook 02_train_drafter"):
+    with pytest.raises(StudyError, match="no trained drafter in .*; give a folder"):
         warm_start(hybrid, tmp_path)
     save_drafter(examples.drafter("hidden", "tiny-qwen3"), tmp_path)
-    with pytest.raises(StudyError, match=r"trained for another target \(tiny-qwen3\)"):
+    with pytest.raises(StudyError, match=r"for target tiny-qwen3 \(\w{8}…\), not for tiny-llama \(\w{8}…\)"):
         warm_start(hybrid, tmp_path)
     save_drafter(examples.drafter("hidden", draft_ids=torch.arange(99)), tmp_path)
-    with pytest.raises(StudyError, match=r"drafts from another vocabulary \(99 tokens\)"):
+    with pytest.raises(StudyError, match=r"another vocabulary \(99 tokens, \w{8}…, not 410 tokens, \w{8}…\)"):
         warm_start(hybrid, tmp_path)
+
+
+@pytest.mark.parametrize("results_dir", ["../results/mine", "results/mine"])
+def test_a_missing_warm_start_names_the_command_that_makes_it(results_dir):
+    with pytest.raises(StudyError, match="train it first") as caught:
+        warm_start(examples.drafter("hybrid"), Path(results_dir) / "runs/hidden_post_norm/seed2")
+    text = str(caught.value)
+    assert "\n" not in text and "what makes it" not in text
+    command = shlex.split(text[text.index("python -m") :])
+    assert command == shlex.split(
+        "python -m kvshot_lib.notebooks run notebooks/02_train_drafter.ipynb "
+        "results/mine/notebooks/02_train_drafter.hidden_post_norm.seed2.ipynb -p variant hidden_post_norm "
+        "-p paradigm hidden -p feedback post_norm -p seed 2 -p draft_vocab_size 410 "
+        "-p results_dir ../results/mine -p figures_dir ../results/mine/figures"
+    )
+    check_parameters(ROOT / command[4], {name: yaml.safe_load(value) for _, name, value in pairs(command[6:])})
+
+
+def pairs(words: list[str]) -> list[tuple[str, str, str]]:
+    """``-p NAME VALUE -p NAME VALUE …`` -> triples"""
+    return list(zip(words[::3], words[1::3], words[2::3], strict=True))
+
+
+def test_the_command_for_other_folders(tmp_path):
+    with pytest.raises(StudyError, match="add your budget, what makes it this variant") as caught:
+        load_drafter(tmp_path / "a folder/runs/mine/seed0", examples.target())
+    command = shlex.split(str(caught.value).split("): ")[1])
+    assert command[5] == f"{tmp_path}/a folder/notebooks/02_train_drafter.mine.seed0.ipynb"
+    assert ("-p", "results_dir", f"{tmp_path}/a folder") in pairs(command[6:])
 
 
 def test_draft_vocabulary_by_hand():
