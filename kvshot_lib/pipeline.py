@@ -31,8 +31,9 @@ NOTEBOOKS = {
 }
 OPTIONAL = ("generate", "scorecard")
 SET_BY_PIPELINE = {"results_dir", "figures_dir", "tables_dir", "variant", "seed", "profile"}
-# Modules whose changes can't change a number: a new error message need not train anything again.
-PLUMBING = {"errors", "files", "provenance", "notebooks", "parameters", "pipeline"}
+# Modules whose changes can't change a number: a new error message need not train anything again. A variant's parameters reach its
+# training as parameters, so that another variant more leaves the trained ones alone.
+PLUMBING = {"errors", "files", "provenance", "notebooks", "parameters", "pipeline", "variants"}
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ print("started", len((run / "checkpoint").read_text()), "times with", os.environ
 until = time.monotonic() + wait_s
 while time.monotonic() < until and not Path("../go").exists():
     time.sleep(0.1)
-for name in ("run.json", "counts.csv", "run_lengths.csv", "history.csv"):
+for name in ("run.json", "counts.csv", "run_lengths.csv", "axes.csv", "history.csv"):
     (run / name).write_text("{}")"""
 PROFILE = """extract: {target: tiny}
 train: {wait_s: 0}
@@ -262,6 +262,11 @@ def test_fingerprint_sees_library_code_but_neither_comments_nor_docstrings(tmp_p
     (library / "low.py").write_text('def f():  # a comment\n    """Another doc."""\n    return 1\n')
     (library / "unused.py").write_text("x = 1\n")
     assert fingerprint("extract", {"a": 1}) == before
+    (library / "top.py").write_text("from .low import f\nfrom .variants import VARIANTS\n")
+    changed = fingerprint("extract", {"a": 1})
+    (library / "variants.py").write_text("VARIANTS = {}\n")
+    assert fingerprint("extract", {"a": 1}) == changed, "a new variant trains itself, not the others"
+    (library / "top.py").write_text("from .low import f\n")
     assert len({before, fingerprint("extract", {"a": 2}), fingerprint("extract", {"a": 1}, "other input")}) == 3
     (library / "low.py").write_text("def f():\n    return 2\n")
     assert fingerprint("extract", {"a": 1}) != before
