@@ -98,3 +98,12 @@ def test_a_compiled_drafter_is_not_compiled_again(monkeypatch):
     )
     cost.drafting_cost(found, 32, 2, repeats=1)
     assert calls == []
+
+
+def test_the_table_of_all_drafters(monkeypatch, capsys):
+    """Each cost once: `hidden_continued` differs from `hidden` in its training alone."""
+    monkeypatch.setattr(cost, "VARIANTS", {name: VARIANTS[name] for name in ("hidden", "hidden_continued", "kv_1")})
+    assert cost.main(["--target", "tiny"]) == 0
+    device, _, *rows = capsys.readouterr().out.splitlines()
+    assert device.startswith("cpu") and [row.split()[0] for row in rows] == ["hidden", "kv_1"]
+    assert cost.main(["--target", "no/such-target-here", "--vocabulary", "1"]) == 1
