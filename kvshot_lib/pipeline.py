@@ -6,6 +6,7 @@ python -m kvshot_lib.pipeline --figures [PROFILE ...]   redraw figures/PROFILE f
 
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -30,6 +31,8 @@ NOTEBOOKS = {
     "scorecard": "notebooks/08_paper_scorecard.ipynb",
 }
 OPTIONAL = ("generate", "scorecard")
+MARK = ".fingerprint"  # in every folder that a notebook of the pipeline owns (`notebooks.claim`)
+DRY = {"-n", "--dry-run", "--dryrun"}
 SET_BY_PIPELINE = {"results_dir", "figures_dir", "tables_dir", "variant", "seed", "profile"}
 # Modules whose changes can't change a number: a new error message need not train anything again. A variant's parameters reach its
 # training as parameters, so that another variant more leaves the trained ones alone.
@@ -232,13 +235,19 @@ def library_sources(modules: set[str]) -> list[str]:
         path = Path(__file__).with_name(f"{name}.py")
         if name in found or name in PLUMBING or not path.exists():
             continue
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        found[name] = ast.dump(tree)
-        todo |= imported_modules(tree)
+        found[name], imported = _read_module(path, path.stat().st_mtime_ns)
+        todo |= imported
     return [found[name] for name in sorted(found)]
+
+
+@functools.cache  # a sweep asks for the same modules a hundred times
+def _read_module(path: Path, _changed_ns: int) -> tuple[str, set[str]]:
+    """A module's code without comments, docstrings and layout, and what it imports."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree), imported_modules(tree)
 
 
 def imported_modules(tree: ast.AST) -> set[str]:
@@ -271,7 +280,7 @@ def run_snakemake(profile: str, parallel_trainings: int, words: list[str], lock:
         "--config",
         f"profile={profile}",
     ]
-    command += ["--quiet", "rules" if {"-n", "--dry-run"} & set(words) else "all"]
+    command += ["--quiet", "rules" if DRY & set(words) else "all"]
     command += ["--cores", str(cores), "--resources", f"training={parallel_trainings or cores}"]
     command += ["--rerun-incomplete", "--nolock", "--keep-going"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -279,6 +288,31 @@ def run_snakemake(profile: str, parallel_trainings: int, words: list[str], lock:
     while True:
         with contextlib.suppress(KeyboardInterrupt):
             return process.wait()
+
+
+def overview(profile: Profile, results: Path) -> str:
+    """The profile's trainings, a line a drafter: which seeds have finished a run, up to date or not, and which have none."""
+    lines = [f"{profile.name}: {len(profile.drafters)} drafters, seeds {', '.join(map(str, profile.seeds))}"]
+    for variant in profile.drafters:
+        seeds = {True: [], False: []}
+        for seed in profile.seeds:
+            seeds[(results / f"runs/{variant}/seed{seed}/run.json").exists()].append(str(seed))
+        told = [
+            f"{word} {' '.join(seeds[done])}" for done, word in ((True, "finished"), (False, "not yet")) if seeds[done]
+        ]
+        lines.append(f"  {variant:20} {', '.join(told)}")
+    return "\n".join(lines)
+
+
+def check_foreign_runs(profile: Profile, results: Path) -> None:
+    """Refuse to train anew, and so to remove, runs that something else than the pipeline has finished in its folder."""
+    folders = [results / f"runs/{variant}/seed{seed}" for variant in profile.drafters for seed in profile.seeds]
+    foreign = [folder for folder in folders if (folder / "run.json").exists() and not (folder / MARK).exists()]
+    if foreign:
+        raise StudyError(
+            f"{len(foreign)} runs in {results} were not trained by the pipeline ({foreign[0]}, ...), which would replace them; "
+            f"to use them: python -m kvshot_lib.tables collect {results}; to train anew, move {results}/runs away"
+        )
 
 
 def redraw(name: str) -> None:
@@ -329,6 +363,10 @@ def study(profile: str, words: list[str]) -> int:
     check_profile(loaded)
     check_drafters(loaded)
     results = Path("results") / loaded.name
+    if DRY & set(words):
+        print(overview(loaded, results), flush=True)
+    else:
+        check_foreign_runs(loaded, results)
     with locked(results / ".lock") as lock:
         status = run_snakemake(profile, loaded.parallel_trainings, words, lock)
     if status:

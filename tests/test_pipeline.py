@@ -16,7 +16,9 @@ import pytest
 from notebook_checks import ROOT, write_notebook
 
 from kvshot_lib import pipeline
+from kvshot_lib.capture import uniform_layers
 from kvshot_lib.errors import StudyError
+from kvshot_lib.notebooks import claim
 from kvshot_lib.pipeline import check_drafters, check_profile, fingerprint, load_profile
 from kvshot_lib.variants import VARIANTS
 
@@ -244,6 +246,30 @@ def test_figures_are_redrawn_from_every_recorded_profile(tmp_path, monkeypatch, 
     assert "there are no tables in data/recorded/smal; recorded: other, small" in capsys.readouterr().err
 
 
+def test_a_dry_run_lists_the_trainings(tmp_path):
+    profile = pipeline.Profile("mine", drafters={"hidden": {}, "kv_1": {}}, seeds=[0, 1, 2])
+    (tmp_path / "runs/kv_1/seed1").mkdir(parents=True)
+    (tmp_path / "runs/kv_1/seed1/run.json").touch()
+    lines = [line.split() for line in pipeline.overview(profile, tmp_path).splitlines()[1:]]
+    assert lines == [["hidden", "not", "yet", "0", "1", "2"], ["kv_1", "finished", "1,", "not", "yet", "0", "2"]]
+
+
+def test_runs_made_elsewhere_are_not_replaced(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(small_study(tmp_path))
+    run = tmp_path / "results/small/runs/kv_1/seed0"
+    run.mkdir(parents=True)
+    (run / "run.json").touch()
+    monkeypatch.setattr(pipeline, "run_snakemake", lambda *_: 0)
+    assert pipeline.main(["small"]) == 1 and run.exists()
+    assert (
+        "1 runs in results/small were not trained by the pipeline (results/small/runs/kv_1/" in capsys.readouterr().err
+    )
+    assert pipeline.main(["small", "-n"]) == 0
+    claim(run, "its fingerprint")
+    (run / "run.json").touch()
+    assert pipeline.main(["small"]) == 0
+
+
 def recorded_folders(name: str) -> dict[str, str]:
     return {"tables_dir": f"../data/recorded/{name}", "figures_dir": f"../figures/{name}"}
 
@@ -278,6 +304,15 @@ def test_committed_profile_fits_the_notebooks(path, monkeypatch):
     profile = load_profile(path.stem)
     check_profile(profile)
     check_drafters(profile)
+
+
+def test_full_trains_every_variant_on_layers_that_are_extracted():
+    """Three layers of SmolLM2's 30 unless a variant says otherwise; `extract` records the union."""
+    profile = load_profile(ROOT / "notebooks/profiles/full.yaml")
+    assert profile.drafters == VARIANTS and list(profile.drafters) == list(VARIANTS) and profile.seeds == [0, 1, 2]
+    counts = {3} | {parameters.get("kv_layers", 3) for parameters in VARIANTS.values()}
+    wanted = {layer for count in counts for layer in uniform_layers(range(30), count)}
+    assert profile.extract["kv_layers"] == sorted(wanted)
 
 
 def test_variants_by_list_and_by_mapping(tmp_path):
