@@ -106,4 +106,5 @@ def test_the_table_of_all_drafters(monkeypatch, capsys):
     assert cost.main(["--target", "tiny"]) == 0
     device, _, *rows = capsys.readouterr().out.splitlines()
     assert device.startswith("cpu") and [row.split()[0] for row in rows] == ["hidden", "kv_1"]
-    assert cost.main(["--target", "no/such-target-here", "--vocabulary", "1"]) == 1
+    monkeypatch.setattr(cost, "VARIANTS", {"kv_2_heads": VARIANTS["kv_2_heads"]})
+    assert cost.main(["--target", "tiny"]) == 1 and "4 query heads can't share 6 KV heads" in capsys.readouterr().err
