@@ -4,6 +4,7 @@ A figure drawn twice has the same bytes: nothing here is random, the font is mat
 goes into the file. Colours are Okabe and Ito's (safe for the colour-blind); a variant has the same one everywhere.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,12 +13,15 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from .errors import StudyError
 from .files import write_atomically, write_csv
 from .tables import in_order, rounded
 
 LEAST_ANCHORS = 50
+MOST_LINES = 7  # more lines than this in one panel can't be told apart
+MAIN_VARIANTS = ("hidden", "kv_1", "kv_2", "kv_4", "hybrid", "hybrid_warm", "kv_1_none")
 STEP_METRICS = ("step_acceptance", "chain_acceptance")
 
 STYLE = sns.axes_style("ticks") | {
@@ -65,6 +69,18 @@ def save_figure(figure: Figure, table: pd.DataFrame, figures_dir: str | Path, na
     return write_atomically(path, lambda p: figure.savefig(p, dpi=160, metadata={"Software": None}))
 
 
+def main_variants(measured: Iterable[str], wanted: Iterable[str] = MAIN_VARIANTS, reference: str = "") -> list[str]:
+    """The variants that line figures show, in order: all of a few, else those of ``wanted`` that there are, and ``reference``."""
+    measured = in_order(measured)
+    chosen = [variant for variant in measured if variant in {*wanted, reference}]
+    return measured if len(measured) <= MOST_LINES or not chosen else chosen
+
+
+def of(table: pd.DataFrame, variants: Iterable[str]) -> pd.DataFrame:
+    """The rows of some variants."""
+    return table[table["variant"].isin(list(variants))].reset_index(drop=True)
+
+
 def pick(summary: pd.DataFrame, *metrics: str) -> pd.DataFrame:
     """The rows of some metrics, metric by metric and variant by variant: what a figure shows and its CSV holds."""
     order = in_order(summary["variant"])
@@ -100,6 +116,44 @@ def draw_decay(table: pd.DataFrame) -> Figure:
 
 
 @mpl.rc_context(STYLE)
+def draw_chain(table: pd.DataFrame) -> Figure:
+    """Step and chain acceptance of each variant in a panel of its own; ``table`` is that of `draw_decay`."""
+    variants = in_order(table["variant"])
+    columns = min(4, len(variants))
+    rows = -(-len(variants) // columns)
+    figure = Figure(figsize=(9.6, 0.6 + 2.3 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    styles = {"step_acceptance": ("-", "full"), "chain_acceptance": ((0, (3, 2)), "none")}
+    for axes, variant in zip(panels, variants):
+        colour, marker = look(variant)
+        for metric, (dashes, fill) in styles.items():
+            line = table[(table["variant"] == variant) & (table["metric"] == metric)].dropna(subset=["value"])
+            x = line["draft_step"].to_numpy(int)
+            axes.fill_between(x, line["low"].to_numpy(), line["high"].to_numpy(), color=colour, alpha=0.15, lw=0)
+            axes.plot(x, line["value"], color=colour, ls=dashes, marker=marker, ms=5, fillstyle=fill)
+        axes.set(title=variant, ylim=(0, top(table)), xticks=sorted(table["draft_step"].unique()))
+        axes.grid(axis="x", visible=False)
+    for axes in list(figure.axes)[len(variants) :]:
+        axes.set_axis_off()
+    for place, axes in enumerate(figure.axes[: len(variants)]):
+        if place % columns == 0:
+            axes.set_ylabel("acceptance")
+        if place + columns >= len(variants):
+            axes.set_xlabel("draft step $k$")
+            axes.tick_params(labelbottom=True)
+    names = {
+        "step_acceptance": "step acceptance: all anchors",
+        "chain_acceptance": "chain acceptance: earlier steps all matched",
+    }
+    handles = [
+        Line2D([], [], color="#555555", ls=dashes, marker="o", ms=5, fillstyle=fill, label=names[metric])
+        for metric, (dashes, fill) in styles.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=2)
+    return figure
+
+
+@mpl.rc_context(STYLE)
 def draw_gap(table: pd.DataFrame, reference: str) -> Figure:
     """Paired differences from the reference variant against the draft step, with their own 95% intervals.
 
@@ -128,21 +182,32 @@ def _draw_steps(table: pd.DataFrame, titles: dict[str, str], ylabel: str, zero_l
         if zero_line:
             axes.axhline(0, color="#222222", lw=1, ls=(0, (4, 3)), zorder=1)
         else:
-            highest = table.loc[table["metric"] == metric, ["value", "high"]].max().max()
-            axes.set_ylim(0, np.clip(np.nan_to_num(1.08 * highest, nan=1.0), 0.05, 1.02))
-        _label_ends(axes, ends)
+            axes.set_ylim(0, top(table[table["metric"] == metric]))
+        label_ends(axes, ends, steps[-1])
     figure.axes[0].set_ylabel(ylabel)
     return figure
 
 
-def _label_ends(axes: Axes, ends: list[tuple]) -> None:
-    """Write each line's name at its right end, (x, y, name, colour) each; names that would overlap move apart."""
+def top(table: pd.DataFrame) -> float:
+    """Upper end of a y axis that starts at 0 and holds every value and interval of ``table``, shares of 1."""
+    return float(np.clip(np.nan_to_num(1.08 * table[["value", "high"]].max().max(), nan=1.0), 0.05, 1.02))
+
+
+def label_ends(axes: Axes, ends: list[tuple], right: float) -> None:
+    """Write each line's name right of x = ``right``, (x, y, name, colour) each; names that would overlap move apart.
+
+    A dotted thread leads from the line's end to a name that is not beside it.
+    """
     low, high = axes.get_ylim()
+    width = right - axes.get_xlim()[0]
     ends = sorted(ends, key=lambda end: end[1])
     heights = spread([y for _, y, _, _ in ends], 0.065 * (high - low))
-    for (x, _, name, colour), height in zip(ends, heights):
-        where = (x + 0.35, height)
+    for (x, y, name, colour), height in zip(ends, heights):
+        where = (right + 0.055 * width, height)
         axes.annotate(name, where, color=colour, va="center", fontsize=9.5, weight="bold", annotation_clip=False)
+        if x < right or abs(y - height) > 0.02 * (high - low):
+            thread = ([x, right + 0.045 * width], [y, height])
+            axes.plot(*thread, color=colour, lw=0.8, ls=(0, (1, 2)), clip_on=False, scalex=False, scaley=False)
 
 
 def spread(heights: list[float], gap: float) -> list[float]:
@@ -160,74 +225,6 @@ def spread(heights: list[float], gap: float) -> list[float]:
 
 def _slots(group: list[float], gap: float) -> list[float]:
     return [float(np.mean(group) + gap * (i - (len(group) - 1) / 2)) for i in range(len(group))]
-
-
-@mpl.rc_context(STYLE)
-def draw_retention(table: pd.DataFrame) -> Figure:
-    """Retention as bars with 95% intervals; the line at 1 is a drafter that does not decay.
-
-    ``table`` is ``pick(summary, "retention", "chain_retention")``.
-    """
-    variants = in_order(table["variant"])
-    figure = Figure(figsize=(9.6, 1.5 + 0.42 * len(variants)), layout="constrained")
-    titles = {"retention": "Retention of step acceptance", "chain_retention": "Retention of chain acceptance"}
-    for axes, (metric, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
-        rows = table[table["metric"] == metric].set_index("variant").reindex(variants)
-        edge = np.nanmax([1.0, *rows["value"], *rows["high"], *rows["seed_high"]])
-        for y, (variant, row) in enumerate(rows.iterrows()):
-            colour, _ = look(variant)
-            axes.barh(y, row["value"], height=0.62, color=colour, alpha=0.85)
-            _whisker(axes, row, y, "#222222")
-            end = np.nanmax([row["value"], row["high"], row["seed_high"], 0])
-            shown = f"{row['value']:.2f}" if np.isfinite(row["value"]) else "too few anchors"
-            axes.text(end + 0.02 * edge, y, shown, va="center", fontsize=9.5)
-        axes.axvline(1, color="#222222", lw=1, ls=(0, (4, 3)))
-        axes.set(title=title, xlim=(0, 1.16 * edge), xlabel="last step / step 0   (dashed: no decay)")
-        _name_rows(axes, variants)
-    return figure
-
-
-@mpl.rc_context(STYLE)
-def draw_mat(table: pd.DataFrame) -> Figure:
-    """Tokens per target forward: product of marginals (open) and mean accepted run (filled), with 95% intervals.
-
-    ``table`` is ``pick(summary, "expected_mat", "measured_mat")``.
-    """
-    variants = in_order(table["variant"])
-    figure = Figure(figsize=(7.6, 1.6 + 0.52 * len(variants)), layout="constrained")
-    axes = figure.subplots()
-    for metric, offset in (("expected_mat", -0.14), ("measured_mat", 0.14)):
-        rows = table[table["metric"] == metric].set_index("variant").reindex(variants)
-        for y, (variant, row) in enumerate(rows.iterrows()):
-            colour, marker = look(variant)
-            _whisker(axes, row, y + offset, colour)
-            face = "white" if metric == "expected_mat" else colour
-            axes.plot(row["value"], y + offset, marker=marker, ms=7, mec=colour, mfc=face, mew=1.6, ls="none")
-    dot = {"ls": "none", "marker": "o", "ms": 7, "mew": 1.6, "mec": "#555555"}
-    handles = [
-        *axes.plot([], [], mfc="white", label="expected: $1+\\Sigma_i\\Pi_{j\\leq i}\\,\\alpha_j$", **dot),
-        *axes.plot([], [], mfc="#555555", label="measured: 1 + mean accepted run", **dot),
-    ]
-    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handletextpad=0.2)
-    right = np.nanmax([1.05, *table["value"], *table["high"], *table["seed_high"]])
-    axes.set(xlabel="tokens per target forward, bonus token included   (1: no draft token accepted)")
-    axes.set_xlim(1, 1 + 1.05 * (right - 1))
-    _name_rows(axes, variants)
-    return figure
-
-
-def _whisker(axes: Axes, row: pd.Series, y: float, colour: str) -> None:
-    """The 95% interval as a line, and the range of seeds as a thick faint one."""
-    axes.hlines(y, row["low"], row["high"], color=colour, lw=1.6)
-    axes.hlines(y, row["seed_low"], row["seed_high"], color=colour, lw=7, alpha=0.35)
-
-
-def _name_rows(axes: Axes, variants: list[str]) -> None:
-    """Variants as row names from top to bottom."""
-    axes.set_yticks(range(len(variants)), variants)
-    axes.set_ylim(len(variants) - 0.45, -0.55)
-    axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", length=0)
 
 
 def training_table(history: pd.DataFrame) -> pd.DataFrame:

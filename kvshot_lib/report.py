@@ -37,7 +37,7 @@ def drafters(runs: pd.DataFrame) -> str:
         one = own.iloc[0]
         size, seconds = f"{one['parameters'] / 1e6:.2f} M", f"{own['train_s'].mean():.0f} s"
         seeds, device = ", ".join(str(seed) for seed in sorted(own["seed"])), f"{one['device']}, {one['dtype']}"
-        tokens = _span(own["trained_tokens"])
+        tokens = span(own["trained_tokens"])
         rows.append([f"`{variant}`", one["paradigm"], one["num_layers"], size, tokens, seconds, seeds, device])
     header = ["variant", "paradigm", "layers", "parameters", "trained tokens", "training", "seeds", "device"]
     absent = [f"`{variant}`" for variant in VARIANTS if variant not in set(runs["variant"])]
@@ -57,8 +57,8 @@ def acceptance(draws: Draws) -> str:
     return markdown_table(rows, header)
 
 
-def decay(draws: Draws) -> str:
-    """One sentence a variant: does its step acceptance decay?"""
+def decay(draws: Draws, variants: Iterable[str] | None = None) -> str:
+    """One sentence for each of ``variants`` (all by default): does its step acceptance decay?"""
     last = int(draws.keys["draft_step"].max())
     told = {
         "below": "it **decays** (the whole interval is below 1)",
@@ -66,7 +66,7 @@ def decay(draws: Draws) -> str:
         "not distinguishable from": "**no decay** can be told from chance (the interval holds 1)",
     }
     lines = []
-    for variant in in_order(draws.variants):
+    for variant in in_order(variants or draws.variants):
         first, end = (draws.mean(variant, "step_acceptance", step) for step in (0, last))
         kept = draws.mean(variant, "retention")
         verdict = told[kept.verdict(1)] if np.isfinite(kept.low) else "**too few matches** for an interval"
@@ -74,11 +74,11 @@ def decay(draws: Draws) -> str:
     return "\n".join(lines)
 
 
-def gaps(draws: Draws, reference: str) -> str:
-    """One sentence for each other variant: at which steps it is above the reference or below, and its retention."""
+def gaps(draws: Draws, reference: str, variants: Iterable[str] | None = None) -> str:
+    """One sentence for each other variant (of ``variants``): at which steps it is above the reference or below, and its retention."""
     steps = range(int(draws.keys["draft_step"].max()) + 1)
     lines = []
-    for variant in in_order(draws.variants):
+    for variant in in_order(variants or draws.variants):
         if variant == reference:
             continue
         verdicts = {
@@ -93,27 +93,31 @@ def gaps(draws: Draws, reference: str) -> str:
         kept = draws.difference((variant, "retention"), (reference, "retention"))
         lines.append(
             f"- `{variant}`: step acceptance is {', '.join(parts)}. Its retention is {kept.verdict(0)} that of "
-            f"`{reference}`, by {_signed(kept)}."
+            f"`{reference}`, by {signed(kept)}."
         )
     return "\n".join(lines) or f"Only `{reference}` was measured, so there is nothing to compare it with."
 
 
-def lengths(draws: Draws, reference: str) -> str:
-    """One sentence a variant: measured against expected MAT, and against the reference."""
+def lengths(draws: Draws, reference: str, variants: Iterable[str] | None = None) -> str:
+    """One sentence a variant (of ``variants``): measured against expected MAT, and against the reference."""
     lines = []
-    for variant in in_order(draws.variants):
+    for variant in in_order(variants or draws.variants):
         bias = draws.difference((variant, "measured_mat"), (variant, "expected_mat"))
         measured = draws.mean(variant, "measured_mat")
-        line = f"- `{variant}`: measured {measured}, {bias.verdict(0)} its product of marginals, by {_signed(bias)}."
+        line = f"- `{variant}`: measured {measured}, {bias.verdict(0)} its product of marginals, by {signed(bias)}."
         if variant != reference:
             gap = draws.difference((variant, "measured_mat"), (reference, "measured_mat"))
-            line += f" It is {gap.verdict(0)} that of `{reference}`, by {_signed(gap)}."
+            line += f" It is {gap.verdict(0)} that of `{reference}`, by {signed(gap)}."
         lines.append(line)
     return "\n".join(lines)
 
 
-def in_short(draws: Draws, reference: str) -> str:
-    """The answer to the question in two sentences: who retains more than the reference, and who drafts longer runs."""
+def in_short(draws: Draws, reference: str, variants: Iterable[str] | None = None) -> str:
+    """The answer to the question in two sentences: who retains more than the reference, and who drafts longer runs.
+
+    Drafters that are not among ``variants`` (all by default) are counted, not named.
+    """
+    named = set(variants or draws.variants)
     others = [variant for variant in in_order(draws.variants) if variant != reference]
     if not others:
         return gaps(draws, reference)
@@ -124,8 +128,8 @@ def in_short(draws: Draws, reference: str) -> str:
     ):
         groups: dict[str, list[str]] = {"above": [], "below": [], "not distinguishable from": []}
         for variant in others:
-            groups[draws.difference((variant, metric), (reference, metric)).verdict(0)].append(f"`{variant}`")
-        more, less, unclear = (", ".join(names) or "none" for names in groups.values())
+            groups[draws.difference((variant, metric), (reference, metric)).verdict(0)].append(variant)
+        more, less, unclear = (_named_or_counted(found, named) for found in groups.values())
         told.append(
             f"Compared with `{reference}`, these {better}: {more}; these {worse}: {less}; "
             f"not distinguishable: {unclear}."
@@ -133,64 +137,27 @@ def in_short(draws: Draws, reference: str) -> str:
     return "\n\n".join(told)
 
 
-def limits(runs: pd.DataFrame, draws: Draws, reference: str) -> str:
-    """What a run of this size can't show, with its own numbers."""
-    documents = int(draws.keys["documents"].max())
-    anchors = int(draws.keys.loc[draws.keys["metric"] == "measured_mat", "anchors"].max())
-    rare = draws.keys[draws.keys["metric"] == "chain_acceptance"].sort_values("anchors").iloc[0]
-    targets = ", ".join(_target(name) for name in runs["target"].unique())
-    lines = [
-        f"**One target**: {targets}. Another target may order the drafters differently; absolute values belong to it.",
-        (
-            f"**Short training**: {_span(runs['trained_tokens'])} tokens for each drafter; one that learns slowly looks "
-            "worse here than it is."
-        ),
-        (
-            f"**Few anchors late in the chain**: {documents} answers have {anchors:,} anchors valid at every step, but "
-            f"chain acceptance of `{rare['variant']}` at step {rare['draft_step']} rests on {rare['anchors']:,}."
-        ),
-    ]
-    others = [variant for variant in draws.variants if variant != reference]
-    widths = [draws.difference((variant, "retention"), (reference, "retention")) for variant in others]
-    widths = [(width.high - width.low) / 2 for width in widths if np.isfinite(width.low)]
-    if widths:
-        lines.append(f"**Resolution**: a difference in retention of less than about {max(widths):.2f} goes unseen.")
-    seeds = runs.groupby("variant")["seed"].nunique()
-    single = ", ".join(f"`{variant}`" for variant in in_order(seeds[seeds < 2].index))
-    if single:
-        lines.append(
-            f"**One seed** for {single}: the intervals say how other documents would move a number, not how another "
-            "training would. Drafters closer to each other than seeds are remain unordered."
-        )
-    if (seeds > 1).any():
-        lines.append("**Few seeds**: their range is shown beside the intervals and is not part of them.")
-    sizes = " to ".join(f"{edge / 1e6:.2f}" for edge in (runs["parameters"].min(), runs["parameters"].max()))
-    lines.append(
-        f"**Equal data, not equal cost**: drafters train {sizes} million parameters, and a draft step costs unequal time. "
-        "Longer accepted runs are not yet speed."
-    )
-    outside = runs["out_of_draft_vocab_fraction"].dropna()
-    if len(outside):
-        lines.append(
-            f"**Draft vocabulary** of {_span(runs['draft_vocab_size'])} tokens: {_percent(outside)} of the target's "
-            "choices lie outside it and count as rejections, a ceiling for every drafter."
-        )
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _target(name: str) -> str:
-    """The target's name; the default target's weights went through a 4-bit format, which readers must know."""
-    return f"`{name}`" + (" (weights Q4_1, dequantised)" if name.startswith("smollm2") else "")
-
-
-def _span(numbers: pd.Series) -> str:
+def span(numbers: pd.Series) -> str:
+    """Equal numbers as one, others as their range."""
     low, high = int(numbers.min()), int(numbers.max())
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _percent(fractions: pd.Series) -> str:
-    low, high = (f"{100 * edge:.1f}%" for edge in (fractions.min(), fractions.max()))
-    return low if low == high else f"{low} to {high}"
+def _named_or_counted(variants: list[str], named: set[str]) -> str:
+    """Names of those in ``named``, then how many others: "`kv_1` and 3 others"."""
+    known = [f"`{variant}`" for variant in variants if variant in named]
+    others = len(variants) - len(known)
+    counted = [f"{others} other{'s' * (others > 1)}"] if others else []
+    return " and ".join([", ".join(known)] * bool(known) + counted) or "none"
+
+
+def signed(found: Interval) -> str:
+    return str(found) if found.value < 0 else f"+{found}"
+
+
+def names(variants: Iterable[str]) -> str:
+    """Variants in code type, or ``none``."""
+    return ", ".join(f"`{variant}`" for variant in variants) or "none"
 
 
 def _cell(draws: Draws, variant: str, metric: str, draft_step: int | None) -> str:
@@ -198,10 +165,6 @@ def _cell(draws: Draws, variant: str, metric: str, draft_step: int | None) -> st
     if draws.anchors(variant, metric, draft_step) < LEAST_ANCHORS:
         return "too few<br>anchors"
     return str(draws.mean(variant, metric, draft_step)).replace(" [", "<br>[")
-
-
-def _signed(found: Interval) -> str:
-    return str(found) if found.value < 0 else f"+{found}"
 
 
 def _steps(steps: list[int]) -> str:

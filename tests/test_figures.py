@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib.testing.compare import compare_images
 
-from kvshot_lib import bootstrap, figures, metrics
+from kvshot_lib import bootstrap, figures, figures_matrix, metrics
 from kvshot_lib.errors import StudyError
 
 ROOT = Path(__file__).parents[1]
@@ -53,12 +53,13 @@ def every_figure(draws, reference="hidden"):
     summary = bootstrap.summary_table(draws)
     table = figures.pick(summary, *figures.STEP_METRICS)
     yield "decay", figures.draw_decay(table), table
+    yield "chain", figures.draw_chain(table), table
     table = figures.pick(bootstrap.difference_table(draws, reference), *figures.STEP_METRICS)
     yield "gap", figures.draw_gap(table, reference), table
     table = figures.pick(summary, "retention", "chain_retention")
-    yield "retention", figures.draw_retention(table), table
+    yield "retention", figures_matrix.draw_retention(table), table
     table = figures.pick(summary, "expected_mat", "measured_mat")
-    yield "mat", figures.draw_mat(table), table
+    yield "mat", figures_matrix.draw_mat(table), table
     table = figures.training_table(history_of(*draws.variants))
     yield "training", figures.draw_training(table), table
 
@@ -69,7 +70,9 @@ def test_drawn_twice_has_the_same_bytes(tmp_path):
             figures.save_figure(figure, table, tmp_path / folder, name)
     written = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert written == sorted(
-        f"{name}.{kind}" for name in ("decay", "gap", "retention", "mat", "training") for kind in ("csv", "png")
+        f"{name}.{kind}"
+        for name in ("decay", "chain", "gap", "retention", "mat", "training")
+        for kind in ("csv", "png")
     )
     for name in written:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
@@ -79,7 +82,7 @@ def test_table_beside_a_figure_is_the_table_drawn(tmp_path):
     name, figure, table = next(every_figure(draws_of("kv_2", "hidden", seeds=2)))
     beside = pd.read_csv(figures.save_figure(figure, table, tmp_path, name).with_suffix(".csv"))
     pd.testing.assert_frame_equal(beside, table, check_dtype=False, rtol=1e-5)
-    lines = {line.get_color(): line for line in figure.axes[0].get_lines()}
+    lines = {line.get_color(): line for line in reversed(figure.axes[0].get_lines())}  # a thread to a name comes last
     for variant in ("hidden", "kv_2"):
         shown = beside[(beside["variant"] == variant) & (beside["metric"] == "step_acceptance")]
         drawn = lines[figures.look(variant)[0]]
@@ -104,9 +107,9 @@ def test_any_set_of_variants_can_be_drawn(tmp_path, variants):
     draws = draws_of(*variants, seeds=2)
     summary = bootstrap.summary_table(draws)
     table = figures.pick(summary, "retention", "chain_retention")
-    figures.save_figure(figures.draw_retention(table), table, tmp_path, "retention")
+    figures.save_figure(figures_matrix.draw_retention(table), table, tmp_path, "retention")
     table = figures.pick(summary, "expected_mat", "measured_mat")
-    figures.save_figure(figures.draw_mat(table), table, tmp_path, "mat")
+    figures.save_figure(figures_matrix.draw_mat(table), table, tmp_path, "mat")
     table = figures.pick(summary, *figures.STEP_METRICS)
     figures.save_figure(figures.draw_decay(table), table, tmp_path, "decay")
 
@@ -118,7 +121,7 @@ def test_drafter_that_never_matches_can_be_drawn(tmp_path):
     summary = bootstrap.summary_table(draws)
     for draw, names in (
         (figures.draw_decay, figures.STEP_METRICS),
-        (figures.draw_retention, ["retention", "chain_retention"]),
+        (figures_matrix.draw_retention, ["retention", "chain_retention"]),
     ):
         table = figures.pick(summary, *names)
         figures.save_figure(draw(table), table, tmp_path, names[0])
@@ -151,6 +154,20 @@ def test_variants_of_the_study_look_different():
     looks = [figures.look(variant) for variant in figures.LOOKS]
     assert len(set(looks)) == len(looks)
     assert figures.look("block_16_both") == figures.FAMILIES["block"]
+
+
+def test_main_variants():
+    """A few variants are all drawn; of many those wanted, and the reference."""
+    assert figures.main_variants(["mine", "kv_3", "hidden"]) == ["hidden", "kv_3", "mine"]
+    assert figures.main_variants(figures.LOOKS, ["kv_2", "hidden", "absent"], "kv_3") == ["hidden", "kv_2", "kv_3"]
+    assert len(figures.main_variants(figures.LOOKS)) == 7
+    assert figures.main_variants([f"own_{i}" for i in range(8)]) == [f"own_{i}" for i in range(8)]
+
+
+def test_nothing_in_the_chain_figure_is_cut_off():
+    table = figures.pick(bootstrap.summary_table(draws_of("hidden", "kv_2")), *figures.STEP_METRICS)
+    for panel in figures.draw_chain(table).axes[:2]:
+        assert panel.get_ylim()[0] == 0 and panel.get_ylim()[1] > table["high"].max()
 
 
 def test_nothing_to_draw_is_told():

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kvshot_lib import bootstrap, metrics, report
+from kvshot_lib import bootstrap, metrics, report, report_limits
 from kvshot_lib.errors import StudyError
 
 # Matches per 100 anchors at each of three steps, the same in all documents, so that every interval has no width.
@@ -81,6 +81,12 @@ def test_in_short_sorts_the_drafters():
     )
 
 
+def test_in_short_counts_the_drafters_that_it_does_not_name():
+    draws = draws_of(hidden=DECAYS, kv_2=FLAT, kv_3=FLAT, kv_4=RISES, hybrid=DECAYS)
+    text = report.in_short(draws, "hidden", ["hidden", "kv_2"]).split("\n\n")[0]
+    assert "acceptance: `kv_2` and 2 others; these retain less: none; not distinguishable: 1 other." in text
+
+
 def test_table_of_numbers():
     text = report.acceptance(draws_of(kv_2=FLAT, hidden=DECAYS))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
@@ -100,15 +106,40 @@ def test_variants_found_and_not_run():
 
 def test_limits_follow_the_run():
     draws = draws_of(hidden=DECAYS, kv_2=FLAT)
-    text = report.limits(runs_of("hidden", "kv_2"), draws, "hidden")
+    text = report_limits.limits(runs_of("hidden", "kv_2"), draws, "hidden")
     assert (
         "**One target**: `tiny`. " in text
         and "**One seed** for `hidden`, `kv_2`" in text
         and "**Few seeds**" not in text
     )
     assert "6 answers have 600 anchors" in text and "2.1% of the target's choices" in text
-    text = report.limits(runs_of("hidden", "kv_2", seeds=(0, 1), target="smollm2-135m-instruct"), draws, "hidden")
+    text = report_limits.limits(
+        runs_of("hidden", "kv_2", seeds=(0, 1), target="smollm2-135m-instruct"), draws, "hidden"
+    )
     assert "**One seed**" not in text and "**Few seeds**" in text and "(weights Q4_1, dequantised)" in text
+
+
+def test_limits_of_many_drafters_are_counted_not_listed():
+    variants = [f"kv_{i}" for i in range(1, 7)]
+    draws = draws_of(**{variant: FLAT for variant in variants})
+    text = report_limits.limits(runs_of(*variants), draws, "kv_1")
+    assert "**One seed** for 6 of 6 drafters:" in text and "warm starts" not in text
+    runs = runs_of(*variants, seeds=(0, 1, 2)).assign(init_from=["kv_2"] * 3 + [""] * 15)
+    text = report_limits.limits(runs, draws, "kv_1")
+    assert "**Few seeds**: 3 for a drafter." in text and "warm starts**: `kv_1` went on" in text
+
+
+def test_absolute_values_are_of_another_target():
+    told = report_limits.absolute(runs_of("hidden", target="smollm2-135m-instruct"))
+    assert "differ from the paper's by design" in told and "`smollm2-135m-instruct` (weights Q4_1, dequantised)" in told
+    assert "The target is the paper's" in report_limits.absolute(runs_of("hidden", target="Qwen3-8B"))
+
+
+def test_sentences_about_some_variants_only():
+    draws = draws_of(hidden=DECAYS, kv_1=FLAT, kv_2=RISES)
+    assert report.decay(draws, ["kv_1"]).count("\n") == 0
+    assert "`kv_2`" not in report.gaps(draws, "hidden", ["hidden", "kv_1"])
+    assert "`kv_2`" not in report.lengths(draws, "hidden", ["hidden", "kv_1"])
 
 
 @pytest.mark.parametrize(
