@@ -8,10 +8,9 @@ Letters: B documents, M anchors, N prefix entries, J chain entries, H query head
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+FUSED = ("cpu", "cuda")  # devices with a fused attention that returns its log-sum-exp
 
 
 def prefix_mask(visible: Tensor, length: int) -> Tensor:
@@ -25,6 +24,42 @@ def prefix_mask(visible: Tensor, length: int) -> Tensor:
     """
     hidden = torch.arange(length, device=visible.device) >= visible[..., None]
     return torch.zeros(hidden.shape, device=visible.device).masked_fill(hidden, float("-inf"))[:, None]
+
+
+def _prefix_attention(
+    rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor, tuple]:
+    """The platform's fused attention: [B, G, Q, D] queries -> output, log-sum-exp [B, G, Q], what its backward needs besides."""
+    if rows.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows, keys, values, attn_mask=mask, scale=scale
+        )
+        return out, lse, ()
+    bias = mask.expand(-1, rows.shape[1], -1, -1)
+    out, lse, *random = torch.ops.aten._scaled_dot_product_efficient_attention(
+        rows, keys, values, bias, True, scale=scale
+    )
+    return out, lse[..., : rows.shape[2]], tuple(random)
+
+
+def _prefix_attention_backward(
+    grad, rows, keys, values, mask, out, lse, random, scale
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values, with the softmax taken from ``out`` and ``lse`` as handed over."""
+    if rows.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, rows, keys, values, out, lse, 0.0, False, attn_mask=mask, scale=scale
+        )
+    bias, padded = mask.expand(-1, rows.shape[1], -1, -1), nn.functional.pad(lse, (0, -lse.shape[2] % 32))
+    return torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        grad, rows, keys, values, bias, out, padded, *random, 0.0, [True, True, True, False], False, scale=scale
+    )[:3]
+
+
+def _mask_rows(mask: Tensor, repeats: int, dtype: torch.dtype) -> Tensor:
+    """[B, 1, M, N] -> [B, 1, repeats · M, N] in ``dtype``; rows start at multiples of 16 bytes, as the CUDA kernel wants them."""
+    length = mask.shape[-1]
+    return nn.functional.pad(mask.to(dtype), (0, -length % 8)).repeat(1, 1, repeats, 1)[..., :length]
 
 
 def chain_attention(
@@ -45,12 +80,12 @@ def chain_attention(
 
     Notes
     -----
-    On CPU the prefix part runs in a fused kernel that returns its log-sum-exp, and the chain is merged into it;
+    On CPU and CUDA the prefix part runs in a fused kernel that returns its log-sum-exp, and the chain is merged into it;
     elsewhere it is plain PyTorch. Tests hold both to the same numbers and gradients.
     """
     groups = (prefix or chain)[0].shape[1]
     grouped = query.unflatten(1, (groups, -1))  # [B, G, R, M, D]
-    if prefix is not None and query.device.type == "cpu":
+    if prefix is not None and query.device.type in FUSED:
         out = _MergedAttention.apply(grouped, *prefix, mask, *(chain or (None, None)))
     else:
         out = _plain_attention(grouped, prefix, mask, chain)
@@ -75,7 +110,7 @@ def _plain_attention(query: Tensor, prefix, mask, chain) -> Tensor:
 
 
 class _MergedAttention(torch.autograd.Function):
-    """Prefix attention by the fused CPU kernel, the chain merged in through log-sum-exps.
+    """Prefix attention by a fused kernel, the chain merged in through log-sum-exps.
 
     With L_p, L_c the log-sum-exps of both parts and L = log(exp L_p + exp L_c): out = exp(L_p - L) out_p + Σ_j exp(s_j - L) v_j.
     Backward: for any softmax, ds_j = P_j (dP_j - Σ out·dout) with P_j = exp(s_j - L). The fused backward kernel computes just
@@ -87,9 +122,9 @@ class _MergedAttention(torch.autograd.Function):
         batch, groups, repeats, anchors, size = query.shape
         scale = size**-0.5
         rows = query.reshape(batch, groups, repeats * anchors, size)
-        mask = mask.expand(-1, repeats, -1, -1).reshape(batch, 1, repeats * anchors, -1).to(query.dtype)
+        mask = _mask_rows(mask, repeats, query.dtype)
         keys, values = keys.to(query.dtype), values.to(query.dtype)
-        out, lse = _flash(rows, keys, values, attn_mask=mask, scale=scale)
+        out, lse, random = _prefix_attention(rows, keys, values, mask, scale)
         weights = None
         if chain_keys is not None:
             scores = torch.einsum("bgrmd,bgmjd->bgrmj", query, chain_keys).float() * scale
@@ -98,18 +133,18 @@ class _MergedAttention(torch.autograd.Function):
             weights = (scores - lse[..., None]).exp().to(query.dtype)
             from_chain = torch.einsum("bgrmj,bgmjd->bgrmd", weights.view(*query.shape[:4], -1), chain_values)
             out = out * (prefix_lse - lse).exp()[..., None].to(out.dtype) + from_chain.reshape(rows.shape)
-        ctx.save_for_backward(rows, keys, values, mask, out, lse, weights, chain_keys, chain_values)
+        ctx.save_for_backward(rows, keys, values, mask, out, lse, weights, chain_keys, chain_values, *random)
         ctx.shape, ctx.scale = query.shape, scale
         return out.view(query.shape)
 
     @staticmethod
     def backward(ctx, grad):
-        rows, keys, values, mask, out, lse, weights, chain_keys, chain_values = ctx.saved_tensors
+        rows, keys, values, mask, out, lse, weights, chain_keys, chain_values, *random = ctx.saved_tensors
         grad_rows = grad.reshape(rows.shape).contiguous()
-        grad_query, grad_keys, grad_values = _flash_backward(
-            grad_rows, rows, keys, values, out, lse, 0.0, False, attn_mask=mask, scale=ctx.scale
+        grad_query, grad_keys, grad_values = _prefix_attention_backward(
+            grad_rows, rows, keys, values, mask, out, lse, random, ctx.scale
         )
-        grad_query, grad_chain_keys, grad_chain_values = grad_query.view(ctx.shape), None, None
+        grad_query, grad_chain_keys, grad_chain_values = grad_query.reshape(ctx.shape), None, None
         if weights is not None:
             weights = weights.view(*ctx.shape[:4], -1)
             shared = (grad * out.view(ctx.shape)).sum(-1, keepdim=True)

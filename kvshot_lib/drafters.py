@@ -11,201 +11,19 @@ two; draft step k at anchor t reads token x_{t+1+k} at RoPE position t+1+k:
 step-0 entry is therefore entry s = t of the prefix, and its chain starts at step 1.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from .attention import chain_attention
+from .drafter_config import DrafterConfig
 from .errors import StudyError
 from .features import Features, FeatureSpec
+from .layers import COMPILED, LAYERS, Entries, PrefixSource, View
+from .losses import score_rows
 from .target import Target
-
-PARADIGMS = ("hidden", "kv", "hybrid")
-CHOICES = {"paradigm": PARADIGMS, "kv_fusion": ("linear",), "feedback": ("pre_norm", "post_norm")}
-
-Entries = tuple[Tensor, Tensor]
-"""Keys and values, each [B, G, entries, D]."""
-
-
-@dataclass(frozen=True)
-class DrafterConfig:
-    """Everything that tells one drafter from another; sizes come from the target.
-
-    paradigm : ``hidden``, ``kv`` or ``hybrid``.
-    num_layers : decoder layers; 1 for ``hidden`` and ``hybrid``.
-    kv_fusion : how the reused layers' KV become one layer's: ``linear`` (concatenate, one linear map).
-    feedback : what ``hidden`` and ``hybrid`` feed back as state: ``pre_norm`` (EAGLE-3) or ``post_norm`` (EAGLE-3.1).
-    gate_bias : initial bias of the hybrid's gate; the gate starts near sigmoid(gate_bias).
-    """
-
-    paradigm: str = "hidden"
-    num_layers: int = 1
-    kv_fusion: str = "linear"
-    feedback: str = "pre_norm"
-    gate_bias: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise StudyError(f"{name}={getattr(self, name)!r} is not known; choose from {', '.join(allowed)}")
-        if self.num_layers < 1 or (self.paradigm != "kv" and self.num_layers != 1):
-            raise StudyError(
-                f"num_layers={self.num_layers} does not fit {self.paradigm}; kv takes 1 or more, hidden and hybrid take 1"
-            )
-
-
-class PrefixAttention(nn.Module):
-    """Attention over prefix entries and an anchor's own chain, with its projections; ``width`` is what q, k and v read."""
-
-    def __init__(self, sizes: LlamaConfig, width: int):
-        super().__init__()
-        heads, groups, self.head_dim = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
-        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, groups * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, groups * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * self.head_dim, sizes.hidden_size, bias=False)
-
-    def project(self, inputs: Tensor, rotary: Entries, *names: str) -> list[Tensor]:
-        """[B, M, width] -> for each of ``q``, ``k``, ``v``: [B, heads, M, D], queries and keys rotated."""
-        out = []
-        for name in names:
-            heads = getattr(self, f"{name}_proj")(inputs).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            out.append(heads if name == "v" else apply_rotary_pos_emb(heads, heads, *rotary)[0].to(heads.dtype))
-        return out
-
-    def forward(
-        self,
-        inputs: Tensor,
-        rotary: Entries,
-        prefix: Entries | None,
-        mask: Tensor | None,
-        chain: list[Entries],
-        append: bool,
-    ) -> Tensor:
-        """[B, M, width] -> [B, M, d]. With ``append`` the anchors' own entries join ``chain`` (and are seen) first."""
-        if append:
-            query, key, value = self.project(inputs, rotary, "q", "k", "v")
-            chain.append((key, value))
-        else:
-            (query,) = self.project(inputs, rotary, "q")
-        own = tuple(torch.stack(part, dim=3) for part in zip(*chain, strict=True)) if chain else None
-        out = chain_attention(query, prefix, mask, own)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-
-class LinearFusion(nn.Module):
-    """KV of the reused layers -> keys and values of one drafter layer, by one linear map each (``kv_fusion="linear"``)."""
-
-    def __init__(self, spec: FeatureSpec):
-        super().__init__()
-        width = spec.num_kv_heads * spec.head_dim
-        self.keys = nn.Linear(len(spec.kv_layers) * width, width, bias=False)
-        self.values = nn.Linear(len(spec.kv_layers) * width, width, bias=False)
-
-    def forward(self, features: Features) -> Entries:
-        """[B, n, S, G, D] keys and values of S layers -> [B, G, n, D] each; keys keep the RoPE of their position."""
-        groups = features.keys.shape[3]
-        pairs = ((self.keys, features.keys), (self.values, features.values))
-        return tuple(linear(part.flatten(2)).unflatten(-1, (groups, -1)).transpose(1, 2) for linear, part in pairs)
-
-
-class HiddenLayer(nn.Module):
-    """EAGLE-3's layer: attention reads [norm(embedding); norm(state)], the residual stream is the state."""
-
-    reads_state = True
-
-    def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
-        super().__init__()
-        for name in ("embedding_norm", "state_norm", "mlp_norm"):
-            setattr(self, name, LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps))
-        self.attention = PrefixAttention(sizes, 2 * sizes.hidden_size)
-        self.mlp = LlamaMLP(sizes)
-
-    def read(self, embedding: Tensor, state: Tensor) -> Tensor:
-        """[B, M, d] twice -> [B, M, 2d]"""
-        return torch.cat([self.embedding_norm(embedding), self.state_norm(state)], -1)
-
-    def prefix(self, embedding: Tensor, state: Tensor, rotary: Entries, features: Features) -> dict[str, Entries]:
-        """Entries of columns s: keys and values of step 0, from (x_{s+1}, f_s)."""
-        return {"self": tuple(self.attention.project(self.read(embedding, state), rotary, "k", "v"))}
-
-    def attend(self, inputs: Tensor, rotary: Entries, view: "View") -> Tensor:
-        """The state path: at step 0 the own entry is the prefix's last visible one, so nothing is appended."""
-        return self.attention(
-            inputs, rotary, view.prefix["self"], view.mask, view.chain("self"), append=view.draft_step > 0
-        )
-
-    def forward(self, embedding: Tensor, state: Tensor, rotary: Entries, view: "View") -> Tensor:
-        state = state + self.attend(self.read(embedding, state), rotary, view)
-        return state + self.mlp(self.mlp_norm(state))
-
-
-class HybridLayer(HiddenLayer):
-    """`hidden` plus cross-attention over the target's KV, fused by a gate: s + g ⊙ (c - s), our reading of the gated delta."""
-
-    def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
-        super().__init__(sizes, spec, config)
-        self.fusion = LinearFusion(spec)
-        self.cross = PrefixAttention(sizes, 2 * sizes.hidden_size)
-        self.gate = nn.Linear(2 * sizes.hidden_size, sizes.hidden_size)
-        nn.init.zeros_(self.gate.weight)
-        nn.init.constant_(self.gate.bias, config.gate_bias)
-
-    def prefix(self, embedding: Tensor, state: Tensor, rotary: Entries, features: Features) -> dict[str, Entries]:
-        return {**super().prefix(embedding, state, rotary, features), "cross": self.fusion(features)}
-
-    def attend(self, inputs: Tensor, rotary: Entries, view: "View") -> Tensor:
-        own = super().attend(inputs, rotary, view)
-        cross = self.cross(inputs, rotary, view.prefix["cross"], view.mask, view.chain("cross"), append=True)
-        gate = torch.sigmoid(self.gate(inputs))
-        return own + gate * (cross - own)
-
-
-class KVLayer(nn.Module):
-    """A pre-norm decoder layer whose prefix is the target's projected KV; it reads tokens alone, no target hidden state."""
-
-    reads_state = False
-
-    def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
-        super().__init__()
-        self.attention_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
-        self.mlp_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
-        self.fusion = LinearFusion(spec)
-        self.attention = PrefixAttention(sizes, sizes.hidden_size)
-        self.mlp = LlamaMLP(sizes)
-
-    def prefix(
-        self, embedding: Tensor, state: Tensor | None, rotary: Entries, features: Features
-    ) -> dict[str, Entries]:
-        """Entries s: projected target KV of position s."""
-        return {"cross": self.fusion(features)}
-
-    def forward(self, embedding: Tensor, state: Tensor, rotary: Entries, view: "View") -> Tensor:
-        inputs = self.attention_norm(state)
-        state = state + self.attention(
-            inputs, rotary, view.prefix["cross"], view.mask, view.chain("cross"), append=True
-        )
-        return state + self.mlp(self.mlp_norm(state))
-
-
-LAYERS = {"hidden": HiddenLayer, "hybrid": HybridLayer, "kv": KVLayer}
-
-
-@dataclass
-class View:
-    """What one layer sees at one draft step: its prefix entries, the mask over them, and the chains of the anchors at hand."""
-
-    prefix: dict[str, Entries]
-    mask: Tensor
-    chains: dict[str, list[Entries]]
-    draft_step: int
-
-    def chain(self, branch: str) -> list[Entries]:
-        """The branch's chain so far: one (keys, values) pair [B, G, M, D] per entry; appending to it extends the chain."""
-        return self.chains.setdefault(branch, [])
 
 
 class Drafter(nn.Module):
@@ -239,13 +57,24 @@ class Drafter(nn.Module):
             self.fuse_hidden = nn.Linear(len(spec.hidden_layers) * sizes.hidden_size, sizes.hidden_size, bias=False)
         self.layers = nn.ModuleList(layer(sizes, spec, config) for _ in range(config.num_layers))
         self.norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
+        self.score = score_rows
+
+    def compile_steps(self) -> "Drafter":
+        """Fuse the small operations of layers and loss with torch.compile: half a minute once, then faster on a GPU."""
+        for module in self.layers.modules():
+            for name in COMPILED:
+                if hasattr(module, name):
+                    setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
+        self.score = torch.compile(score_rows, dynamic=True)
+        return self
 
     @property
     def reads(self) -> tuple[str, ...]:
         """Fields of `Features` that its prefix is made from."""
-        return {"hidden": ("hidden_states",), "kv": ("keys", "values"), "hybrid": ("hidden_states", "keys", "values")}[
-            self.config.paradigm
-        ]
+        if self.config.kv_control in ("none", "from_hidden"):
+            return () if self.config.kv_control == "none" else ("hidden_states",)
+        kv, hidden = ("keys", "values"), ("hidden_states",)
+        return {"hidden": hidden, "kv": kv, "hybrid": hidden + kv}[self.config.paradigm]
 
     def prefix(self, features: Features) -> tuple[list[dict[str, Entries]], Tensor | None]:
         """Turn target state into what every anchor's attention shares.
@@ -256,16 +85,20 @@ class Drafter(nn.Module):
         and g [B, n-1, d], the fused hidden states (None for `kv`).
         """
         columns = features.tokens.shape[1] - 1
-        embedding = state = rotary = None
-        if self.layers[0].reads_state:
-            state = self.fuse_hidden(features.hidden_states[:, :columns].flatten(2))
-            positions = torch.arange(1, columns + 1, device=state.device)[None]
-            embedding, rotary = self.embed(features.tokens[:, 1:]), self.rotary(state, positions)
-        entries = [layer.prefix(embedding, state, rotary, features) for layer in self.layers]
-        cut = [
-            {branch: (k[:, :, :columns], v[:, :, :columns]) for branch, (k, v) in layer.items()} for layer in entries
-        ]
-        return cut, state
+        cut = {name: getattr(features, name)[:, :columns] for name in self.reads}
+        embedding = self.embed(features.tokens)
+        positions = torch.arange(columns + 1, device=embedding.device)[None]
+        cos, sin = self.rotary(embedding, positions)
+        source = PrefixSource(
+            replace(features, **cut), embedding[:, :-1], embedding[:, 1:], (cos[:, :-1], sin[:, :-1]), (cos[:, 1:], sin[:, 1:]),
+            self.fuse_hidden(cut["hidden_states"].flatten(2)) if self.layers[0].reads_state else None,
+        )  # fmt: skip
+        return [layer.prefix(source) for layer in self.layers], source.state
+
+    def visible(self, anchors: Tensor) -> Tensor:
+        """How many prefix entries each anchor [B, M] sees: s ≤ t, or s ≤ t - lag (and the first, so that there is one)."""
+        lag = self.config.kv_lag_tokens if self.config.kv_control == "lagged" else 0
+        return (anchors + 1 - lag).clamp(min=1)
 
     def step(self, tokens: Tensor, positions: Tensor, state: Tensor | None, views: list[View]) -> Tensor:
         """One draft step of every anchor.
@@ -274,7 +107,7 @@ class Drafter(nn.Module):
         ----------
         tokens, positions : [B, M] x_{t+1+k} and its position t+1+k, per anchor t.
         state : [B, M, d] g_t at k = 0, the last step's :meth:`feedback` afterwards; ignored by `kv`.
-        views : one per layer; the anchors' own entries are appended to their chains.
+        views : one per layer; their chains grow by the anchors' own entries.
 
         Returns
         -------
@@ -284,7 +117,7 @@ class Drafter(nn.Module):
         rotary = self.rotary(embedding, positions)
         out = state if self.layers[0].reads_state else embedding
         for layer, view in zip(self.layers, views, strict=True):
-            out = layer(embedding, out, rotary, view)
+            out, view.chains = layer(embedding, out, rotary, view)
         return out
 
     def feedback(self, output: Tensor) -> Tensor:
@@ -326,7 +159,7 @@ def build_drafter(
         torch.manual_seed(seed)
         drafter = Drafter(config, spec, sizes, draft_ids.cpu(), *(tensor.cpu() for tensor in frozen))
         for module in drafter.modules():
-            if isinstance(module, nn.Linear) and not (config.paradigm == "hybrid" and module is drafter.layers[0].gate):
+            if isinstance(module, nn.Linear) and module is not getattr(drafter.layers[0], "gate", None):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
     with torch.no_grad():
         drafter.norm.weight.copy_(model.get_decoder().norm.weight)

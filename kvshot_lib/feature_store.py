@@ -1,5 +1,7 @@
 """Target state on disk: safetensors shards with a manifest, resumable, checked on reading, read memory-mapped."""
 
+import copy
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -107,6 +109,19 @@ class StoredFeatures:
                 self._places.append((self.folder / shard["file"], row))
                 row += length
         self._open: dict[Path, object] = {}
+        self._kv_places: list[int] | None = None  # which stored layers keys and values are read of; None: all
+
+    def with_kv_layers(self, layers: Sequence[int]) -> "StoredFeatures":
+        """The same store, with keys and values of some of its target layers only."""
+        if missing := [layer for layer in layers if layer not in self.spec.kv_layers]:
+            raise StudyError(
+                f"{self.folder} holds no keys and values of target layers {missing}, only of {list(self.spec.kv_layers)}; "
+                f"run notebook 01_extract_kv_cache with kv_layers={sorted({*self.spec.kv_layers, *layers})}"
+            )
+        view = copy.copy(self)
+        view._kv_places = [self.spec.kv_layers.index(layer) for layer in layers]
+        view.spec = dataclasses.replace(self.spec, kv_layers=tuple(layers))
+        return view
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -130,7 +145,8 @@ class StoredFeatures:
         path, row = self._places[index]
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt")
-        return self._open[path].get_slice(name)[row : row + self.lengths[index]]
+        rows = self._open[path].get_slice(name)[row : row + self.lengths[index]]
+        return rows[:, self._kv_places] if self._kv_places is not None and name in ("keys", "values") else rows
 
 
 def _shard(

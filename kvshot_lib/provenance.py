@@ -1,6 +1,7 @@
 """Where a number came from: code, packages, device and date, written beside every recorded table."""
 
 import datetime
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -10,7 +11,10 @@ import torch
 
 
 def git_revision() -> str:
-    """Short revision of the study's checkout, with ``+`` if tracked files differ from it; ``unknown`` outside git."""
+    """Short revision of the study's checkout, with ``+`` if tracked files differ from it.
+
+    Outside git (files copied to a GPU machine, say) what ``KVSHOT_GIT_REVISION`` says, else ``unknown``.
+    """
     folder = Path(__file__).parent
     try:
         run = lambda *words: subprocess.run(
@@ -19,7 +23,7 @@ def git_revision() -> str:
         changed = run("status", "--porcelain", "--untracked-files=no", "--", ":/kvshot_lib", ":/notebooks/Snakefile")
         return run("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("KVSHOT_GIT_REVISION", "unknown")
 
 
 def device_name(device: str | torch.device) -> str:

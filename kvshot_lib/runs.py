@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .capture import uniform_layers
 from .checkpoints import draft_vocabulary, warm_start
+from .controls import ShuffledKV
 from .cost import drafting_cost
 from .drafters import Drafter, DrafterConfig, build_drafter
 from .errors import StudyError
@@ -16,7 +18,8 @@ from .feature_store import StoredFeatures
 from .files import write_csv, write_json
 from .metrics import COUNTS, RUNS, count_axes, count_run, metrics_of
 from .provenance import provenance
-from .target import Target, load_target, resolve_device, resolve_dtype
+from .resident_features import ResidentFeatures
+from .target import Target, full_attention_layers, load_target, resolve_device, resolve_dtype
 from .training import TrainConfig
 
 SPLITS = ("train", "validation", "evaluation")
@@ -49,27 +52,44 @@ def prepare_run(
     init_from: str = "",
     device: str = "auto",
     dtype: str = "auto",
+    compile_steps: bool = False,
+    features_on_device: bool = False,
+    features: dict | None = None,
 ) -> Run:
     """Open the features that notebook 01 left in ``results_dir``, load their target and build the drafter.
 
+    ``compile_steps`` and ``features_on_device`` make a GPU faster; ``features`` are given where they are in memory already.
+
     Raises
     ------
-    StudyError : features missing, damaged or of another target; no trained drafter to start from.
+    StudyError : features missing, damaged or of another target; target layers that weren't extracted; no trained drafter to
+        start from.
     """
     results_dir = Path(results_dir)
-    features = {split: StoredFeatures(results_dir / "features" / split) for split in SPLITS}
+    features = features or {split: StoredFeatures(results_dir / "features" / split) for split in SPLITS}
     spec = features["train"].spec
     target = load_target(spec.target, device=device, dtype=dtype)
     if target.hash != spec.target_hash:
         raise StudyError(
             f"the features in {results_dir}/features come from other weights of {spec.target}; run 01_extract_kv_cache anew"
         )
+    if drafter_config.reads_kv:
+        layers = uniform_layers(full_attention_layers(target.model), drafter_config.kv_layers)
+        features = {split: source.with_kv_layers(layers) for split, source in features.items()}
+        spec = features["train"].spec
     counts = _answer_token_counts(results_dir / "features" / "answer_token_counts.csv", target.vocab_size)
     size = min(draft_vocab_size, target.vocab_size)
     drafter = build_drafter(drafter_config, target, spec, draft_vocabulary(counts, size), seed=train_config.seed)
+    if features_on_device:
+        state = (*drafter.reads, "final_hidden", "target_argmax")
+        features = {split: ResidentFeatures(source, target.device, state) for split, source in features.items()}
+    if drafter_config.kv_control == "shuffled":
+        features = {split: ShuffledKV(source) for split, source in features.items()}
     fresh = []
     if init_from:
         fresh = warm_start(drafter, results_dir / "runs" / init_from / f"seed{train_config.seed}")
+    if compile_steps:
+        drafter.compile_steps()
     folder = results_dir / "runs" / variant / f"seed{train_config.seed}"
     computed = resolve_dtype(dtype, resolve_device(device))
     return Run(variant, drafter, target, features, folder, computed, init_from, fresh)
@@ -84,13 +104,14 @@ def _answer_token_counts(path: Path, vocab_size: int) -> torch.Tensor:
 
 
 def run_facts(run: Run, train_config: TrainConfig, history: pd.DataFrame) -> dict:
-    """The run's row of ``runs.csv``; it measures what drafting costs, which takes a second."""
+    """The run's row of ``runs.csv``."""
     config, drafter = run.drafter.config, run.drafter
     return {
         "variant": run.variant,
         "seed": train_config.seed,
         "paradigm": config.paradigm,
         "num_layers": config.num_layers,
+        "kv_layers": " ".join(map(str, drafter.spec.kv_layers)) if config.reads_kv else "",
         "parameters": sum(p.numel() for p in drafter.parameters()),
         "trained_tokens": int(history["trained_tokens"].max()),
         "train_s": float(history["seconds"].max()),

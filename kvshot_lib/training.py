@@ -244,7 +244,8 @@ def _identity(drafter: Drafter, source, config: TrainConfig, dtype: torch.dtype)
         "training_documents": source.documents_hash,
         "dtype": str(dtype),
     }
-    identity = {**described["config"], **described["spec"], **asdict(config), **own}
+    spec = {"kv_layer_indices" if name == "kv_layers" else name: value for name, value in described["spec"].items()}
+    identity = {**described["config"], **spec, **asdict(config), **own}
     del identity["checkpoint_every_s"]
     return identity
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from .attention import prefix_mask
-from .drafters import Drafter, View
+from .drafters import Drafter
 from .features import Features
+from .layers import View
+from .losses import SoftCrossEntropy
 
 
 @dataclass(frozen=True)
@@ -84,20 +86,20 @@ def draft_steps(
     """
     prefix, fused = drafter.prefix(features)
     last = features.tokens.shape[1] - 1
-    chains = [{} for _ in prefix]
     state = None if fused is None else take(fused, anchors.index)
-    mask = prefix_mask(anchors.index + 1, last)
+    mask = prefix_mask(drafter.visible(anchors.index), last)
+    views = [View(entries, mask, {}, True) for entries in prefix]
     for k in range(ttt_steps):
         if k == 1 and subset is not None:
             anchors, place = subset
             state = None if fused is None else take(state, place)
-            mask = prefix_mask(anchors.index + 1, last)
-            for branches in chains:
-                branches.update(
-                    {name: [_take_entries(pair, place) for pair in chain] for name, chain in branches.items()}
-                )
+            mask = prefix_mask(drafter.visible(anchors.index), last)
+            for view in views:
+                view.mask = mask
+                view.chains = {name: _take_entries(chain, place) for name, chain in view.chains.items()}
         places = (anchors.index + 1 + k).clamp(max=last)
-        views = [View(entries, mask, chain, k) for entries, chain in zip(prefix, chains, strict=True)]
+        for view in views:
+            view.first = k == 0
         output = drafter.step(features.tokens.gather(1, places), places, state, views)
         yield k, anchors, output
         state = drafter.feedback(output)
@@ -109,10 +111,11 @@ def take(rows: Tensor, index: Tensor) -> Tensor:
     return rows.gather(1, shaped)
 
 
-def _take_entries(pair: tuple[Tensor, Tensor], place: Tensor) -> tuple[Tensor, Tensor]:
-    """Chain entries [B, G, M, D] of the anchors at ``place`` [B, m]."""
-    index = place[:, None, :, None].expand(-1, pair[0].shape[1], -1, pair[0].shape[3])
-    return pair[0].gather(2, index), pair[1].gather(2, index)
+def _take_entries(chain: tuple[Tensor, Tensor], place: Tensor) -> tuple[Tensor, Tensor]:
+    """Chain entries [B, G, M, J, D] of the anchors at ``place`` [B, m]."""
+    groups, entries, size = (chain[0].shape[axis] for axis in (1, 3, 4))
+    index = place[:, None, :, None, None].expand(-1, groups, -1, entries, size)
+    return chain[0].gather(2, index), chain[1].gather(2, index)
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def ttt_loss(
         weight = current.weight[document, row] if k else torch.ones(len(row), device=place.device)
         hidden = drafter.norm(output[document, row])
         flat = document * features.tokens.shape[1] + place
-        total, best = SoftCrossEntropy.apply(hidden, drafter.head, probabilities, flat, weight)
+        total, best = SoftCrossEntropy.apply(hidden, drafter.head, probabilities, flat, weight, drafter.score)
         losses.append(total / denominators[k])
         matches.append((best == wanted[document, place]).sum())
         pairs.append(current.valid[..., k].sum())
@@ -167,37 +170,6 @@ def _scored(anchors: Anchors, k: int, wanted: Tensor, last: int) -> tuple[Tensor
 def target_probabilities(drafter: Drafter, features: Features) -> Tensor:
     """softmax of p_t on the draft vocabulary, [B·n, V_draft] float32: once per batch, every draft step gathers from it."""
     return (features.final_hidden.to(drafter.head.dtype).flatten(0, 1) @ drafter.head.T).float().softmax(-1)
-
-
-class SoftCrossEntropy(torch.autograd.Function):
-    """Σ_r w_r · CE(p_r, softmax(h_r Wᵀ)) for a frozen head W, a chunk of rows at a time.
-
-    The gradient of a row is w (softmax(z) - p) W; it is formed at once and only [rows, d] of it kept, so that logits of K draft
-    steps never stand in memory together. Inputs: hidden [R, d], head [V, d], probabilities [P, V], index [R] into them, weight [R].
-    Returns the sum and argmax z [R].
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, head, probabilities, index, weight):
-        rows = 256 if hidden.device.type == "cpu" else 8192
-        total, best, gradient = hidden.new_zeros((), dtype=torch.float32), [], torch.empty_like(hidden)
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits = (hidden[part].to(head.dtype) @ head.T).float()
-            wanted, w = probabilities[index[part]], weight[part]
-            best.append(logits.argmax(-1))
-            normaliser = logits.logsumexp(-1)
-            total += (w * (normaliser - torch.linalg.vecdot(logits, wanted))).sum()
-            difference = logits.sub_(normaliser[:, None]).exp_().sub_(wanted).mul_(w[:, None])
-            gradient[part] = (difference.to(head.dtype) @ head).to(hidden.dtype)
-        ctx.save_for_backward(gradient)
-        best = torch.cat(best) if best else index.new_zeros(0)
-        ctx.mark_non_differentiable(best)
-        return total, best
-
-    @staticmethod
-    def backward(ctx, grad_total, _grad_best):
-        return grad_total.to(ctx.saved_tensors[0].dtype) * ctx.saved_tensors[0], None, None, None, None
 
 
 @torch.no_grad()

@@ -21,6 +21,14 @@ VARIANTS = {
     "kv_2": DrafterConfig("kv", 2),
     "hybrid": DrafterConfig("hybrid"),
     "hybrid_post_norm": DrafterConfig("hybrid", feedback="post_norm", gate_bias=-0.5),
+    "cross_only": DrafterConfig("hybrid", cross_only=True),
+    "kv_2_mlp": DrafterConfig("kv", 2, kv_fusion="mlp"),
+    "kv_1_unrotate": DrafterConfig("kv", kv_rope="unrotate"),
+    "kv_1_none": DrafterConfig("kv", kv_control="none"),
+    "kv_1_zero": DrafterConfig("kv", kv_control="zero"),
+    "kv_2_lagged": DrafterConfig("kv", 2, kv_control="lagged", kv_lag_tokens=2),
+    "kv_2_from_hidden": DrafterConfig("kv", 2, kv_control="from_hidden"),
+    "kv_1_grad50": DrafterConfig("kv", kv_grad_scale=50.0),
 }
 
 
@@ -62,13 +70,17 @@ def features(name: str = "tiny-llama", documents: tuple[int, ...] = tuple(range(
 
 def drafter(variant: str, name: str = "tiny-llama", draft_ids=DRAFT_IDS):
     """A drafter whose norms, gate and biases are random too, so that a mistake in any of them shows."""
-    built = build_drafter(VARIANTS[variant], target(name), live(name).spec, draft_ids, seed=1)
+    return roughened(build_drafter(VARIANTS[variant], target(name), live(name).spec, draft_ids, seed=1))
+
+
+def roughened(built):
+    """Random norms, gate and biases instead of the ones that drafters start from."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in built.parameters():
             if parameter.dim() == 1:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-        if built.config.paradigm == "hybrid":
+        if built.config.paradigm == "hybrid" and not built.config.cross_only:
             built.layers[0].gate.weight.normal_(0, 0.1, generator=generator)
     return built
 

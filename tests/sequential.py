@@ -89,27 +89,61 @@ def own_query(drafter, weights, attention: str, x, position: int):
 
 
 def fused_entry(drafter, weights, layer: str, features, document: int, position: int):
-    """Target KV of one position, its reused layers end to end, through the layer's linear maps."""
-    key = weights[f"{layer}.fusion.keys.weight"] @ features.keys[document, position].reshape(-1)
-    value = weights[f"{layer}.fusion.values.weight"] @ features.values[document, position].reshape(-1)
-    return key.view(-1, drafter.sizes.head_dim), value.view(-1, drafter.sizes.head_dim)
+    """Keys and values of one position for one drafter layer, made from target state as the config says."""
+    config, size, name = drafter.config, drafter.sizes.head_dim, f"{layer}.fusion"
+    base = drafter.sizes.rope_parameters["rope_theta"]
+    if config.kv_control == "from_hidden":
+        state = features.hidden_states[document, position].reshape(-1)
+        key, value = (weights[f"{name}.{part}.weight"] @ state for part in ("keys", "values"))
+        return rotate(key.view(-1, size), position, base), value.view(-1, size)
+    keys, values = features.keys[document, position], features.values[document, position]  # [S, G, D]
+    if config.kv_control == "zero":
+        keys, values = 0 * keys, 0 * values
+    if config.kv_rope == "unrotate":
+        keys = torch.stack([rotate(layer_keys, -position, base) for layer_keys in keys])
+    key, value = (
+        fuse(weights, f"{name}.{part}", config.kv_fusion, x).view(-1, size)
+        for part, x in (("keys", keys.reshape(-1)), ("values", values.reshape(-1)))
+    )
+    return (rotate(key, position, base) if config.kv_rope == "unrotate" else key), value
+
+
+def fuse(weights, name: str, kind: str, x):
+    """The reused layers end to end: as they are, through one map, or through two with SiLU between."""
+    if kind == "heads":
+        return x
+    if kind == "linear":
+        return weights[f"{name}.weight"] @ x
+    middle = weights[f"{name}.0.weight"] @ x
+    return weights[f"{name}.2.weight"] @ (middle * torch.sigmoid(middle))
+
+
+def seen_positions(config, anchor: int) -> int:
+    """How many target positions anchor t may read: all s ≤ t, or older ones (but one at least)."""
+    return max(1, anchor + 1 - config.kv_lag_tokens) if config.kv_control == "lagged" else anchor + 1
 
 
 def _kv_chain(drafter, weights, features, document, anchor, steps):
     """Per layer the target's projected KV at s ≤ t, then the layer's own entries; each draft token passes all layers."""
     eps, layers = drafter.sizes.rms_norm_eps, [f"layers.{i}" for i in range(drafter.config.num_layers)]
-    caches = {
-        layer: [fused_entry(drafter, weights, layer, features, document, s) for s in range(anchor + 1)]
-        for layer in layers
-    }
+
+    def prefix_entry(layer, s):
+        if drafter.config.kv_control != "none":
+            return fused_entry(drafter, weights, layer, features, document, s)
+        x = drafter.embedding[features.tokens[document, s]]
+        u = rms_norm(x, weights[f"{layer}.attention_norm.weight"], eps)
+        return own_entry(drafter, weights, f"{layer}.attention", u, s)
+
+    seen = range(seen_positions(drafter.config, anchor))
+    caches = {layer: [prefix_entry(layer, s) for s in seen] for layer in layers}
     for step in range(steps):
         position = anchor + 1 + step
         x = drafter.embedding[features.tokens[document, position]]
         for layer in layers:
             u = rms_norm(x, weights[f"{layer}.attention_norm.weight"], eps)
             caches[layer].append(own_entry(drafter, weights, f"{layer}.attention", u, position))
-            seen = attend(own_query(drafter, weights, f"{layer}.attention", u, position), caches[layer])
-            x = x + weights[f"{layer}.attention.o_proj.weight"] @ seen
+            read = attend(own_query(drafter, weights, f"{layer}.attention", u, position), caches[layer])
+            x = x + weights[f"{layer}.attention.o_proj.weight"] @ read
             x = x + mlp(weights, layer, rms_norm(x, weights[f"{layer}.mlp_norm.weight"], eps))
         yield x
 
@@ -126,22 +160,27 @@ def _hidden_chain(drafter, weights, features, document, anchor, steps):
     cache, cross_cache = [], []
     for s in range(anchor + 1):
         state = weights["fuse_hidden.weight"] @ torch.cat(list(features.hidden_states[document, s]))
-        cache.append(own_entry(drafter, weights, f"{layer}.attention", read(s + 1, state), s + 1))
+        if not drafter.config.cross_only:
+            cache.append(own_entry(drafter, weights, f"{layer}.attention", read(s + 1, state), s + 1))
         if drafter.config.paradigm == "hybrid":
             cross_cache.append(fused_entry(drafter, weights, layer, features, document, s))
     for step in range(steps):
         position = anchor + 1 + step
         u = read(position, state)
-        if step > 0:  # the entry of step 0 is column s = t
-            cache.append(own_entry(drafter, weights, f"{layer}.attention", u, position))
-        seen = attend(own_query(drafter, weights, f"{layer}.attention", u, position), cache)
-        mixed = weights[f"{layer}.attention.o_proj.weight"] @ seen
+        if not drafter.config.cross_only:
+            if step > 0:  # the entry of step 0 is column s = t
+                cache.append(own_entry(drafter, weights, f"{layer}.attention", u, position))
+            seen = attend(own_query(drafter, weights, f"{layer}.attention", u, position), cache)
+            mixed = weights[f"{layer}.attention.o_proj.weight"] @ seen
         if drafter.config.paradigm == "hybrid":
             cross_cache.append(own_entry(drafter, weights, f"{layer}.cross", u, position))
             crossed = attend(own_query(drafter, weights, f"{layer}.cross", u, position), cross_cache)
             crossed = weights[f"{layer}.cross.o_proj.weight"] @ crossed
-            gate = torch.sigmoid(weights[f"{layer}.gate.weight"] @ u + weights[f"{layer}.gate.bias"])
-            mixed = mixed + gate * (crossed - mixed)
+            if drafter.config.cross_only:
+                mixed = crossed
+            else:
+                gate = torch.sigmoid(weights[f"{layer}.gate.weight"] @ u + weights[f"{layer}.gate.bias"])
+                mixed = mixed + gate * (crossed - mixed)
         output = state + mixed
         output = output + mlp(weights, layer, rms_norm(output, weights[f"{layer}.mlp_norm.weight"], eps))
         yield output

@@ -6,9 +6,10 @@ import torch
 from examples import DRAFT_IDS, VARIANTS
 
 from kvshot_lib.attention import prefix_mask
-from kvshot_lib.drafters import DrafterConfig, View, build_drafter
+from kvshot_lib.drafters import DrafterConfig, build_drafter
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features import feature_spec
+from kvshot_lib.layers import View
 
 
 def build(variant="hidden", name="tiny-llama", seed=0, **options):
@@ -82,19 +83,44 @@ def test_a_layer_started_from_the_target_is_the_targets_layer():
     mask = prefix_mask(torch.tensor([[t + 1]]), features.tokens.shape[1] - 1)
     state = plain.hidden_states[3][:, t + 1 : t + 2]
     rotary = drafter.rotary(state, torch.tensor([[t + 1]]))
-    out = drafter.layers[0](None, state, rotary, View(prefix[0], mask, {}, 0))
+    out, _ = drafter.layers[0](None, state, rotary, View(prefix[0], mask, {}, True))
     assert torch.allclose(drafter.norm(out), plain.hidden_states[4][:, t + 1 : t + 2], atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"paradigm": "medusa"}, "paradigm='medusa' is not known; choose from hidden, kv, hybrid"),
-        ({"paradigm": "kv", "kv_fusion": "sum"}, "kv_fusion='sum' is not known; choose from linear"),
-        ({"feedback": "norm"}, "feedback='norm' is not known; choose from pre_norm, post_norm"),
-        ({"paradigm": "kv", "num_layers": 0}, "num_layers=0 does not fit kv; kv takes 1 or more"),
-        ({"paradigm": "hidden", "num_layers": 2}, "num_layers=2 does not fit hidden; .* hidden and hybrid take 1"),
-        ({"paradigm": "hybrid", "num_layers": 2}, "num_layers=2 does not fit hybrid"),
+        ({"paradigm": "medusa"}, "paradigm='medusa' is not known; choose from 'hidden', 'kv', 'hybrid'"),
+        ({"paradigm": "kv", "kv_fusion": "sum"}, "kv_fusion='sum' is not known; choose from 'linear', 'heads', 'mlp'"),
+        ({"feedback": "norm"}, "feedback='norm' is not known; choose from 'pre_norm', 'post_norm'"),
+        (
+            {"paradigm": "kv", "kv_control": "random"},
+            "kv_control='random' is not known; choose from '', 'none', 'zero'",
+        ),
+        ({"paradigm": "kv", "num_layers": 0}, "num_layers=0 must be above 0"),
+        ({"paradigm": "kv", "kv_grad_scale": 0}, "kv_grad_scale=0 must be above 0"),
+        ({"paradigm": "hidden", "num_layers": 2}, "num_layers=2 means nothing to a hidden drafter; it takes feedback"),
+        ({"paradigm": "hybrid", "num_layers": 2}, "num_layers=2 means nothing to a hybrid drafter"),
+        ({"paradigm": "hidden", "kv_fusion": "mlp"}, "kv_fusion='mlp' means nothing to a hidden drafter"),
+        (
+            {"paradigm": "kv", "feedback": "post_norm"},
+            "feedback='post_norm' means nothing to a kv drafter; it takes num_",
+        ),
+        ({"paradigm": "hybrid", "kv_control": "zero"}, "kv_control='zero' means nothing to a hybrid drafter"),
+        (
+            {"paradigm": "kv", "kv_fusion": "heads", "kv_rope": "unrotate"},
+            "kv_fusion='heads' contradicts kv_rope='unro",
+        ),
+        (
+            {"paradigm": "kv", "kv_control": "none", "num_layers": 2},
+            "kv_control='none' contradicts num_layers=2; with it",
+        ),
+        (
+            {"paradigm": "kv", "kv_control": "from_hidden", "kv_fusion": "mlp"},
+            "contradicts kv_fusion='mlp'; .* be 'linear'",
+        ),
+        ({"paradigm": "kv", "kv_lag_tokens": 8}, "kv_control='' contradicts kv_lag_tokens=8"),
+        ({"paradigm": "hybrid", "cross_only": True, "gate_bias": 1.0}, "cross_only=True contradicts gate_bias=1.0"),
     ],
 )
 def test_bad_configurations_are_refused_with_the_choices(options, message):
