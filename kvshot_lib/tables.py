@@ -52,6 +52,11 @@ SCHEMAS = {
         "variant:str seed:int64 metric:str draft_step:Int64 value:float64 low:float64 high:float64 anchors:int64 "
         "documents:int64"
     ),
+    "scorecard": _columns(
+        "claim:str kind:str statement:str statistic:str paper_value:float64 value:float64 low:float64 high:float64 "
+        "direction:str threshold:float64 verdict:str measured_value:float64 measured_low:float64 "
+        "measured_high:float64 measured_verdict:str seeds:Int64 missing:str"
+    ),
 }
 KEYS = {
     "runs": ["variant", "seed"],
@@ -60,6 +65,7 @@ KEYS = {
     "axes": ["variant", "seed", "document", "axis", "bin_low", "draft_step"],
     "history": ["variant", "seed", "step", "split", "draft_step"],
     "acceptance": ["variant", "seed", "metric", "draft_step"],
+    "scorecard": ["claim"],
 }
 
 COMPRESSED = {"counts", "run_lengths", "axes", "history"}  # a row a document or a training step: large in a large run
