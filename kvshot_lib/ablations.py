@@ -10,10 +10,10 @@ from .variants import VARIANTS
 ABLATIONS = {
     "kv_2": [
         "kv_2_heads", "kv_2_mlp", "kv_2_unrotate", "kv_2_4kv", "kv_2_zero", "kv_2_shuffled", "kv_2_lagged",
-        "kv_2_from_hidden", "kv_2_no_ttt", "kv_2_grad50",
+        "kv_2_from_hidden", "kv_2_no_ttt", "kv_2_grad50", "kv_2_all_anchors",
     ],
     "kv_1": ["kv_1_none"],
-    "hidden": ["hidden_post_norm", "hidden_continued"],
+    "hidden": ["hidden_post_norm", "hidden_continued", "hidden_all_anchors"],
     "hybrid": ["hybrid_warm"],
     "hybrid_warm": ["cross_only_warm"],
 }  # fmt: skip
