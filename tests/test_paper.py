@@ -3,12 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+from test_claims import draws_of
 
 from kvshot_lib import paper
 from kvshot_lib.bootstrap import Interval
 from kvshot_lib.errors import StudyError
 from kvshot_lib.variants import VARIANTS
-from test_claims import draws_of
 
 
 def test_recorded_numbers_are_the_papers():
