@@ -316,7 +316,7 @@ def check_foreign_runs(profile: Profile, results: Path) -> None:
 
 
 def redraw(name: str) -> None:
-    """Draw figures/<name> anew from data/recorded/<name>: notebook 03, and 08 if the profile has it.
+    """Draw figures/<name> anew from data/recorded/<name> by notebooks 03 and 08, with the profile's parameters.
 
     Raises
     ------
@@ -329,9 +329,8 @@ def redraw(name: str) -> None:
     known = Path(f"notebooks/profiles/{name}.yaml").exists()  # or else recorded by hand
     profile = load_profile(name) if known else Profile(name)
     for key in ("decay", "scorecard"):
-        parameters = getattr(profile, key)
-        if parameters is not None:
-            notebook = Path(NOTEBOOKS[key])
+        parameters, notebook = getattr(profile, key) or {}, Path(NOTEBOOKS[key])
+        if notebook.exists():
             folders = {"tables_dir": f"../{tables}", "figures_dir": f"../figures/{name}"}
             output = Path(f"results/{name}/notebooks/{notebook.stem}.recorded.ipynb")
             run_notebook(notebook, output, parameters | folders)

@@ -226,9 +226,10 @@ def test_no_more_trainings_at_once_than_the_profile_says(monkeypatch, parallel, 
 
 
 def test_figures_are_redrawn_from_every_recorded_profile(tmp_path, monkeypatch, capsys):
-    """Notebook 03 with the profile's own parameters; 08 only where the profile has it; a wrong name is told."""
+    """Notebooks 03 and 08 with the profile's own parameters, if it has some; a wrong name is told."""
     monkeypatch.chdir(small_study(tmp_path))
     edit(tmp_path / "notebooks/profiles/small.yaml", "drafters:", "scorecard: {samples: 5}\ndrafters:")
+    write_notebook(tmp_path / "notebooks/08_paper_scorecard.ipynb", "samples = 9")
     for name in ("other", "small"):
         (tmp_path / "data/recorded" / name).mkdir(parents=True)
     ran = []
@@ -238,6 +239,7 @@ def test_figures_are_redrawn_from_every_recorded_profile(tmp_path, monkeypatch, 
         (number, f"results/{name}/notebooks/{stem}.recorded.ipynb", {**own, **recorded_folders(name)})
         for name, number, stem, own in [
             ("other", "03", "03_long_range_decay", {}),
+            ("other", "08", "08_paper_scorecard", {}),
             ("small", "03", "03_long_range_decay", {}),
             ("small", "08", "08_paper_scorecard", {"samples": 5}),
         ]
