@@ -91,12 +91,14 @@ def coverage(runs: pd.DataFrame) -> str:
             else "documents and seeds"
         )
         lines.append(f"- {count} seed{'s' if count > 1 else ''} of {names}: intervals cover {covers}.")
-    tokens = runs.groupby("variant")["trained_tokens"].unique().map(lambda found: tuple(sorted(set(found))))
-    if tokens.nunique() == 1 and len(tokens.iloc[0]) == 1:
-        lines.append(f"- Every drafter was trained on {tokens.iloc[0][0]:,} tokens.")
+    tokens = {v: sorted(set(runs.loc[runs["variant"] == v, "trained_tokens"])) for v in in_order(runs["variant"])}
+    told = {v: f"{found[0]:,}" + (f" to {found[-1]:,}" if len(found) > 1 else "") for v, found in tokens.items()}
+    if (runs.groupby("seed")["trained_tokens"].nunique() == 1).all():
+        alike = ", those of the same seed on equally many" if runs["trained_tokens"].nunique() > 1 else ""
+        low, high = (f"{edge:,}" for edge in (runs["trained_tokens"].min(), runs["trained_tokens"].max()))
+        lines.append(f"- Every drafter was trained on {low if low == high else f'{low} to {high}'} tokens{alike}.")
     else:
-        told = "; ".join(f"`{name}` {' or '.join(f'{n:,}' for n in tokens[name])}" for name in in_order(tokens.index))
-        lines.append(f"- **Training was not equal**, in tokens: {told}.")
+        lines.append(f"- **Training was not equal**, in tokens: {'; '.join(f'`{v}` {n}' for v, n in told.items())}.")
     warm = runs[runs["init_from"].fillna("") != ""] if "init_from" in runs else runs[:0]
     for variant in in_order(warm["variant"].unique()):
         start = warm.loc[warm["variant"] == variant, "init_from"].iloc[0]

@@ -81,6 +81,9 @@ def test_coverage_tells_seeds_budgets_and_starts():
     assert "3 seeds" not in scorecard.coverage(runs_of(hidden=2)) and "started" not in scorecard.coverage(
         runs_of(hidden=2)
     )
+    by_seed = runs.assign(trained_tokens=1000 + runs["seed"])
+    told = "- Every drafter was trained on 1,000 to 1,002 tokens, those of the same seed on equally many."
+    assert told in scorecard.coverage(by_seed)
     runs.loc[0, "trained_tokens"] = 900
     assert "**Training was not equal**, in tokens: `hidden` 900; `kv_1` 1,000;" in scorecard.coverage(runs)
     assert "started" not in scorecard.coverage(runs.drop(columns="init_from"))
