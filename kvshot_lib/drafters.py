@@ -66,6 +66,7 @@ class Drafter(nn.Module):
                 if hasattr(module, name):
                     setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
         self.score = torch.compile(score_rows, dynamic=True)
+        torch._dynamo.config.recompile_limit = 64  # shapes and modes differ between training, validation and evaluation
         return self
 
     @property
@@ -76,8 +77,10 @@ class Drafter(nn.Module):
         kv, hidden = ("keys", "values"), ("hidden_states",)
         return {"hidden": hidden, "kv": kv, "hybrid": hidden + kv}[self.config.paradigm]
 
-    def prefix(self, features: Features) -> tuple[list[dict[str, Entries]], Tensor | None]:
+    def prefix(self, features: Features, first: int = 0) -> tuple[list[dict[str, Entries]], Tensor | None]:
         """Turn target state into what every anchor's attention shares.
+
+        Decoding extends its entries: with features of x_first … x_{first+n-1} come those of s = first … first+n-2.
 
         Returns
         -------
@@ -87,7 +90,7 @@ class Drafter(nn.Module):
         columns = features.tokens.shape[1] - 1
         cut = {name: getattr(features, name)[:, :columns] for name in self.reads}
         embedding = self.embed(features.tokens)
-        positions = torch.arange(columns + 1, device=embedding.device)[None]
+        positions = first + torch.arange(columns + 1, device=embedding.device)[None]
         cos, sin = self.rotary(embedding, positions)
         source = PrefixSource(
             replace(features, **cut), embedding[:, :-1], embedding[:, 1:], (cos[:, :-1], sin[:, :-1]), (cos[:, 1:], sin[:, 1:]),

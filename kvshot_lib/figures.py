@@ -201,7 +201,11 @@ def label_ends(axes: Axes, ends: list[tuple], right: float) -> None:
     low, high = axes.get_ylim()
     width = right - axes.get_xlim()[0]
     ends = sorted(ends, key=lambda end: end[1])
-    heights = spread([y for _, y, _, _ in ends], 0.065 * (high - low))
+    gap, limit = 0.065 * (high - low), high
+    heights = spread([y for _, y, _, _ in ends], gap)
+    for place in reversed(range(len(heights))):  # none above the axis, where the title is
+        heights[place] = min(heights[place], limit)
+        limit = heights[place] - gap
     for (x, y, name, colour), height in zip(ends, heights):
         where = (right + 0.055 * width, height)
         axes.annotate(name, where, color=colour, va="center", fontsize=9.5, weight="bold", annotation_clip=False)

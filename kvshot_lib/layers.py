@@ -73,20 +73,22 @@ def extend(chain: Entries | None, own: list[Tensor]) -> Entries:
 class KVFusion(nn.Module):
     """Target state at positions s -> keys and values of one drafter layer (``kv_fusion``, ``kv_rope``, ``kv_control``)."""
 
-    def __init__(self, spec: FeatureSpec, config: DrafterConfig):
+    def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
         super().__init__()
         self.config, self.head_dim = config, spec.head_dim
         width, reused = spec.num_kv_heads * spec.head_dim, len(spec.kv_layers)
         self.groups = spec.num_kv_heads * (reused if config.kv_fusion == "heads" else 1)
         from_hidden = config.kv_control == "from_hidden"
         read = len(spec.hidden_layers) * spec.hidden_size if from_hidden else reused * width
+        if from_hidden:  # a few of their channels are hundreds of times the others
+            self.norm = LlamaRMSNorm(read, sizes.rms_norm_eps)
         for name in ("keys", "values"):
             setattr(self, name, _fusion(config.kv_fusion, read, width))
 
     def forward(self, features: Features, rotary: Entries) -> Entries:
         """[B, n, S, G, D] of S layers, rotary at s = 0 … n-1 -> [B, G', n, D] each; keys have the RoPE of their position."""
         if self.config.kv_control == "from_hidden":
-            read = features.hidden_states.flatten(2)
+            read = self.norm(features.hidden_states.flatten(2))
             return rotated(self.heads(self.keys(read)), rotary), self.heads(self.values(read))
         keys, values = features.keys, features.values
         if self.config.kv_control == "zero":
@@ -182,7 +184,7 @@ class HybridLayer(HiddenLayer):
 
     def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
         super().__init__(sizes, spec, config)
-        self.fusion = KVFusion(spec, config)
+        self.fusion = KVFusion(sizes, spec, config)
         self.cross = PrefixAttention(sizes, 2 * sizes.hidden_size, self.fusion.groups, config.kv_grad_scale)
         if config.cross_only:
             self.attention = self.gate = None
@@ -218,7 +220,7 @@ class KVLayer(nn.Module):
         super().__init__()
         self.attention_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
         self.mlp_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
-        self.fusion = None if config.kv_control == "none" else KVFusion(spec, config)
+        self.fusion = None if config.kv_control == "none" else KVFusion(sizes, spec, config)
         groups = self.fusion.groups if self.fusion else sizes.num_key_value_heads
         self.attention = PrefixAttention(sizes, sizes.hidden_size, groups, config.kv_grad_scale)
         self.mlp = LlamaMLP(sizes)

@@ -45,13 +45,13 @@ def drafters(runs: pd.DataFrame) -> str:
     return f"{markdown_table(rows, header)}\n\n{told}"
 
 
-def acceptance(draws: Draws) -> str:
-    """The result table: acceptance at the first, middle and last step, retention and MAT, with intervals."""
+def acceptance(draws: Draws, only: Iterable[str] | None = None) -> str:
+    """The result table: acceptance at the first, middle and last step, retention and MAT, with intervals (``only`` some variants)."""
     last = int(draws.keys["draft_step"].max())
     steps = sorted({0, last // 2, last})
     columns = [("step_acceptance", step) for step in steps]
     columns += [(name, None) for name in ("retention", "chain_retention", "expected_mat", "measured_mat")]
-    variants, symbols = in_order(draws.variants), [f"$\\alpha_{{{step}}}$" for step in steps]
+    variants, symbols = in_order(only or draws.variants), [f"$\\alpha_{{{step}}}$" for step in steps]
     rows = [[f"`{variant}`", *(_cell(draws, variant, *column) for column in columns)] for variant in variants]
     header = ["variant", *symbols, "retention", "chain retention", "expected MAT", "measured MAT"]
     return markdown_table(rows, header)

@@ -130,7 +130,7 @@ def run_facts(run: Run, train_config: TrainConfig, history: pd.DataFrame) -> dic
         "out_of_draft_vocab_fraction": outside_vocabulary(run.features["evaluation"], drafter),
         "init_from": run.init_from,
         "batch_documents": train_config.batch_documents,
-        **drafting_cost(drafter, dtype=run.dtype),
+        **drafting_cost(drafter),
     }
 
 

@@ -144,7 +144,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--results-dir", type=Path, help="default: results/PROFILE")
     parser.add_argument("--workers", type=int, default=4, help="trainings side by side")
     parser.add_argument("--stop-after-s", type=float, default=1e8, help="then leave the rest for the next call")
-    given = parser.parse_args(words)
+    given = parser.parse_intermixed_args(words)
     try:
         profile = load_profile(given.profile)
         check_profile(profile)

@@ -159,8 +159,12 @@ def in_order(variants) -> list[str]:
     return sorted(set(variants), key=lambda name: (known.get(name, len(known)), name))
 
 
-def collect(results_dir: str | Path, runs: Sequence[str] = (), samples: int = 2000, seed: int = 0) -> dict[str, Path]:
+def collect(
+    results_dir: str | Path, runs: Sequence[str] = (), samples: int = 2000, seed: int = 0, *, keep: str | Path = ""
+) -> dict[str, Path]:
     """Merge runs (``variant/seed0`` …; all finished ones by default) of ``results_dir`` into ``results_dir/tables/``, as `write` does.
+
+    ``keep`` names a folder of tables collected before: their runs stay, unless ``results_dir`` has trained them again.
 
     Floats keep 6 significant digits, and a training history at most 100 steps per run and split, so that recorded
     tables stay small. A run without ``run.json`` is unfinished and left out.
@@ -177,14 +181,27 @@ def collect(results_dir: str | Path, runs: Sequence[str] = (), samples: int = 20
         raise StudyError(
             f"no finished run in {results_dir / 'runs'}: train a drafter there with notebooks/02_train_drafter.ipynb"
         )
-    position = {name: i for i, name in enumerate(in_order(folder.parent.name for folder in finished))}
-    read = [_read_run(folder) for folder in finished]
-    read.sort(key=lambda run: (position[run["runs"]["variant"].iloc[0]], run["runs"]["seed"].iloc[0]))
-    tables = {name: pd.concat([run[name] for run in read], ignore_index=True) for name in read[0]}
+    found = [_read_run(folder) for folder in finished]
+    if keep:
+        found += _kept_runs(keep, {(run["runs"]["variant"].iloc[0], run["runs"]["seed"].iloc[0]) for run in found})
+    position = {name: i for i, name in enumerate(in_order(run["runs"]["variant"].iloc[0] for run in found))}
+    found.sort(key=lambda run: (position[run["runs"]["variant"].iloc[0]], run["runs"]["seed"].iloc[0]))
+    tables = {name: pd.concat([run[name] for run in found], ignore_index=True) for name in found[0]}
     _check_one_target(tables["runs"], results_dir)
     tables["acceptance"] = acceptance_table(tables["counts"], tables["run_lengths"], samples, seed)
     tables["history"] = _thin(tables["history"])
     return {name: write(results_dir / "tables", name, rounded(table)) for name, table in sorted(tables.items())}
+
+
+def _kept_runs(tables_dir: str | Path, replaced: set[tuple[str, int]]) -> list[dict[str, pd.DataFrame]]:
+    """The runs of collected tables, but those of ``replaced`` (variant, seed): each the tables that `_read_run` gives."""
+    tables = {name: read(tables_dir, name) for name in ("runs", "counts", "run_lengths", "axes", "history")}
+    keys = tables["runs"][["variant", "seed"]].itertuples(index=False, name=None)
+    return [
+        {name: table[(table["variant"] == v) & (table["seed"] == s)] for name, table in tables.items()}
+        for v, s in keys
+        if (v, s) not in replaced
+    ]
 
 
 def _read_run(folder: Path) -> dict[str, pd.DataFrame]:
@@ -257,9 +274,12 @@ def main(arguments: list[str] | None = None) -> None:
     command = commands.add_parser("collect", help="merge the runs of RESULTS_DIR into RESULTS_DIR/tables/*.csv")
     command.add_argument("results_dir", metavar="RESULTS_DIR")
     command.add_argument("runs", nargs="*", metavar="VARIANT/seedN", help="only these (all finished ones by default)")
+    command.add_argument(
+        "--keep", default="", metavar="TABLES_DIR", help="and the runs of these tables, if not trained again"
+    )
     given = parser.parse_args(arguments)
     try:
-        for path in collect(given.results_dir, given.runs).values():
+        for path in collect(given.results_dir, given.runs, keep=given.keep).values():
             print(path)
     except StudyError as error:
         sys.exit(f"StudyError: {error}")

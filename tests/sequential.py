@@ -94,6 +94,7 @@ def fused_entry(drafter, weights, layer: str, features, document: int, position:
     base = drafter.sizes.rope_parameters["rope_theta"]
     if config.kv_control == "from_hidden":
         state = features.hidden_states[document, position].reshape(-1)
+        state = rms_norm(state, weights[f"{name}.norm.weight"], drafter.sizes.rms_norm_eps)
         key, value = (weights[f"{name}.{part}.weight"] @ state for part in ("keys", "values"))
         return rotate(key.view(-1, size), position, base), value.view(-1, size)
     keys, values = features.keys[document, position], features.values[document, position]  # [S, G, D]

@@ -29,8 +29,8 @@ def small(tmp_path):
     )
 
 
-def test_the_four_notebooks_are_there():
-    assert [path.name[:2] for path in COMMITTED] == ["00", "01", "02", "03"]
+def test_the_notebooks_are_there():
+    assert [path.name[:2] for path in COMMITTED] == ["00", "01", "02", "03", "08"]
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)

@@ -9,10 +9,13 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+MAIN = ("hidden", "hidden_post_norm", "hidden_continued", "kv_1_none", "kv_1", "kv_2", "kv_4", "hybrid", "hybrid_warm")
+
+
 def test_the_result_table_is_the_recorded_one():
-    counts, run_lengths = (tables.read(ROOT / "data/recorded/laptop", name) for name in ("counts", "run_lengths"))
+    counts, run_lengths = (tables.read(ROOT / "data/recorded/full", name) for name in ("counts", "run_lengths"))
     draws = bootstrap.draw(counts, run_lengths, samples=2000, seed=0)
-    assert report.acceptance(draws).replace("<br>", " ") in README
+    assert report.acceptance(draws, MAIN).replace("<br>", " ") in README
 
 
 def test_every_file_that_the_readme_names_is_there():
