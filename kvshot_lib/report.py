@@ -71,6 +71,13 @@ def decay(draws: Draws, variants: Iterable[str] | None = None) -> str:
         kept = draws.mean(variant, "retention")
         verdict = told[kept.verdict(1)] if np.isfinite(kept.low) else "**too few matches** for an interval"
         lines.append(f"- `{variant}` goes from {first} at step 0 to {end} at step {last}. Retention {kept}: {verdict}.")
+    if "kv_1_none" in (variants or draws.variants):
+        kept = draws.mean("kv_1_none", "retention").value
+        lines.append(
+            "\n`kv_1_none` reads no target state, so what it predicts at anchor $t$, step $k$ is what it predicts at anchor "
+            f"$t + k$, step 0. Its retention of {kept:.3f} has one cause: later steps are judged at later places of the answer, "
+            f"which are {'harder' if kept < 1 else 'no harder'} on average. About as much of any other drafter's change is not decay."
+        )
     return "\n".join(lines)
 
 

@@ -48,6 +48,13 @@ def test_decay_is_told_by_the_interval():
     assert "too few matches" in report.decay(draws_of(kv_1=(0, 0, 0)))
 
 
+def test_what_the_choice_of_anchors_does_is_told_where_the_control_was_run():
+    assert "Its retention of 0.667 has one cause" in report.decay(draws_of(kv_1_none=(30, 25, 20)))
+    assert "which are harder on average" in report.decay(draws_of(kv_1_none=(30, 25, 20)))
+    assert "which are no harder" in report.decay(draws_of(kv_1_none=FLAT))
+    assert "one cause" not in report.decay(draws_of(hidden=DECAYS, kv_1_none=FLAT), ["hidden"])
+
+
 def test_gaps_name_the_steps_above_and_below():
     text = report.gaps(draws_of(hidden=DECAYS, kv_2=FLAT, hybrid=DECAYS), "hidden")
     assert line_of(text, "kv_2") == (
