@@ -13,9 +13,18 @@ CHOICES = {
 }
 # Which parameters mean something to which paradigm; elsewhere they must keep their default.
 READS = {
-    "hidden": ("feedback",),
+    "hidden": ("feedback", "hidden_norm"),
     "kv": ("num_layers", "kv_layers", "kv_fusion", "kv_rope", "kv_control", "kv_lag_tokens", "kv_grad_scale"),
-    "hybrid": ("feedback", "kv_layers", "kv_fusion", "kv_rope", "kv_grad_scale", "cross_only", "gate_bias"),
+    "hybrid": (
+        "feedback",
+        "hidden_norm",
+        "kv_layers",
+        "kv_fusion",
+        "kv_rope",
+        "kv_grad_scale",
+        "cross_only",
+        "gate_bias",
+    ),
 }
 
 
@@ -34,6 +43,7 @@ class DrafterConfig:
     kv_grad_scale : multiplies the gradient of the draft-side key and value projections.
     cross_only : a hybrid without its self-attention branch.
     feedback : what ``hidden`` and ``hybrid`` feed back as state: ``pre_norm`` (EAGLE-3) or ``post_norm`` (EAGLE-3.1).
+    hidden_norm : norm each target hidden state before they are fused (EAGLE-3 doesn't; a few of their channels are huge).
     gate_bias : initial bias of the hybrid's gate; the gate starts near sigmoid(gate_bias).
 
     Raises
@@ -51,6 +61,7 @@ class DrafterConfig:
     kv_grad_scale: float = 1.0
     cross_only: bool = False
     feedback: str = "pre_norm"
+    hidden_norm: bool = False
     gate_bias: float = 0.0
 
     def __post_init__(self) -> None:

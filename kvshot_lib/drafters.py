@@ -54,6 +54,9 @@ class Drafter(nn.Module):
         self.rotary = LlamaRotaryEmbedding(sizes)
         layer = LAYERS[config.paradigm]
         if layer.reads_state:
+            self.hidden_norm = (
+                LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps) if config.hidden_norm else nn.Identity()
+            )
             self.fuse_hidden = nn.Linear(len(spec.hidden_layers) * sizes.hidden_size, sizes.hidden_size, bias=False)
         self.layers = nn.ModuleList(layer(sizes, spec, config) for _ in range(config.num_layers))
         self.norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
@@ -94,7 +97,7 @@ class Drafter(nn.Module):
         cos, sin = self.rotary(embedding, positions)
         source = PrefixSource(
             replace(features, **cut), embedding[:, :-1], embedding[:, 1:], (cos[:, :-1], sin[:, :-1]), (cos[:, 1:], sin[:, 1:]),
-            self.fuse_hidden(cut["hidden_states"].flatten(2)) if self.layers[0].reads_state else None,
+            self.fuse_hidden(self.hidden_norm(cut["hidden_states"]).flatten(2)) if self.layers[0].reads_state else None,
         )  # fmt: skip
         return [layer.prefix(source) for layer in self.layers], source.state
 

@@ -81,14 +81,14 @@ class KVFusion(nn.Module):
         from_hidden = config.kv_control == "from_hidden"
         read = len(spec.hidden_layers) * spec.hidden_size if from_hidden else reused * width
         if from_hidden:  # a few of their channels are hundreds of times the others
-            self.norm = LlamaRMSNorm(read, sizes.rms_norm_eps)
+            self.norm = LlamaRMSNorm(spec.hidden_size, sizes.rms_norm_eps)
         for name in ("keys", "values"):
             setattr(self, name, _fusion(config.kv_fusion, read, width))
 
     def forward(self, features: Features, rotary: Entries) -> Entries:
         """[B, n, S, G, D] of S layers, rotary at s = 0 … n-1 -> [B, G', n, D] each; keys have the RoPE of their position."""
         if self.config.kv_control == "from_hidden":
-            read = self.norm(features.hidden_states.flatten(2))
+            read = self.norm(features.hidden_states).flatten(2)
             return rotated(self.heads(self.keys(read)), rotary), self.heads(self.values(read))
         keys, values = features.keys, features.values
         if self.config.kv_control == "zero":

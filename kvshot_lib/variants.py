@@ -8,6 +8,7 @@ KV_2 = {"paradigm": "kv", "num_layers": 2}
 VARIANTS: dict[str, dict] = {
     "hidden": {"paradigm": "hidden"},
     "hidden_post_norm": {"paradigm": "hidden", "feedback": "post_norm"},
+    "hidden_normed": {"paradigm": "hidden", "hidden_norm": True},
     "hidden_continued": {"paradigm": "hidden", "init_from": "hidden"},
     "hidden_all_anchors": {"paradigm": "hidden", "anchor_fraction": 1.0},
     "kv_1": {"paradigm": "kv"},

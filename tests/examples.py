@@ -19,6 +19,7 @@ VARIANTS = {
     "hidden_post_norm": DrafterConfig("hidden", feedback="post_norm"),
     "kv_1": DrafterConfig("kv", 1),
     "kv_2": DrafterConfig("kv", 2),
+    "hidden_normed": DrafterConfig("hidden", hidden_norm=True),
     "hybrid": DrafterConfig("hybrid"),
     "hybrid_post_norm": DrafterConfig("hybrid", feedback="post_norm", gate_bias=-0.5),
     "cross_only": DrafterConfig("hybrid", cross_only=True),

@@ -93,8 +93,8 @@ def fused_entry(drafter, weights, layer: str, features, document: int, position:
     config, size, name = drafter.config, drafter.sizes.head_dim, f"{layer}.fusion"
     base = drafter.sizes.rope_parameters["rope_theta"]
     if config.kv_control == "from_hidden":
-        state = features.hidden_states[document, position].reshape(-1)
-        state = rms_norm(state, weights[f"{name}.norm.weight"], drafter.sizes.rms_norm_eps)
+        state = features.hidden_states[document, position]  # [S, d], each layer normed by itself
+        state = rms_norm(state, weights[f"{name}.norm.weight"], drafter.sizes.rms_norm_eps).reshape(-1)
         key, value = (weights[f"{name}.{part}.weight"] @ state for part in ("keys", "values"))
         return rotate(key.view(-1, size), position, base), value.view(-1, size)
     keys, values = features.keys[document, position], features.values[document, position]  # [S, G, D]
@@ -160,7 +160,10 @@ def _hidden_chain(drafter, weights, features, document, anchor, steps):
 
     cache, cross_cache = [], []
     for s in range(anchor + 1):
-        state = weights["fuse_hidden.weight"] @ torch.cat(list(features.hidden_states[document, s]))
+        states = features.hidden_states[document, s]
+        if drafter.config.hidden_norm:
+            states = rms_norm(states, weights["hidden_norm.weight"], eps)
+        state = weights["fuse_hidden.weight"] @ torch.cat(list(states))
         if not drafter.config.cross_only:
             cache.append(own_entry(drafter, weights, f"{layer}.attention", read(s + 1, state), s + 1))
         if drafter.config.paradigm == "hybrid":
