@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .capture import Captured, capture
+from .capture import capture
 from .drafters import Drafter
 from .errors import StudyError
-from .features import Features
 from .layers import Entries, View
 from .sampling import GREEDY, Chooser, Sampling
 from .target import Target
+from .target_run import TargetRun, check_cache
 from .tree import CHAIN, Chain, Frontier, Proposal, Tree, draft_chain, draft_tree
 
 
@@ -147,65 +147,6 @@ def until(eos: set[int], tokens: list[int]) -> list[int]:
     return tokens[: ends[0] + 1] if ends else tokens
 
 
-class TargetRun:
-    """The target over one growing sequence, with its cache; inside `capture`, whose record is ``taken``."""
-
-    def __init__(self, target: Target, cache: DynamicCache, taken: Captured, kv_layers: Sequence[int] = ()):
-        self.model, self.device = target.model, target.device
-        self.cache, self.taken, self.kv_layers = cache, taken, kv_layers
-        self.length, self.kept = (
-            0,
-            slice(0, 0),
-        )  # positions in the cache before the last forward; its rows that were kept
-
-    def prefill(self, tokens: list[int]) -> Tensor:
-        """Logits [V] after the last token of the prompt."""
-        ids = torch.tensor([tokens], device=self.device)
-        logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
-        self.kept = slice(0, len(tokens))
-        return logits[0, -1]
-
-    def verify(self, proposal: Proposal) -> Tensor:
-        """Logits [T, V] after each node of the proposal; the cache takes them all in."""
-        self.length = self.cache.get_seq_length()
-        ids, extra = torch.tensor([proposal.tokens], device=self.device), {}
-        if not proposal.is_chain:
-            depths = torch.tensor([proposal.depths], device=self.device)
-            extra = {"attention_mask": self.tree_mask(proposal), "position_ids": self.length + depths}
-        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **extra).logits[0]
-
-    def tree_mask(self, proposal: Proposal) -> Tensor:
-        """Additive [1, 1, T, N + T]: every node sees the N cached positions, its ancestors and itself."""
-        sees, dtype = proposal.sees.to(self.device), self.model.dtype
-        mask = torch.zeros(len(sees), self.length + len(sees), dtype=dtype, device=self.device)
-        mask[:, self.length :].masked_fill_(~sees, torch.finfo(dtype).min)
-        return mask[None, None]
-
-    def keep(self, path: list[int]) -> None:
-        """Roll the cache back to the accepted nodes of the last verification, in order: only the tail is touched."""
-        surplus = self.cache.get_seq_length() - self.length - len(path)
-        if path[-1] != len(path) - 1:  # not the first nodes: move the accepted entries up
-            rows = torch.tensor(path, device=self.device)
-            for layer in self.cache.layers:
-                for part in (layer.keys, layer.values):
-                    tail = part[:, :, self.length :]
-                    tail[:, :, : len(path)] = tail[:, :, rows]
-        if surplus:
-            self.cache.crop(-surplus)
-        self.kept = path
-
-    def features(self, tokens: list[int], reads: Sequence[str], dtype: torch.dtype) -> Features:
-        """The target's state at the kept positions s, with tokens x_s and one more: what prefix entries s are made from."""
-        hidden, ids = self.taken.hidden_states, torch.tensor([tokens[self.length :]], device=self.device)
-        state = {}
-        if "hidden_states" in reads:
-            state["hidden_states"] = torch.stack([hidden[layer][:, self.kept] for layer in hidden], dim=2)
-        for name in {"keys", "values"} & set(reads):
-            layers = [getattr(self.cache.layers[layer], name)[:, :, self.length :] for layer in self.kv_layers]
-            state[name] = torch.stack(layers, dim=2).permute(0, 3, 2, 1, 4)  # [1, m, S_kv, G, D]
-        return Features(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 0], **state).to(self.device, dtype)
-
-
 class Drafting:
     """A drafter over the same sequence: its prefix entries, made once each and kept, and its proposals.
 
@@ -306,20 +247,6 @@ def check_prompt(target: Target, prompt: Sequence[int] | Tensor, max_new_tokens:
             f"{len(ids)} prompt tokens and max_new_tokens={max_new_tokens} don't fit into the target's context of {room}"
         )
     return ids.tolist()
-
-
-def check_cache(target: Target, cache: DynamicCache | None) -> DynamicCache:
-    """An empty cache of the target whose layers can all be rolled back."""
-    cache = DynamicCache(config=target.config) if cache is None else cache
-    for layer in [*DynamicCache(config=target.config).layers, *cache.layers]:
-        if layer.is_sliding or not getattr(layer, "is_croppable", False):
-            raise StudyError(
-                f"target {target.name} with {type(layer).__name__}: a cache that forgets or can't be cropped can't be rolled back; "
-                "choose a target with full attention in every layer, and a DynamicCache"
-            )
-    if cache.get_seq_length():
-        raise StudyError(f"the cache holds {cache.get_seq_length()} tokens already; give an empty one")
-    return cache
 
 
 def check_drafter(target: Target, drafter: Drafter) -> Drafter:
