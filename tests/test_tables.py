@@ -61,6 +61,21 @@ def test_collect_merges_every_run_in_the_order_of_the_study(tmp_path):
     )
 
 
+def test_runs_collected_before_are_kept_unless_they_were_trained_again(tmp_path):
+    """hidden and kv_1 in one place; later hidden again and hybrid in another: the later hidden counts."""
+    for variant, tokens in (("hidden", 100), ("kv_1", 100)):
+        write_run(tmp_path / "first", variant, trained_tokens=tokens)
+    tables.collect(tmp_path / "first")
+    for variant, tokens in (("hidden", 200), ("hybrid", 200)):
+        write_run(tmp_path / "later", variant, trained_tokens=tokens)
+    tables.collect(tmp_path / "later", keep=tmp_path / "first/tables")
+    found = tables.read(tmp_path / "later/tables", "runs").set_index("variant")["trained_tokens"]
+    assert found.to_dict() == {"hidden": 200, "kv_1": 100, "hybrid": 200}
+    counts = tables.read(tmp_path / "later/tables", "counts").query("variant == 'kv_1'").reset_index(drop=True)
+    before = tables.read(tmp_path / "first/tables", "counts").query("variant == 'kv_1'").reset_index(drop=True)
+    pd.testing.assert_frame_equal(counts, before)
+
+
 def test_collect_twice_writes_the_same_bytes(tmp_path):
     for variant in ("kv_1", "hidden"):
         write_run(tmp_path, variant)
