@@ -25,6 +25,7 @@ DRAFTERS = {
     "hidden": DrafterConfig("hidden"),
     "kv_2": DrafterConfig("kv", num_layers=2),
     "hybrid": DrafterConfig("hybrid"),
+    "block_kv_2": DrafterConfig("block", num_layers=2),
 }
 
 
@@ -95,7 +96,7 @@ def main(words: list[str] | None = None) -> None:
         for name, config in DRAFTERS.items():
             for fraction in (1.0, 0.2):
                 tokens_per_s = training_speed(target, store, config, fraction, draft_ids=draft_ids, steps=given.steps)
-                print(f"train {name:8} anchor_fraction {fraction:.1f}: {tokens_per_s:>8,.0f} tokens/s", flush=True)
+                print(f"train {name:10} anchor_fraction {fraction:.1f}: {tokens_per_s:>8,.0f} tokens/s", flush=True)
     print(f"peak memory {peak_memory_bytes(target.device) / 1e9:.1f} GB")
 
 

@@ -35,12 +35,17 @@ def drafting_cost(drafter: Drafter, context_length_tokens: int = 512, draft_leng
 
     Returns
     -------
-    ``drafting_flops`` of one draft step, the mean over the chain's K; ``prefix_flops_per_token`` and ``prefix_bytes_per_token``, for
+    ``drafting_flops`` of one draft step, the mean over the chain's K (of a block, its one pass over the K tokens that it drafts);
+    ``prefix_flops_per_token`` and ``prefix_bytes_per_token``, for
     each token that the target verified; ``draft_context_tokens`` N.
     """
-    steps = [step_flops(drafter, context_length_tokens, k) for k in range(draft_length)]
+    if drafter.config.paradigm == "block":
+        draft_length = drafter.config.block_size - 1
+        total = block_flops(drafter, context_length_tokens)
+    else:
+        total = sum(step_flops(drafter, context_length_tokens, k) for k in range(draft_length))
     return {
-        "drafting_flops": round(sum(steps) / draft_length),
+        "drafting_flops": round(total / draft_length),
         "prefix_flops_per_token": prefix_flops_per_token(drafter),
         "prefix_bytes_per_token": prefix_bytes_per_token(drafter),
         "draft_context_tokens": context_length_tokens,
@@ -66,6 +71,25 @@ def step_flops(drafter: Drafter, context_length_tokens: int, draft_step: int) ->
     return total
 
 
+def block_flops(drafter: Drafter, context_length_tokens: int) -> int:
+    """FLOPs of one whole block of b slots whose anchor sees N positions of target state; b - 1 tokens are drafted by it.
+
+    FLOPs = 2 d V (b - 1) + b Σ over layers of (Σ over linear maps 2 in · out + 4 H D (C N + b)), C = 2 for ``block_context="both"``,
+    whose positions have two entries each, else 1.
+    """
+    slots, seen = drafter.config.block_size, context_length_tokens * _contexts(drafter)
+    total = 2 * drafter.head.numel() * (slots - 1)
+    for layer in drafter.layers:
+        maps = _linear(layer) - _linear(layer.fusion)
+        total += slots * (maps + 4 * layer.attention.q_proj.out_features * (seen + slots))
+    return total
+
+
+def _contexts(drafter: Drafter) -> int:
+    """Prefix entries per position and branch."""
+    return 2 if drafter.config.paradigm == "block" and drafter.config.block_context == "both" else 1
+
+
 def prefix_flops_per_token(drafter: Drafter) -> int:
     """FLOPs that turn one more token's target state into prefix entries: fusing layers, and keys and values where the drafter makes them."""
     total = _linear(getattr(drafter, "fuse_hidden", None))
@@ -81,7 +105,7 @@ def prefix_bytes_per_token(drafter: Drafter) -> int:
     With ``kv_fusion="heads"`` these are the target's own cache and take no memory besides.
     """
     attentions = [attention for layer in drafter.layers for attention in _attentions(layer)]
-    return sum((a.k_proj.out_features + a.v_proj.out_features) * BYTES for a in attentions)
+    return _contexts(drafter) * sum((a.k_proj.out_features + a.v_proj.out_features) * BYTES for a in attentions)
 
 
 @torch.no_grad()
@@ -95,10 +119,13 @@ def draft_step_s(
 ) -> float:
     """Seconds of one draft step of one chain (batch 1), prefix entries ready, LM head and argmax included: median over ``repeats`` chains.
 
+    A block drafts all its tokens in one pass, whatever ``draft_length``: the pass, by the tokens that it drafts.
+
     Values don't matter to the time, so everything the drafter reads is zero; and it runs as it is written, not compiled. Other work on
     the machine, trainings side by side say, lengthens it.
     """
-    device = drafter.norm.weight.device
+    device, block = drafter.norm.weight.device, drafter.config.paradigm == "block"
+    draft_length = drafter.config.block_size - 1 if block else draft_length
     features, anchors = _zeros(drafter, context_length_tokens, draft_length)
     seconds = []
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), torch.compiler.set_stance("force_eager"):
@@ -106,7 +133,8 @@ def draft_step_s(
         for _ in range(repeats + 1):
             _wait(device)
             started = time.perf_counter()
-            for _, _, output in draft_steps(ready, features, anchors, draft_length):
+            steps = (output for _, _, output in draft_steps(ready, features, anchors, draft_length))
+            for output in [torch.cat([*steps], 1)] if block else steps:
                 (drafter.norm(output[0]).to(drafter.head.dtype) @ drafter.head.T).argmax(-1)
             _wait(device)
             seconds.append((time.perf_counter() - started) / draft_length)
@@ -146,7 +174,8 @@ def _attentions(layer: nn.Module) -> list[nn.Module]:
 def _makes_its_prefix(layer: nn.Module, attention: nn.Module) -> bool:
     """Are this branch's prefix entries its own keys and values, rather than projected target KV?"""
     over_state = layer.reads_state and attention is layer.attention
-    return over_state or getattr(layer, "fusion", None) is None
+    over_hidden = getattr(layer, "context_norm", None) is not None  # a block's, through the same maps
+    return over_state or over_hidden or getattr(layer, "fusion", None) is None
 
 
 def _linear(module: nn.Module | None) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from .block_drafts import draft_block
 from .capture import capture
 from .drafters import Drafter
 from .errors import StudyError
@@ -74,7 +75,7 @@ class Decoded:
 def decode(
     target: Target, drafter: Drafter | None, prompt: Sequence[int] | Tensor, plan: Chain | Tree = CHAIN,
     sampling: Sampling = GREEDY, *, max_new_tokens: int = 128, eos_token_ids: Sequence[int] | None = None,
-    cache: DynamicCache | None = None,
+    cache: DynamicCache | None = None, timed: bool = True,
 ) -> Decoded:  # fmt: skip
     """Continue one prompt as the target alone would: the same tokens if greedy, the same distribution if sampled.
 
@@ -84,6 +85,7 @@ def decode(
     prompt : [n] token ids, chat template and all.
     eos_token_ids : what ends the answer; by default the target's end-of-turn token. ``()`` never ends.
     cache : an empty cache to use; it ends up with the entries of all tokens but the last.
+    timed : False leaves ``seconds`` empty and never waits for the device only to read a clock.
 
     Raises
     ------
@@ -96,7 +98,7 @@ def decode(
     drafting = Drafting(check_drafter(target, drafter), plan, len(prompt) + max_new_tokens) if drafter else NoDrafting()
     with capture(target.model, hidden=drafting.hidden_layers) as taken:
         run = TargetRun(target, cache, taken, drafting.kv_layers)
-        return speculate(run, drafting, prompt, Chooser(sampling), max_new_tokens, eos, Stopwatch(target.device))
+        return speculate(run, drafting, prompt, Chooser(sampling), max_new_tokens, eos, Stopwatch(target.device, timed))
 
 
 def speculate(run, drafting, prompt: list[int], chooser: Chooser, max_new_tokens: int, eos: set[int], clock) -> Decoded:
@@ -195,6 +197,8 @@ class Drafting:
 
     def propose(self, token: int, levels: int) -> Proposal:
         """Drafts below x_{t+1} = ``token``, at most ``levels`` deep."""
+        if self.drafter.config.paradigm == "block":
+            return draft_block(self.drafter, self.root(token), self.plan, levels)
         if isinstance(self.plan, Tree):
             return draft_tree(self.drafter, self.root(token), self.plan, levels)
         return draft_chain(self.drafter, self.root(token), min(self.plan.length, levels))
@@ -217,10 +221,13 @@ class Stopwatch:
     """Seconds by name; every moment belongs to the lap that ends next."""
 
     device: torch.device
+    running: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
     last: float = field(default_factory=time.perf_counter)
 
     def lap(self, name: str) -> None:
+        if not self.running:
+            return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()

@@ -5,16 +5,27 @@ from dataclasses import dataclass, fields
 from .errors import StudyError
 
 CHOICES = {
-    "paradigm": ("hidden", "kv", "hybrid"),
+    "paradigm": ("hidden", "kv", "hybrid", "block"),
     "feedback": ("pre_norm", "post_norm"),
     "kv_fusion": ("linear", "heads", "mlp"),
     "kv_rope": ("raw", "unrotate"),
     "kv_control": ("", "none", "zero", "shuffled", "lagged", "from_hidden"),
+    "kv_init": ("random", "target"),
+    "block_context": ("kv", "hidden", "both"),
 }
 # Which parameters mean something to which paradigm; elsewhere they must keep their default.
 READS = {
     "hidden": ("feedback", "hidden_norm"),
-    "kv": ("num_layers", "kv_layers", "kv_fusion", "kv_rope", "kv_control", "kv_lag_tokens", "kv_grad_scale"),
+    "kv": (
+        "num_layers",
+        "kv_layers",
+        "kv_fusion",
+        "kv_rope",
+        "kv_control",
+        "kv_lag_tokens",
+        "kv_grad_scale",
+        "kv_init",
+    ),
     "hybrid": (
         "feedback",
         "hidden_norm",
@@ -22,8 +33,20 @@ READS = {
         "kv_fusion",
         "kv_rope",
         "kv_grad_scale",
+        "kv_init",
         "cross_only",
         "gate_bias",
+        "gate_floor",
+    ),
+    "block": (
+        "num_layers",
+        "block_context",
+        "block_size",
+        "hidden_norm",
+        "kv_layers",
+        "kv_fusion",
+        "kv_rope",
+        "kv_init",
     ),
 }
 
@@ -32,7 +55,7 @@ READS = {
 class DrafterConfig:
     """Everything that tells one drafter from another; sizes come from the target.
 
-    paradigm : ``hidden``, ``kv`` or ``hybrid``.
+    paradigm : ``hidden``, ``kv``, ``hybrid`` or ``block``.
     num_layers : decoder layers; 1 for ``hidden`` and ``hybrid``.
     kv_layers : how many uniformly spaced target layers have their KV reused.
     kv_fusion : how their KV become one drafter layer's: ``linear`` (end to end, one linear map), ``mlp`` (two, with SiLU
@@ -41,10 +64,14 @@ class DrafterConfig:
     kv_control : what stands in for the target's KV: nothing but the drafter's own prefix (``none``), zeros, another document's
         KV (``shuffled``), KV older by ``kv_lag_tokens`` (``lagged``), or keys and values made from hidden states (``from_hidden``).
     kv_grad_scale : multiplies the gradient of the draft-side key and value projections.
+    kv_init : how the draft-side key and value projections start: ``random``, or from the ``target``'s own (`kv_init`).
     cross_only : a hybrid without its self-attention branch.
     feedback : what ``hidden`` and ``hybrid`` feed back as state: ``pre_norm`` (EAGLE-3) or ``post_norm`` (EAGLE-3.1).
     hidden_norm : norm each target hidden state before they are fused (EAGLE-3 doesn't; a few of their channels are huge).
     gate_bias : initial bias of the hybrid's gate; the gate starts near sigmoid(gate_bias).
+    gate_floor : least value of the gate, which is gate_floor + (1 - gate_floor) · sigmoid(…): the branch can't be shut off.
+    block_context : what of the target a block sees: its ``kv``, its ``hidden`` states, or ``both``.
+    block_size : slots of a block, the known token included: it drafts one token fewer.
 
     Raises
     ------
@@ -63,6 +90,10 @@ class DrafterConfig:
     feedback: str = "pre_norm"
     hidden_norm: bool = False
     gate_bias: float = 0.0
+    gate_floor: float = 0.0
+    kv_init: str = "random"
+    block_context: str = "kv"
+    block_size: int = 8
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -72,6 +103,10 @@ class DrafterConfig:
         for name in ("num_layers", "kv_layers", "kv_lag_tokens", "kv_grad_scale"):
             if not getattr(self, name) > 0:
                 raise StudyError(f"{name}={getattr(self, name)} must be above 0")
+        if not 0 <= self.gate_floor < 1:
+            raise StudyError(f"gate_floor={self.gate_floor} must be 0 or more and below 1")
+        if self.block_size < 2:
+            raise StudyError(f"block_size={self.block_size} must be 2 or more: slot 0 holds a known token")
         for field in fields(self):
             meant = field.name == "paradigm" or field.name in READS[self.paradigm]
             if not meant and getattr(self, field.name) != field.default:
@@ -79,6 +114,10 @@ class DrafterConfig:
                     f"{field.name}={getattr(self, field.name)!r} means nothing to a {self.paradigm} drafter; "
                     f"it takes {', '.join(READS[self.paradigm])}"
                 )
+        if self.paradigm == "block" and self.block_context == "kv" and self.hidden_norm:
+            raise StudyError(
+                "hidden_norm=True contradicts block_context='kv', which reads no hidden states; take 'both'"
+            )
         for name, value, other, allowed in self._contradictions():
             if getattr(self, name) == value and getattr(self, other) not in allowed:
                 raise StudyError(
@@ -89,7 +128,14 @@ class DrafterConfig:
     @property
     def reads_kv(self) -> bool:
         """Whether it reads keys and values of target layers."""
+        if self.paradigm == "block":
+            return self.block_context != "hidden"
         return self.paradigm != "hidden" and self.kv_control not in ("none", "from_hidden")
+
+    @property
+    def fuses_hidden(self) -> bool:
+        """Whether it fuses the target's hidden states into one."""
+        return self.paradigm in ("hidden", "hybrid") or (self.paradigm == "block" and self.block_context != "kv")
 
     @staticmethod
     def _contradictions() -> list[tuple]:
@@ -101,6 +147,10 @@ class DrafterConfig:
             ("kv_control", "none", "kv_grad_scale", (1.0,)),
             ("kv_fusion", "heads", "kv_rope", ("raw",)),
             ("cross_only", True, "gate_bias", (0.0,)),
+            ("cross_only", True, "gate_floor", (0.0,)),
+            ("kv_init", "target", "kv_control", ("", "shuffled", "lagged")),
+            ("kv_init", "target", "kv_fusion", ("linear", "heads")),
+            *[("block_context", "hidden", o, (v,)) for o, v in (("kv_init", "random"), ("kv_layers", 3), *_PLAIN)],
             *[("kv_control", c, "kv_lag_tokens", (4,)) for c in CHOICES["kv_control"] if c != "lagged"],
         ]
 

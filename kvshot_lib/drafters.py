@@ -1,4 +1,4 @@
-"""The drafters: `hidden` (EAGLE-3), `kv` (KV-only reuse) and `hybrid` (both, behind a gate).
+"""The drafters: `hidden` (EAGLE-3), `kv` (KV-only reuse), `hybrid` (both, behind a gate) and `block` (`block.py`: all steps in one pass).
 
 All share the target's sizes, embedding and LM head (frozen, over a draft vocabulary) and one way of running: `prefix` turns target
 state into keys and values once, `step` advances any set of anchors by one draft step. Training, evaluation and decoding call these
@@ -15,12 +15,14 @@ from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
+from .block import BlockLayer
 from .drafter_config import DrafterConfig
 from .errors import StudyError
 from .features import Features, FeatureSpec
+from .kv_init import start_from_target
 from .layers import COMPILED, LAYERS, Entries, PrefixSource, View
 from .losses import score_rows
 from .target import Target
@@ -52,14 +54,16 @@ class Drafter(nn.Module):
         to_draft[draft_ids] = torch.arange(len(draft_ids))
         self.register_buffer("to_draft", to_draft, persistent=False)  # [V] place in the draft vocabulary, -1 outside
         self.rotary = LlamaRotaryEmbedding(sizes)
-        layer = LAYERS[config.paradigm]
-        if layer.reads_state:
+        layer = {**LAYERS, "block": BlockLayer}[config.paradigm]
+        if config.fuses_hidden:
             self.hidden_norm = (
                 LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps) if config.hidden_norm else nn.Identity()
             )
             self.fuse_hidden = nn.Linear(len(spec.hidden_layers) * sizes.hidden_size, sizes.hidden_size, bias=False)
         self.layers = nn.ModuleList(layer(sizes, spec, config) for _ in range(config.num_layers))
         self.norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
+        if config.paradigm == "block":
+            self.mask_embedding = nn.Parameter(embedding.float().std() * torch.randn(sizes.hidden_size))
         self.score = score_rows
 
     def compile_steps(self) -> "Drafter":
@@ -77,8 +81,7 @@ class Drafter(nn.Module):
         """Fields of `Features` that its prefix is made from."""
         if self.config.kv_control in ("none", "from_hidden"):
             return () if self.config.kv_control == "none" else ("hidden_states",)
-        kv, hidden = ("keys", "values"), ("hidden_states",)
-        return {"hidden": hidden, "kv": kv, "hybrid": hidden + kv}[self.config.paradigm]
+        return ("hidden_states",) * self.config.fuses_hidden + ("keys", "values") * self.config.reads_kv
 
     def prefix(self, features: Features, first: int = 0) -> tuple[list[dict[str, Entries]], Tensor | None]:
         """Turn target state into what every anchor's attention shares.
@@ -88,7 +91,7 @@ class Drafter(nn.Module):
         Returns
         -------
         Per layer, branch -> entries [B, G, n-1, D] of s = 0 … n-2 (the last token has no successor to draft from);
-        and g [B, n-1, d], the fused hidden states (None for `kv`).
+        and g [B, n-1, d], the fused hidden states (None for a drafter that reads none).
         """
         columns = features.tokens.shape[1] - 1
         cut = {name: getattr(features, name)[:, :columns] for name in self.reads}
@@ -97,7 +100,7 @@ class Drafter(nn.Module):
         cos, sin = self.rotary(embedding, positions)
         source = PrefixSource(
             replace(features, **cut), embedding[:, :-1], embedding[:, 1:], (cos[:, :-1], sin[:, :-1]), (cos[:, 1:], sin[:, 1:]),
-            self.fuse_hidden(self.hidden_norm(cut["hidden_states"]).flatten(2)) if self.layers[0].reads_state else None,
+            self.fuse_hidden(self.hidden_norm(cut["hidden_states"]).flatten(2)) if self.config.fuses_hidden else None,
         )  # fmt: skip
         return [layer.prefix(source) for layer in self.layers], source.state
 
@@ -139,6 +142,16 @@ class Drafter(nn.Module):
         return {"config": asdict(self.config), "spec": asdict(self.spec)}
 
 
+def drafter_sizes(source: PretrainedConfig, spec: FeatureSpec) -> LlamaConfig:
+    """Width, heads, MLP and RoPE of a drafter's layers: those of the target's config ``source``."""
+    return LlamaConfig(
+        hidden_size=source.hidden_size, intermediate_size=source.intermediate_size, head_dim=spec.head_dim,
+        num_attention_heads=source.num_attention_heads, num_key_value_heads=source.num_key_value_heads,
+        rms_norm_eps=source.rms_norm_eps, rope_parameters=source.rope_parameters, hidden_act="silu",
+        max_position_embeddings=source.max_position_embeddings,
+    )  # fmt: skip
+
+
 def build_drafter(
     config: DrafterConfig, target: Target, spec: FeatureSpec, draft_ids: Tensor, *, seed: int = 0
 ) -> Drafter:
@@ -153,12 +166,7 @@ def build_drafter(
         raise StudyError(
             f"target {target.name} scales its embeddings or caps its logits: drafters don't; choose another target"
         )
-    sizes = LlamaConfig(
-        hidden_size=source.hidden_size, intermediate_size=source.intermediate_size, head_dim=spec.head_dim,
-        num_attention_heads=source.num_attention_heads, num_key_value_heads=source.num_key_value_heads,
-        rms_norm_eps=source.rms_norm_eps, rope_parameters=source.rope_parameters, hidden_act="silu",
-        max_position_embeddings=source.max_position_embeddings,
-    )  # fmt: skip
+    sizes = drafter_sizes(source, spec)
     draft_ids = draft_ids.to(target.device)
     frozen = model.get_input_embeddings().weight, model.get_output_embeddings().weight[draft_ids]
     with torch.random.fork_rng(devices=[]):
@@ -169,4 +177,15 @@ def build_drafter(
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
     with torch.no_grad():
         drafter.norm.weight.copy_(model.get_decoder().norm.weight)
+        if config.kv_init == "target":
+            start_from_target(drafter, target)
     return drafter.to(target.device)
+
+
+def in_dtype(drafter: Drafter, dtype: torch.dtype) -> Drafter:
+    """The drafter's weights in ``dtype``; RoPE's frequencies stay exact."""
+    exact = {name: buffer.clone() for name, buffer in drafter.rotary.named_buffers()}
+    drafter.to(dtype)
+    for name, buffer in exact.items():
+        setattr(drafter.rotary, name, buffer)
+    return drafter

@@ -127,12 +127,21 @@ class View:
     prefix : branch -> keys and values [B, G, n-1, D]. mask : [B, 1, M, n-1].
     chains : branch -> keys and values [B, G, M, J, D] of the anchors' own entries; empty before the first.
     first : draft step 0.
+    lagged_mask : what branches over the target's KV see instead, in a training that lags it; None: the same.
+    cross_alone : a hybrid's output is its cross branch alone, as if its gate were 1.
     """
 
     prefix: dict[str, Entries]
     mask: Tensor
     chains: dict[str, Entries]
     first: bool
+    lagged_mask: Tensor | None = None
+    cross_alone: bool = False
+
+    @property
+    def kv_mask(self) -> Tensor:
+        """The mask over entries of the target's KV."""
+        return self.mask if self.lagged_mask is None else self.lagged_mask
 
 
 class HiddenLayer(nn.Module):
@@ -184,7 +193,7 @@ class HybridLayer(HiddenLayer):
 
     def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
         super().__init__(sizes, spec, config)
-        self.fusion = KVFusion(sizes, spec, config)
+        self.fusion, self.gate_floor = KVFusion(sizes, spec, config), config.gate_floor
         self.cross = PrefixAttention(sizes, 2 * sizes.hidden_size, self.fusion.groups, config.kv_grad_scale)
         if config.cross_only:
             self.attention = self.gate = None
@@ -199,16 +208,19 @@ class HybridLayer(HiddenLayer):
 
     def attend(self, inputs: Tensor, rotary: Entries, view: View) -> tuple[Tensor, dict[str, Entries]]:
         cross, chain = self.cross(
-            inputs, rotary, view.prefix["cross"], view.mask, view.chains.get("cross"), append=True
+            inputs, rotary, view.prefix["cross"], view.kv_mask, view.chains.get("cross"), append=True
         )
-        if self.attention is None:
+        if self.attention is None or view.cross_alone:
             return cross, {"cross": chain}
         own, chains = super().attend(inputs, rotary, view)
         return self.mix(inputs, own, cross), {**chains, "cross": chain}
 
     def mix(self, inputs: Tensor, own: Tensor, cross: Tensor) -> Tensor:
-        """The gated delta s + sigmoid(W u + b) ⊙ (c - s): [B, M, 2d], [B, M, d] twice -> [B, M, d]"""
-        return own + torch.sigmoid(self.gate(inputs)) * (cross - own)
+        """The gated delta s + g ⊙ (c - s), g = sigmoid(W u + b) or more: [B, M, 2d], [B, M, d] twice -> [B, M, d]"""
+        gate = torch.sigmoid(self.gate(inputs))
+        if self.gate_floor:
+            gate = self.gate_floor + (1 - self.gate_floor) * gate
+        return own + gate * (cross - own)
 
 
 class KVLayer(nn.Module):
@@ -237,7 +249,12 @@ class KVLayer(nn.Module):
     ) -> tuple[Tensor, dict[str, Entries]]:
         """State [B, M, d] (the embedding, in the first layer) -> the layer's output [B, M, d] and the longer chain."""
         attended, chain = self.attention(
-            self.attention_norm(state), rotary, view.prefix["cross"], view.mask, view.chains.get("cross"), append=True
+            self.attention_norm(state),
+            rotary,
+            view.prefix["cross"],
+            view.kv_mask,
+            view.chains.get("cross"),
+            append=True,
         )
         return self.finish(state, attended), {"cross": chain}
 

@@ -13,8 +13,11 @@ import torch
 def git_revision() -> str:
     """Short revision of the study's checkout, with ``+`` if tracked files differ from it.
 
-    Outside git (files copied to a GPU machine, say) what ``KVSHOT_GIT_REVISION`` says, else ``unknown``.
+    ``KVSHOT_GIT_REVISION`` wins where it is set: for files copied to a GPU machine, whose own history is another or none. Outside git
+    and without it: ``unknown``.
     """
+    if given := os.environ.get("KVSHOT_GIT_REVISION"):
+        return given
     folder = Path(__file__).parent
     try:
         run = lambda *words: subprocess.run(
@@ -23,7 +26,7 @@ def git_revision() -> str:
         changed = run("status", "--porcelain", "--untracked-files=no", "--", ":/kvshot_lib", ":/notebooks/Snakefile")
         return run("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("KVSHOT_GIT_REVISION", "unknown")
+        return "unknown"
 
 
 def device_name(device: str | torch.device) -> str:

@@ -16,6 +16,7 @@ from .errors import StudyError
 from .evaluate import anchor_places, match_documents, outside_vocabulary
 from .feature_store import StoredFeatures
 from .files import write_csv, write_json
+from .gradient_record import recorded_gradients
 from .metrics import COUNTS, RUNS, count_axes, count_run, metrics_of
 from .provenance import provenance
 from .resident_features import ResidentFeatures
@@ -152,6 +153,9 @@ def finish_run(
     axes = count_axes(run.variant, train_config.seed, matched, anchor_places(run.features["evaluation"]))
     labels = {"variant": run.variant, "seed": train_config.seed}
     tables = {"counts": counts, "run_lengths": run_lengths, "axes": axes, "history": history.assign(**labels)}
+    gradients = recorded_gradients(run.folder / "checkpoint.pt", **labels)
+    if gradients is not None:
+        tables["gradients"] = gradients
     for name, table in tables.items():
         write_csv(run.folder / f"{name}.csv", table)
     write_json(run.folder / "run.json", facts)

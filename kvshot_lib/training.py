@@ -4,6 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from .drafters import Drafter
 from .errors import StudyError
 from .evaluate import match_documents
 from .files import write_atomically
+from .gradient_record import branch_gradients, gate_rows, gradient_norms, matrix_rows, recorded
 from .metrics import COUNTS, count_document
-from .ttt import ttt_loss
+from .objective import check_objective, parameter_groups, training_loss
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class TrainConfig:
     batch_documents : documents an optimiser step. anchor_fraction : ρ, share of anchors that draft steps k ≥ 1 run on.
     step_decay : λ of the loss. learning_rate falls to 0 along a cosine after warmup_fraction of all steps.
     validate_every : optimiser steps between validations (0: only at the end). checkpoint_every_s : seconds.
+    branch_warmup_steps, branch_loss_weight, branch_learning_rate_scale, kv_lag_augment_tokens : see `objective`.
     """
 
     seed: int = 0
@@ -43,13 +46,26 @@ class TrainConfig:
     anchor_fraction: float = 0.2
     validate_every: int = 50
     checkpoint_every_s: float = 60.0
+    branch_warmup_steps: int = 0
+    branch_loss_weight: float = 0.0
+    branch_learning_rate_scale: float = 1.0
+    kv_lag_augment_tokens: int = 0
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_documents", "learning_rate", "clip_norm", "ttt_steps", "step_decay")
+        positive = (
+            "epochs",
+            "batch_documents",
+            "learning_rate",
+            "clip_norm",
+            "ttt_steps",
+            "step_decay",
+            "branch_learning_rate_scale",
+        )
         for name in positive:
             if not getattr(self, name) > 0:
                 raise StudyError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("max_steps", "validate_every", "weight_decay", "warmup_fraction"):
+        cures = ("branch_warmup_steps", "branch_loss_weight", "kv_lag_augment_tokens")
+        for name in ("max_steps", "validate_every", "weight_decay", "warmup_fraction", *cures):
             if getattr(self, name) < 0:
                 raise StudyError(f"{name}={getattr(self, name)} must be 0 or more")
         if not 0 < self.anchor_fraction <= 1:
@@ -71,12 +87,16 @@ def batch_plan(lengths: list[int], batch_documents: int, seed: int, epoch: int) 
 
 @dataclass
 class Progress:
-    """Where a training stands; saved whole in each checkpoint. ``window`` sums (loss, matches, pairs) [3, K] since the last report."""
+    """Where a training stands; saved whole in each checkpoint.
+
+    ``window`` sums (loss, matches, pairs) [3, K] since the last report; ``gradients`` holds rows of `gradient_record`.
+    """
 
     step: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
     history: list[dict] = field(default_factory=list)
+    gradients: list[dict] = field(default_factory=list)
     window: torch.Tensor | None = None
     window_steps: int = 0
 
@@ -90,7 +110,7 @@ def train(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> pd.DataFrame:
-    """Train ``drafter`` in place by TTT, going on from ``run_dir/checkpoint.pt`` if it is there.
+    """Train ``drafter`` in place, by TTT or block-wise, going on from ``run_dir/checkpoint.pt`` if it is there.
 
     Parameters
     ----------
@@ -100,11 +120,11 @@ def train(
     Returns
     -------
     History: one row per (step, split, draft_step); train rows average since the last report. `trained_tokens` counts the tokens of
-    the documents passed through, each pass anew; `seconds` leaves validation out.
+    the documents passed through, each pass anew; `seconds` leaves validation and the gate's record out.
 
     Raises
     ------
-    StudyError : a checkpoint of another set-up; a loss that is not finite (the last good checkpoint is kept).
+    StudyError : a training that this drafter can't have; a checkpoint of another set-up; a loss that is not finite (the last good checkpoint is kept).
 
     Notes
     -----
@@ -113,8 +133,17 @@ def train(
     """
     path = Path(run_dir) / "checkpoint.pt"
     total = total_steps(config, len(source))
+    check_objective(drafter.config, config)
+    if config.branch_warmup_steps >= total:
+        raise StudyError(
+            f"branch_warmup_steps={config.branch_warmup_steps} must be below the {total} optimiser steps of the run"
+        )
     optimiser = torch.optim.AdamW(
-        drafter.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
+        parameter_groups(drafter, config),
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     identity = _identity(drafter, source, config, dtype)
     progress = load_checkpoint(path, drafter, optimiser, identity) if path.exists() else Progress()
@@ -125,6 +154,8 @@ def train(
             _train_step(drafter, optimiser, source, indices, config, progress, total, dtype, path)
             progress.seconds += time.perf_counter() - started
             bar.update()
+            if recorded(progress.step, total):
+                _record(progress, gate_rows(drafter, validation, config.ttt_steps, dtype))
             if progress.step == total or (config.validate_every and progress.step % config.validate_every == 0):
                 rows = _report(drafter, validation, config, progress, optimiser.param_groups[0]["lr"], dtype)
                 progress.history += rows
@@ -162,23 +193,23 @@ def _train_step(
     drafter, optimiser, source, indices, config: TrainConfig, progress: Progress, total: int, dtype, path: Path
 ) -> None:
     """One optimiser step on one batch; advances ``progress``."""
+    record = recorded(progress.step + 1, total)
     device = drafter.norm.weight.device
     features = source.batch(indices, (*drafter.reads, "final_hidden", "target_argmax")).to(device, dtype)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + progress.step)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        result = ttt_loss(
-            drafter, features, ttt_steps=config.ttt_steps, step_decay=config.step_decay,
-            anchor_fraction=config.anchor_fraction, generator=generator,
-        )  # fmt: skip
-    if not math.isfinite(result.loss.item()):
-        kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written before it"
-        raise StudyError(
-            f"the loss is not finite at optimiser step {progress.step + 1}; {kept}; try a lower learning_rate"
-        )
-    result.loss.backward()
+    with branch_gradients(drafter) if record else nullcontext([]) as branches:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            result = training_loss(drafter, features, config, progress.step, generator)
+        if not math.isfinite(result.loss.item()):
+            kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written before it"
+            raise StudyError(
+                f"the loss is not finite at optimiser step {progress.step + 1}; {kept}; try a lower learning_rate"
+            )
+        result.loss.backward()
+    norms = gradient_norms(drafter) if record else {}
     torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm)
     for group in optimiser.param_groups:
-        group["lr"] = learning_rate(config, progress.step, total)
+        group["lr"] = learning_rate(config, progress.step, total) * group.get("scale", 1.0)
     optimiser.step()
     optimiser.zero_grad()
     counted = torch.stack([result.step_loss, result.matches, result.pairs]).double().cpu()
@@ -186,6 +217,13 @@ def _train_step(
     progress.window_steps += 1
     progress.step += 1
     progress.trained_tokens += sum(source.lengths[i] for i in indices)
+    if record:
+        _record(progress, matrix_rows(drafter, optimiser, norms) + branches)
+
+
+def _record(progress: Progress, rows: list[dict]) -> None:
+    """Keep rows of `gradient_record`, with the step that they are of."""
+    progress.gradients += [{"step": progress.step, "trained_tokens": progress.trained_tokens, **row} for row in rows]
 
 
 def _report(drafter, validation, config: TrainConfig, progress: Progress, rate: float, dtype) -> list[dict]:

@@ -23,7 +23,7 @@ from .layers import View
 
 @dataclass(frozen=True)
 class Chain:
-    """Draft ``length`` tokens, at each step the most likely one; 0 drafts nothing: the target alone."""
+    """Draft ``length`` tokens (a block no more than it has mask slots), at each step the most likely one; 0 drafts nothing: the target alone."""
 
     length: int = 7
 
@@ -37,7 +37,7 @@ CHAIN = Chain()
 
 @dataclass(frozen=True)
 class Tree:
-    """EAGLE's dynamic tree.
+    """EAGLE's dynamic tree; of a `block` drafter, the best paths under the product of its slots' distributions (`block_drafts`).
 
     depth : how often a frontier is run after the first level; drafts reach depth + 1 levels below the root.
     top_k : children that every node proposes when it is run, and nodes of a frontier.

@@ -6,6 +6,14 @@ the span:
     anchor t      2     3     4     5      (t itself may be the last prompt token)
     tokens after  4     3     2     1      answer tokens in a row from x_{t+1} on
     valid steps   0 1 2 0 1   0     -      k + 2 ≤ tokens after
+
+Block-wise training is the same loss: a `block` drafter's K = block_size - 1 steps come from one pass (`block.py`), its anchors are drawn
+with the share ``anchor_fraction``, and step_decay^k is DFlash's weight exp(-k/γ) with γ = -1 / ln(step_decay) (0.8: γ = 4.5).
+
+For `kv` there is no third thing between. It feeds no state back, so K steps of TTT from an anchor *are* a block of K teacher-forced
+tokens under causal attention, with gradients through every draft-side key and value: training it block-wise "in the causal sense"
+is TTT with ``anchor_fraction=1``, to the last gradient (a test holds it to one pass over a block with an explicit causal mask). What can
+differ is how many anchors later steps run on (``anchor_fraction``), their weights (``step_decay``) and their number (``ttt_steps``).
 """
 
 from collections.abc import Iterator
@@ -15,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .attention import prefix_mask
+from .block import draft_blocks
 from .drafters import Drafter
 from .features import Features
 from .layers import View
@@ -27,7 +36,7 @@ class Anchors:
 
     index : [B, M] int64 anchor positions t, padded with 0.
     valid : [B, M, K] bool, False on padding.
-    weight : [B, M] float32: what each anchor stands for at steps k ≥ 1 (1, or anchors / sampled anchors of its document).
+    weight : [B, M] float32: what each anchor stands for (1, or anchors / sampled anchors of its document).
     """
 
     index: Tensor
@@ -75,27 +84,35 @@ def sample_anchors(anchors: Anchors, fraction: float, generator: torch.Generator
 
 
 def draft_steps(
-    drafter: Drafter, features: Features, anchors: Anchors, ttt_steps: int, subset: tuple[Anchors, Tensor] | None = None
-) -> Iterator[tuple[int, Anchors, Tensor]]:
+    drafter: Drafter, features: Features, anchors: Anchors, ttt_steps: int,
+    subset: tuple[Anchors, Tensor] | None = None, *, kv_lag: Tensor | None = None, cross_alone: bool = False,
+) -> Iterator[tuple[int, Anchors, Tensor]]:  # fmt: skip
     """Run K draft steps from every anchor; inputs are the ground-truth tokens, only the drafter's state is its own.
+
+    ``kv_lag`` [B] hides the newest entries of the target's KV, so many a document; ``cross_alone`` runs a hybrid as if its gate were 1.
 
     Yields
     ------
     k, the anchors of this step, and the drafter's output [B, M, d] before its final norm. Steps k ≥ 1 run on ``subset`` alone, if
-    given: chains of different anchors share nothing but the prefix.
+    given: chains of different anchors share nothing but the prefix. A `block` drafter runs on it at every step: they are one pass.
     """
+    if drafter.config.paradigm == "block":
+        anchors = anchors if subset is None else subset[0]
+        outputs = draft_blocks(drafter, features, anchors.index, ttt_steps)
+        yield from ((k, anchors, outputs[:, k]) for k in range(ttt_steps))
+        return
     prefix, fused = drafter.prefix(features)
     last = features.tokens.shape[1] - 1
     state = None if fused is None else take(fused, anchors.index)
-    mask = prefix_mask(drafter.visible(anchors.index), last)
-    views = [View(entries, mask, {}, True) for entries in prefix]
+    masks = _masks(drafter, anchors, last, kv_lag)
+    views = [View(entries, masks[0], {}, True, masks[1], cross_alone) for entries in prefix]
     for k in range(ttt_steps):
         if k == 1 and subset is not None:
             anchors, place = subset
             state = None if fused is None else take(state, place)
-            mask = prefix_mask(drafter.visible(anchors.index), last)
+            masks = _masks(drafter, anchors, last, kv_lag)
             for view in views:
-                view.mask = mask
+                view.mask, view.lagged_mask = masks
                 view.chains = {name: _take_entries(chain, place) for name, chain in view.chains.items()}
         places = (anchors.index + 1 + k).clamp(max=last)
         for view in views:
@@ -103,6 +120,13 @@ def draft_steps(
         output = drafter.step(features.tokens.gather(1, places), places, state, views)
         yield k, anchors, output
         state = drafter.feedback(output)
+
+
+def _masks(drafter: Drafter, anchors: Anchors, length: int, kv_lag: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Masks over the prefix, and over the target's KV if that lags behind (one entry stays)."""
+    visible = drafter.visible(anchors.index)
+    lagged = None if kv_lag is None else prefix_mask((visible - kv_lag[:, None]).clamp(min=1), length)
+    return prefix_mask(visible, length), lagged
 
 
 def take(rows: Tensor, index: Tensor) -> Tensor:
@@ -130,25 +154,29 @@ class TTTLoss:
 
 def ttt_loss(
     drafter: Drafter, features: Features, *, ttt_steps: int = 7, step_decay: float = 0.8, anchor_fraction: float = 1.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, anchors: Anchors | None = None, kv_lag: Tensor | None = None,
+    cross_alone: bool = False,
 ) -> TTTLoss:  # fmt: skip
     """L = Σ_k step_decay^k · mean over valid (t, k) of CE(softmax(p_{t+1+k} on the draft vocabulary), q_{t,k}).
 
     A pair whose target argmax is outside the draft vocabulary is dropped from the loss. With ``anchor_fraction`` < 1 steps k ≥ 1
     are estimated on a random subset of anchors, without bias: the mean's denominator stays that of all pairs, the sampled terms are
-    weighted up. ``matches`` and ``pairs`` count what was computed (dropped pairs count as misses).
+    weighted up (with a `block` drafter every step is). ``anchors`` may name some of the anchors, instead of all. ``matches`` and
+    ``pairs`` count what was computed (dropped pairs count as misses). ``kv_lag`` and ``cross_alone`` are those of
+    :func:`draft_steps`.
     """
-    anchors = find_anchors(features.answer_mask, ttt_steps)
+    anchors = anchors or find_anchors(features.answer_mask, ttt_steps)
     subset = sample_anchors(anchors, anchor_fraction, generator) if anchor_fraction < 1 else None
     wanted = drafter.to_draft[features.target_argmax]  # [B, n] draft index of the target's argmax, -1 outside
     probabilities = target_probabilities(drafter, features)
     last, losses, matches, pairs = features.tokens.shape[1] - 1, [], [], []
     denominators = [_scored(anchors, k, wanted, last)[1].sum().clamp(min=1) for k in range(ttt_steps)]
-    for k, current, output in draft_steps(drafter, features, anchors, ttt_steps, subset):
+    steps = draft_steps(drafter, features, anchors, ttt_steps, subset, kv_lag=kv_lag, cross_alone=cross_alone)
+    for k, current, output in steps:
         places, scored = _scored(current, k, wanted, last)
         document, row = scored.nonzero(as_tuple=True)
         place = places[document, row]
-        weight = current.weight[document, row] if k else torch.ones(len(row), device=place.device)
+        weight = current.weight[document, row]
         hidden = drafter.norm(output[document, row])
         flat = document * features.tokens.shape[1] + place
         total, best = SoftCrossEntropy.apply(hidden, drafter.head, probabilities, flat, weight, drafter.score)

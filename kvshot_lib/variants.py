@@ -4,6 +4,8 @@ A profile lists these names; what it does not say (budget, draft vocabulary, lea
 """
 
 KV_2 = {"paradigm": "kv", "num_layers": 2}
+WARM = {"paradigm": "hybrid", "init_from": "hidden"}
+BLOCK = {"paradigm": "block"}
 
 VARIANTS: dict[str, dict] = {
     "hidden": {"paradigm": "hidden"},
@@ -27,7 +29,29 @@ VARIANTS: dict[str, dict] = {
     "kv_2_no_ttt": {**KV_2, "ttt_steps": 1},
     "kv_2_grad50": {**KV_2, "kv_grad_scale": 50.0},
     "kv_2_all_anchors": {**KV_2, "anchor_fraction": 1.0},
+    "kv_4_all_anchors": {"paradigm": "kv", "num_layers": 4, "anchor_fraction": 1.0},
+    "kv_2_kv_init": {**KV_2, "kv_init": "target"},
+    "kv_2_lag_augment": {**KV_2, "kv_lag_augment_tokens": 4},
     "hybrid": {"paradigm": "hybrid"},
-    "hybrid_warm": {"paradigm": "hybrid", "init_from": "hidden"},
-    "cross_only_warm": {"paradigm": "hybrid", "cross_only": True, "init_from": "hidden"},
+    "hybrid_warm": WARM,
+    "cross_only_warm": {**WARM, "cross_only": True},
+    # Cures for a cross branch that starves behind its gate, one parameter each.
+    "hybrid_warm_gate_floor": {**WARM, "gate_floor": 0.3},
+    "hybrid_warm_branch_warmup": {**WARM, "branch_warmup_steps": 130},
+    "hybrid_warm_branch_loss": {**WARM, "branch_loss_weight": 0.5},
+    "hybrid_warm_branch_rate": {**WARM, "branch_learning_rate_scale": 3.0},
+    "hybrid_warm_lag_augment": {**WARM, "kv_lag_augment_tokens": 4},
+    "hybrid_warm_kv_init": {**WARM, "kv_init": "target"},
+    "hybrid_warm_all_anchors": {**WARM, "anchor_fraction": 1.0},
+    # Block-wise. Each depth with and without the KV cache, so that depth, parallel drafting and KV reuse can be told apart; kv_*_all_anchors
+    # has the dense gradients of block-wise training without its parallel drafting (see `ttt`).
+    "block_kv_1": {**BLOCK, "block_context": "kv"},
+    "block_kv_2": {**BLOCK, "block_context": "kv", "num_layers": 2},
+    "block_kv_4": {**BLOCK, "block_context": "kv", "num_layers": 4},
+    "block_hidden_1": {**BLOCK, "block_context": "hidden"},
+    "block_hidden_2": {**BLOCK, "block_context": "hidden", "num_layers": 2},
+    "block_hidden_4": {**BLOCK, "block_context": "hidden", "num_layers": 4},
+    "block_both_2": {**BLOCK, "block_context": "both", "num_layers": 2},
+    "block_both_4": {**BLOCK, "block_context": "both", "num_layers": 4},
+    "block_kv_2_b16": {**BLOCK, "block_context": "kv", "num_layers": 2, "block_size": 16, "ttt_steps": 15},
 }

@@ -52,7 +52,7 @@ def test_bytes_of_reused_kv_by_hand():
     assert cost.prefix_flops_per_token(drafter("kv_2_heads")) == 0
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if not name.startswith("block")])  # those: test_block
 def test_flops_are_those_that_pytorch_counts(variant, monkeypatch):
     """RoPE's angles are matrix products to the counter (D a position); a product over one entry, at J = 1, is none to it."""
     monkeypatch.setattr(attention, "FUSED", ())

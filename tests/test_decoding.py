@@ -23,8 +23,13 @@ from kvshot_lib.ttt import find_anchors, ttt_loss
 
 NAMES = ("tiny-llama", "tiny-qwen2", "tiny-qwen3")
 PLANS = (Chain(5), Tree(3, 4, 14))
-NEW = 40
+NEW = 24
 CASES = [(variant, "tiny-llama") for variant in VARIANTS]
+LARGEST = [
+    ("hidden", NAMES[0]),
+    ("kv_2", NAMES[1]),
+    ("hybrid", NAMES[2]),
+]  # EAGLE's whole tree: each paradigm, each target
 CASES += [(variant, name) for name in NAMES[1:] for variant in ("hidden", "kv_2", "hybrid", "kv_1_unrotate")]
 
 
@@ -61,7 +66,7 @@ def trained(variant: str, name: str):
 class Scripted:
     """Acts like a drafter, reads no target state, and proposes by ``rule``: positions [M] -> scores over ``draft_ids`` [M, V']."""
 
-    config, reads = SimpleNamespace(kv_control=""), ()
+    config, reads = SimpleNamespace(kv_control="", paradigm=""), ()
 
     def __init__(self, rule, draft_ids=None, name="tiny-llama"):
         self.rule, self.draft_ids = rule, torch.arange(512) if draft_ids is None else draft_ids
@@ -105,13 +110,19 @@ def adversary(kind: str, name: str, seed: int) -> Scripted:
     return Scripted(rules[kind], name=name)
 
 
+@cache
+def decoded(variant: str, name: str, seed: int, plan: Chain | Tree):
+    """The greedy answer of a trained drafter and its target."""
+    return decode(target(name), trained(variant, name), prompt(seed), plan, max_new_tokens=NEW, eos_token_ids=())
+
+
 @pytest.mark.parametrize("variant, name", CASES)
 def test_greedy_output_is_the_targets_own(variant, name):
-    built = trained(variant, name)
     accepted = 0
+    whole = [Tree()] if (variant, name) in LARGEST else []
     for seed in (0, 2):  # learned in part, and never seen
-        for plan in (*PLANS, Tree()) if seed == 0 else PLANS:
-            out = decode(target(name), built, prompt(seed), plan, max_new_tokens=NEW, eos_token_ids=())
+        for plan in (*PLANS, *whole) if seed == 0 else PLANS:
+            out = decoded(variant, name, seed, plan)
             assert out.tokens == alone(name, seed), (variant, name, plan)
             assert len(out.tokens) == 1 + sum(out.accepted) + out.target_forwards
             assert out.decoded_mat == pytest.approx(1 + np.mean(out.accepted))
@@ -151,8 +162,8 @@ def test_and_what_generate_of_transformers_gives_end_of_text_included(name):
     "kind", ["random", "constant", "perfect", "often_right", "second_best_is_right", "outside", "one_token"]
 )
 def test_no_drafter_changes_the_output(kind, plan):
-    for name in NAMES:
-        for seed in (0, 1) if name == "tiny-llama" else (1,):
+    for name in NAMES if plan in PLANS else NAMES[:1]:
+        for seed in (0, 1) if name == "tiny-llama" and plan in PLANS else (1,):
             out = decode(
                 target(name), adversary(kind, name, seed), prompt(seed), plan, max_new_tokens=NEW, eos_token_ids=()
             )
@@ -189,7 +200,7 @@ def test_acceptance_while_decoding_is_the_teacher_forced_one(variant, name):
     built, length = trained(variant, name), 5
     runs = matched = 0
     for seed in (0, 2):
-        out = decode(target(name), built, prompt(seed), Chain(length), max_new_tokens=NEW, eos_token_ids=())
+        out = decoded(variant, name, seed, Chain(length))
         tokens = np.array(prompt(seed) + out.tokens, dtype=np.int32)
         document = Document(tokens, np.arange(len(tokens)) >= 9)
         ((match, _),) = match_documents(live_of(document, name=name), built, length)
@@ -201,7 +212,7 @@ def test_acceptance_while_decoding_is_the_teacher_forced_one(variant, name):
                 assert accepted == run, (variant, name, seed, anchor)
                 runs, matched = runs + 1, matched + accepted
             anchor += accepted + 1
-    assert runs > 20 and 5 < matched  # how much it has learned depends on the machine's arithmetic
+    assert runs > 20 and matched > 2  # how much it has learned depends on the machine's arithmetic
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -310,7 +321,7 @@ def test_half_precision_decodes_too():
     for config in (DrafterConfig("hidden"), DrafterConfig("kv", 2), DrafterConfig("hybrid")):
         built = build_drafter(config, half, feature_spec(half), DRAFT_IDS)
         for plan in PLANS:
-            assert len(decode(half, built, prompt(0), plan, max_new_tokens=NEW, eos_token_ids=()).tokens) == NEW
+            assert len(decode(half, built, prompt(0), plan, max_new_tokens=9, eos_token_ids=()).tokens) == 9
 
 
 def test_nothing_of_capture_stays_behind():

@@ -14,7 +14,7 @@ from kvshot_lib.target import Target, fingerprint
 from kvshot_lib.target_run import TargetRun, check_cache
 from kvshot_lib.tree import Chain, Tree
 
-VOCABULARY, PROMPT, DRAWS = 12, [3, 8, 1], 50_000
+VOCABULARY, PROMPT, DRAWS = 12, [3, 8, 1], 5_000
 WARM = Sampling(temperature=1.2, top_p=0.95, seed=11)
 
 
@@ -42,6 +42,7 @@ def warped(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return TopPLogitsWarper(sampling.top_p)(None, scores).double().softmax(-1)
 
 
+@cache
 def exact_joint(sampling: Sampling) -> torch.Tensor:
     """P of every three first tokens [V, V, V], from plain forwards over every prefix."""
     model, joint, starts = small_target().model, torch.ones(1, dtype=torch.float64), torch.tensor([PROMPT])
@@ -100,6 +101,11 @@ class Remembered:
         pass
 
 
+@cache
+def remembered_for(plan) -> Remembered:
+    return Remembered(some_drafter(), plan)
+
+
 class RememberedChooser(Chooser):
     """Keeps the distribution of logits that it has seen."""
 
@@ -134,32 +140,89 @@ class NeverRenormalises(RememberedChooser):
         return self.draw(probabilities), None
 
 
+class Coin:
+    """A uniform number that comes out both ways: "is it below p?" is yes with probability p."""
+
+    def __init__(self, decide):
+        self.decide = decide
+
+    def __lt__(self, p: float) -> bool:
+        return self.decide([p, 1 - p]) == 0
+
+
+def every_outcome(rule: type[Chooser]) -> type[Chooser]:
+    """The rule with its draws replaced by all their outcomes, one answer after the other; ``weight`` is the answer's probability."""
+
+    class Enumerated(rule):
+        def start(self, past: list[tuple[int, int]]):
+            self.past, self.made, self.weight, self.chosen = past, [], 1.0, 0
+
+        def choose(self, logits, proposals=()):
+            self.chosen += 1  # every choice gives one token, and only the first three matter here
+            return super().choose(logits, proposals) if self.chosen <= 3 else (0, None)
+
+        def decide(self, probabilities: list[float]) -> int:
+            possible = [i for i, p in enumerate(probabilities) if p > 0]
+            place = self.past[len(self.made)][0] if len(self.made) < len(self.past) else 0
+            self.made.append((place, len(possible)))
+            self.weight *= probabilities[possible[place]]
+            return possible[place]
+
+        def uniform(self):
+            return Coin(self.decide)
+
+        def draw(self, probabilities):
+            return self.decide((probabilities / probabilities.sum()).tolist())
+
+    return Enumerated
+
+
 @torch.no_grad()
-def p_value(plan, chooser_class, draws: int = DRAWS) -> tuple[float, float]:
-    """Of the joint distribution of the first three tokens of ``draws`` answers; and the mean number of accepted drafts."""
-    target = small_target()
-    drafter = some_drafter()
-    remembered, chooser, counts, accepted = Remembered(drafter, plan), chooser_class(WARM), torch.zeros(12, 12, 12), 0
-    clock = Stopwatch(target.device)
-    for _ in range(draws):
+def drafted_joint(plan, rule) -> tuple[torch.Tensor, float]:
+    """P of every three first tokens when ``rule`` accepts and draws, over all outcomes; and the mean number of accepted drafts."""
+    chooser = every_outcome(rule)(WARM)
+    remembered, joint, accepted, past = remembered_for(plan), torch.zeros(12, 12, 12, dtype=torch.float64), 0.0, []
+    clock = Stopwatch(small_target().device)
+    while True:
+        chooser.start(past)
         out = speculate(remembered, remembered, PROMPT, chooser, 4, set(), clock)  # 4: the last token is never a draft
-        counts[tuple(out.tokens[:3])] += 1
-        accepted += sum(out.accepted)
-    return chi_square_p(counts, exact_joint(WARM) * draws), accepted / draws
+        joint[tuple(out.tokens[:3])] += chooser.weight
+        accepted += chooser.weight * sum(out.accepted)
+        past = chooser.made
+        while past and past[-1][0] + 1 == past[-1][1]:
+            past.pop()
+        if not past:
+            return joint, accepted
+        past[-1] = past[-1][0] + 1, past[-1][1]
 
 
 @pytest.mark.parametrize("plan", [Chain(3), Tree(2, 3, 12)], ids=str)
-def test_sampled_answers_follow_the_target_distribution(plan):
-    p, accepted = p_value(plan, RememberedChooser)
-    assert p > 0.001 and accepted > 0.1
+def test_the_rule_leaves_the_target_distribution_exactly_as_it_is(plan):
+    """No draws, no chance: the probabilities of all outcomes add up to the target's own."""
+    joint, accepted = drafted_joint(plan, RememberedChooser)
+    torch.testing.assert_close(joint, exact_joint(WARM), atol=1e-6, rtol=1e-4)
+    assert accepted > 0.1
 
 
 @pytest.mark.parametrize(
     "plan, biased", [(Chain(3), KeepsRejected), (Tree(2, 3, 12), KeepsRejected), (Tree(2, 3, 12), NeverRenormalises)]
 )
 def test_the_same_test_sees_a_biased_rule(plan, biased):
-    p, _ = p_value(plan, biased, draws=15_000)  # fewer draws see less, and it's enough
-    assert p < 0.001
+    joint, _ = drafted_joint(plan, biased)
+    assert joint.sum() == pytest.approx(1)
+    assert (joint - exact_joint(WARM)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("plan", [Chain(3), Tree(2, 3, 12)], ids=str)
+@torch.no_grad()
+def test_sampled_answers_follow_the_target_distribution(plan):
+    """The same with real draws, which bring in the generator: the joint distribution of the first three tokens."""
+    remembered, chooser, counts = remembered_for(plan), RememberedChooser(WARM), torch.zeros(12, 12, 12)
+    clock = Stopwatch(small_target().device)
+    for _ in range(DRAWS):
+        out = speculate(remembered, remembered, PROMPT, chooser, 4, set(), clock)
+        counts[tuple(out.tokens[:3])] += 1
+    assert chi_square_p(counts, exact_joint(WARM) * DRAWS) > 0.001
 
 
 def test_sampling_through_the_real_loop_gives_what_remembered_parts_give():
@@ -167,7 +230,7 @@ def test_sampling_through_the_real_loop_gives_what_remembered_parts_give():
     target, plan = small_target(), Tree(2, 3, 12)
     drafter = some_drafter()
     remembered = Remembered(drafter, plan)
-    for seed in range(30):
+    for seed in range(15):
         drafting, clock = Drafting(drafter, plan, 64), Stopwatch(target.device)
         with torch.no_grad(), capture(target.model, hidden=drafting.hidden_layers) as taken:
             run = TargetRun(target, check_cache(target, None), taken, drafting.kv_layers)
