@@ -38,9 +38,12 @@ $(READY): pyproject.toml requirements.txt constraints.txt
 study: $(READY)  ## the main job: extract, train, measure, draw (results/PROFILE); ARGS=-n shows what would run
 	@$(BIN)/python -m kvshot_lib.pipeline $(PROFILE) $(ARGS)
 
+# Some machines forbid Python to keep what it has compiled. The tests start some fifty processes, and without it every one of
+# them compiles PyTorch and transformers anew.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(READY)  ## library tests, the smoke pipeline, and every notebook against its saved outputs
 	@$(BIN)/python -m pytest $(ARGS) --numprocesses 2 --dist loadfile tests
-	@$(BIN)/python -m pytest $(ARGS) --nbval --nbval-current-env notebooks
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS) --numprocesses 2 --dist loadfile --nbval --nbval-current-env notebooks
 
 # Every recorded profile, unless PROFILE names one.
 figures: $(READY)  ## redraw figures/ from the tables in data/recorded/ (PROFILE=... for one of them)

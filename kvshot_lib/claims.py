@@ -11,6 +11,7 @@ across the threshold *inconclusive*; *not run* if a variant is missing. "Does no
 shown for a margin of 0, so these claims have a ``MARGIN`` in tokens of MAT: they say that a change brings less than that.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,13 +24,18 @@ from .paper import paper_value
 MARGIN = 0.05
 LAST = -1  # the last draft step
 # What a whole interval on the claim's side and on the other side is called. Controls are no claims of the paper.
-WORDS = {"claim": ("reproduced", "not reproduced"), "control": ("as expected", "not as expected")}
+WORDS = {
+    "claim": ("reproduced", "not reproduced"),
+    "control": ("as expected", "not as expected"),
+    "hypothesis": ("supported", "not supported"),
+}
+KINDS = {"K": "control", "H": "hypothesis"}
 DIRECTIONS = ("above", "below", "within")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One testable part of a claim; ``claim`` is C8 or, for a part, C8a; K for controls.
+    """One testable part of a claim; ``claim`` is C8 or, for a part, C8a; K for controls, H for what the paper argues but doesn't measure.
 
     terms : (weight, variant, metric[, draft_step]) each; their sum is the statistic.
     """
@@ -47,7 +53,7 @@ class Claim:
 
     @property
     def kind(self) -> str:
-        return "control" if self.claim.startswith("K") else "claim"
+        return KINDS.get(self.claim[0], "claim")
 
     @property
     def variants(self) -> list[str]:
@@ -150,6 +156,45 @@ CLAIMS = (
     Claim("K5", "Post-norm feedback has a higher MAT than pre-norm", gap("hidden_post_norm", "hidden"), "above"),
 )
 
+# Of kvshot_lib/gradient_statistics.py: C16 on `flow_draws`, C17 on `gate_draws`, which say what the statistics are. Sparse is
+# taken as a tenth or less of what the projections of queries and outputs get, per parameter; keys go with queries, for both
+# act through the softmax, values with outputs.
+FLOW_CLAIMS = (
+    Claim(
+        "C16a",
+        "Draft-side keys get less than a tenth of the query projection's gradient",
+        ((1, "kv_1", "key_gradient"),),
+        "below",
+        0.1,
+    ),
+    Claim(
+        "C16b",
+        "Draft-side values get less than a tenth of the output projection's gradient",
+        ((1, "kv_1", "value_gradient"),),
+        "below",
+        0.1,
+    ),
+)
+GATE_CLAIMS = (
+    Claim(
+        "C17",
+        "The warm hybrid's mean gate is below .2 after a tenth of its training",
+        ((1, "hybrid_warm", "gate_after_a_tenth"),),
+        "below",
+        0.2,
+    ),
+)
+
+
+def shift_claim(variants: Collection[str]) -> Claim:
+    """H1, of `interaction.shift_draws`: at the last draft step `hidden` falls faster with the attention shift than `kv_2` (than `kv_1`, where
+    `kv_2` was not run). The slopes are of log-odds per standard deviation of shift, at equal entropy, so the statistic is the
+    interaction paradigm × shift.
+    """
+    kv = "kv_1" if "kv_1" in variants and "kv_2" not in variants else "kv_2"
+    statement = f"Where the target's attention has shifted further, `hidden` loses more than `{kv}`, at equal entropy"
+    return Claim("H1", statement, gap(kv, "hidden", "shift_slope", LAST), "above")
+
 
 def in_favour(found: Interval, direction: str, threshold: float) -> Interval:
     """How far a statistic lies on the claim's side of its threshold: positive numbers speak for the claim.
@@ -188,7 +233,8 @@ def scorecard(draws: Draws, paper: pd.DataFrame, claims: tuple[Claim, ...] = CLA
     same about measured MAT (empty where a claim is not about MAT), ``paper_value`` the statistic on the paper's numbers.
     A claim of several parts has a further row with the combined verdict and no statistic, ahead of them.
     """
-    last = int(draws.keys["draft_step"].max())
+    steps = draws.keys["draft_step"].dropna()
+    last = int(steps.max()) if len(steps) else 0
     rows = []
     for whole in dict.fromkeys(claim.whole for claim in claims):
         parts = [_row(claim, draws, paper, last) for claim in claims if claim.whole == whole]

@@ -28,9 +28,11 @@ NOTEBOOKS = {
     "extract": "notebooks/01_extract_kv_cache.ipynb",
     "train": "notebooks/02_train_drafter.ipynb",
     "decay": "notebooks/03_long_range_decay.ipynb",
+    "gradients": "notebooks/05_gradient_flow.ipynb",
+    "prefix": "notebooks/06_information_in_the_prefix.ipynb",
     "scorecard": "notebooks/08_paper_scorecard.ipynb",
 }
-OPTIONAL = ("generate", "scorecard")
+OPTIONAL = ("generate", "gradients", "prefix", "scorecard")
 MARK = ".fingerprint"  # in every folder that a notebook of the pipeline owns (`notebooks.claim`)
 DRY = {"-n", "--dry-run", "--dryrun"}
 SET_BY_PIPELINE = {"results_dir", "figures_dir", "tables_dir", "variant", "seed", "profile"}
@@ -47,6 +49,8 @@ class Profile:
     ----------
     generate : for notebook 00, which the pipeline runs only if the profile has this key.
     extract, train, decay : for notebooks 01, 02 (every drafter) and 03.
+    gradients : for notebook 05, which the pipeline runs only if the profile has this key, after measuring gradient flow.
+    prefix : for notebook 06; the pipeline measures what it draws and runs it only if the profile has this key.
     scorecard : for notebook 08, which the pipeline runs only if the profile has this key.
     drafters : variant name to the parameters of notebook 02 that make it; the file may just list names of `VARIANTS`.
     seeds : every drafter is trained once with each.
@@ -59,6 +63,8 @@ class Profile:
     extract: dict = field(default_factory=dict)
     train: dict = field(default_factory=dict)
     decay: dict = field(default_factory=dict)
+    gradients: dict | None = None
+    prefix: dict | None = None
     scorecard: dict | None = None
     drafters: dict = field(default_factory=dict)
     seeds: list = field(default_factory=lambda: [0])
@@ -177,17 +183,25 @@ def check_drafters(profile: Profile) -> None:
     StudyError : names the profile's drafter and what is wrong with it.
     """
     from .drafters import DrafterConfig
+    from .objective import check_objective
     from .training import TrainConfig
 
     defaults = parameter_defaults(NOTEBOOKS["train"])
     for variant, parameters in profile.drafters.items():
         values = defaults | profile.train | parameters
         try:
-            for config in (DrafterConfig, TrainConfig):
+            configs = [
                 config(**{f.name: values[f.name] for f in fields(config) if f.name in values})
+                for config in (DrafterConfig, TrainConfig)
+            ]
+            check_objective(*configs)
             for name in ("draft_vocab_size", "draft_length"):
                 if values.get(name, 1) < 1:
                     raise StudyError(f"{name}={values[name]} must be 1 or more")
+            if configs[0].paradigm == "block" and values.get("draft_length", 1) >= configs[0].block_size:
+                raise StudyError(
+                    f"draft_length={values['draft_length']} must be below block_size={configs[0].block_size}"
+                )
         except (StudyError, TypeError) as error:
             raise StudyError(f"profile {profile.name}, drafter '{variant}': {error}") from error
 
@@ -316,7 +330,7 @@ def check_foreign_runs(profile: Profile, results: Path) -> None:
 
 
 def redraw(name: str) -> None:
-    """Draw figures/<name> anew from data/recorded/<name> by notebooks 03 and 08, with the profile's parameters.
+    """Draw figures/<name> anew from data/recorded/<name> by notebooks 03, 05, 06 and 08, with the profile's parameters.
 
     Raises
     ------
@@ -328,7 +342,7 @@ def redraw(name: str) -> None:
         raise StudyError(f"there are no tables in {tables}; recorded: {known}")
     known = Path(f"notebooks/profiles/{name}.yaml").exists()  # or else recorded by hand
     profile = load_profile(name) if known else Profile(name)
-    for key in ("decay", "scorecard"):
+    for key in ("decay", "gradients", "prefix", "scorecard"):
         parameters, notebook = getattr(profile, key) or {}, Path(NOTEBOOKS[key])
         if notebook.exists():
             folders = {"tables_dir": f"../{tables}", "figures_dir": f"../figures/{name}"}

@@ -23,6 +23,8 @@ LOOKS = {
     "as expected": ("#009E73", "o"),
     "not reproduced": ("#D55E00", "X"),
     "not as expected": ("#D55E00", "X"),
+    "supported": ("#009E73", "o"),
+    "not supported": ("#D55E00", "X"),
     "inconclusive": ("#777777", "s"),
     "not run": ("#aaaaaa", ""),
 }
@@ -46,6 +48,8 @@ def in_short(card: pd.DataFrame) -> str:
         ]
         told = "; ".join(f"**{word}** {len(names)}{_listed(names)}" for word, names in groups)
         lines.append(f"- Of {len(own)} {'claims of the paper' if kind == 'claim' else 'controls'}: {told}.")
+    for row in whole[whole["kind"] == "hypothesis"].itertuples():
+        lines.append(f"- {row.claim}, the explanation that the paper argues and does not measure: **{row.verdict}**.")
     return "\n".join(lines)
 
 
@@ -141,8 +145,8 @@ def draw_scorecard(card: pd.DataFrame) -> Figure:
     Right of the line the claim holds. The plain value stands at the right, with what the claim asks of it.
     """
     rows = card[card["direction"] != ""].reset_index(drop=True)
-    controls_apart = 0.6 * (rows["kind"].eq("control") & rows["kind"].eq("claim").any())
-    places = rows.index.to_numpy() + controls_apart.to_numpy()
+    kinds_apart = 0.6 * rows["kind"].ne(rows["kind"].shift()).cumsum().sub(1)
+    places = rows.index.to_numpy() + kinds_apart.to_numpy()
     height = 1.5 + 0.4 * (places[-1] + 1)
     figure = Figure(figsize=(10.6, height))
     axes = figure.add_axes((0.36, 0.8 / height, 0.35, 1 - 1.5 / height))

@@ -1,6 +1,6 @@
 """The study's tidy tables: their columns, how runs are collected into them, and how they are read back.
 
-A run leaves ``run.json`` (one row of ``runs``), ``counts.csv``, ``run_lengths.csv``, ``axes.csv`` and ``history.csv`` in
+A run leaves ``run.json`` (one row of ``runs``), ``counts.csv``, ``run_lengths.csv``, ``axes.csv``, ``history.csv`` and ``gradients.csv`` in
 ``RESULTS_DIR/runs/<variant>/seed<seed>/``. ``python -m kvshot_lib.tables collect RESULTS_DIR`` merges them, in an order
 that depends on their names only, into ``RESULTS_DIR/tables`` and adds ``acceptance``: metrics and intervals. Tables are
 CSV files, the large ones compressed (``counts.csv.gz``); pandas and spreadsheets open both.
@@ -48,6 +48,40 @@ SCHEMAS = {
         "variant:str seed:int64 step:int64 trained_tokens:int64 seconds:float64 split:str draft_step:Int64 "
         "loss:float64 acceptance:float64 learning_rate:float64"
     ),
+    "gradients": _columns(
+        "variant:str seed:int64 step:int64 trained_tokens:int64 layer:Int64 branch:str matrix:str draft_step:Int64 "
+        "document:Int64 quantity:str value:float64"
+    ),
+    "gradient_flow": _columns(
+        "variant:str seed:int64 document:int64 context_length_tokens:int64 anchors:int64 layer:int64 branch:str "
+        "matrix:str side:str draft_step:Int64 quantity:str value:float64"
+    ),
+    # Decoding: a row an answer, a row a part of a step, and what comes of them (`speed`, `decode_tables`).
+    "decode_prompts": _columns(
+        "variant:str seed:int64 mode:str plan:str prompt:str turn:int64 category:str prompt_tokens:int64 "
+        "new_tokens:int64 same_tokens:int64 forwards:int64 drafted:Int64 accepted:Int64 seconds:float64 "
+        "fastest_s:float64 slowest_s:float64 repeats:int64 prefill_s:float64 verify_s:float64 draft_s:float64 "
+        "project_s:float64 bookkeeping_s:float64 sampling_s:float64 rest_s:float64 dtype:str device:str"
+    ),
+    "decode_steps": _columns(
+        "variant:str seed:int64 mode:str plan:str prefix_tokens:int64 part:str milliseconds:float64 steps:int64 "
+        "dtype:str device:str"
+    ),
+    "decoding": _columns(
+        "variant:str seed:int64 mode:str plan:str category:str decoded_mat:float64 decoded_mat_low:float64 "
+        "decoded_mat_high:float64 tokens_per_s:float64 target_tokens_per_s:float64 speedup:float64 speedup_low:float64 "
+        "speedup_high:float64 prefill_s:float64 verify_s:float64 draft_s:float64 project_s:float64 "
+        "bookkeeping_s:float64 sampling_s:float64 rest_s:float64 other_s:float64 new_tokens:int64 forwards:int64 "
+        "answers:int64 same_answers:int64 prompts:int64 dtype:str device:str"
+    ),
+    "lossless": _columns(
+        "variant:str seed:int64 mode:str prompt:str new_tokens:int64 target_forwards:int64 accepted:int64 mismatches:int64 "
+        "first_mismatch:Int64 logit_gap:float64 dtype:str device:str git_revision:str torch:str transformers:str date:str"
+    ),
+    "step_latency": _columns(
+        "what:str tokens:int64 prefix_tokens:int64 milliseconds:float64 fastest_ms:float64 slowest_ms:float64 "
+        "replays:int64 method:str dtype:str device:str architecture:str"
+    ),
     "acceptance": _columns(
         "variant:str seed:int64 metric:str draft_step:Int64 value:float64 low:float64 high:float64 anchors:int64 "
         "documents:int64"
@@ -57,6 +91,12 @@ SCHEMAS = {
         "direction:str threshold:float64 verdict:str measured_value:float64 measured_low:float64 "
         "measured_high:float64 measured_verdict:str seeds:Int64 missing:str"
     ),
+    "attention_shift": _columns(
+        "document:int64 draft_step:int64 generated_offset:int64 context_length_tokens:int64 shift:float64 "
+        "shift_with_sink:float64 new_mass:float64 entropy:float64"
+    ),
+    "attention_matches": _columns("variant:str seed:int64 document:int64 draft_step:int64 matches:str"),
+    "recoverable": _columns("source:str distance:int64 document:int64 positions:int64 correct:int64 nats:float64"),
 }
 KEYS = {
     "runs": ["variant", "seed"],
@@ -64,12 +104,49 @@ KEYS = {
     "run_lengths": ["variant", "seed", "document"],
     "axes": ["variant", "seed", "document", "axis", "bin_low", "draft_step"],
     "history": ["variant", "seed", "step", "split", "draft_step"],
+    "gradients": ["variant", "seed", "step", "layer", "branch", "matrix", "draft_step", "document", "quantity"],
+    "gradient_flow": [
+        *("variant", "seed", "document", "context_length_tokens"),
+        *("layer", "branch", "matrix", "side", "draft_step", "quantity"),
+    ],
+    "decode_prompts": ["variant", "seed", "dtype", "mode", "plan", "prompt", "turn"],
+    "decode_steps": ["variant", "seed", "dtype", "mode", "plan", "prefix_tokens", "part"],
+    "decoding": ["variant", "seed", "dtype", "mode", "plan", "category"],
+    "lossless": ["variant", "seed", "mode", "dtype", "prompt"],
+    "step_latency": ["what", "tokens", "prefix_tokens"],
     "acceptance": ["variant", "seed", "metric", "draft_step"],
     "scorecard": ["claim"],
+    "attention_shift": ["document", "draft_step", "context_length_tokens"],
+    "attention_matches": ["variant", "seed", "document", "draft_step"],
+    "recoverable": ["source", "distance", "document"],
 }
+DIAGNOSTICS = {"attention_shift", "attention_matches", "recoverable"}  # not every study measures them
 
-COMPRESSED = {"counts", "run_lengths", "axes", "history"}  # a row a document or a training step: large in a large run
-OPTIONAL = {"axes"}  # runs recorded before there was such a table have none
+# A row a document or a training step: large in a large run.
+COMPRESSED = {
+    "counts",
+    "run_lengths",
+    "axes",
+    "history",
+    "gradients",
+    "gradient_flow",
+    "decode_prompts",
+    "lossless",
+    *DIAGNOSTICS,
+}
+# Studies recorded before there was such a table have none.
+OPTIONAL = {
+    "axes",
+    "gradients",
+    "gradient_flow",
+    "decode_prompts",
+    "decode_steps",
+    "decoding",
+    "lossless",
+    "step_latency",
+    *DIAGNOSTICS,
+}
+OF_RUN = ("counts", "run_lengths", "axes", "history", "gradients")  # what a run leaves beside its run.json
 
 
 def check(table: pd.DataFrame, name: str, source: str | Path, remedy: str = "") -> pd.DataFrame:
@@ -105,11 +182,17 @@ def read(tables_dir: str | Path, name: str) -> pd.DataFrame:
     if path.is_file():
         return check(_read_csv(path, name), name, path, remedy)
     if name in OPTIONAL:
-        return _empty(name)
+        return empty(name)
     raise StudyError(f"{path} is not there: {remedy}")
 
 
-def _empty(name: str) -> pd.DataFrame:
+def read_one(path: Path, name: str) -> pd.DataFrame:
+    """Read and check one file with the columns of table ``name``."""
+    return check(_read_csv(path, name), name, path, "delete it and make it again")
+
+
+def empty(name: str) -> pd.DataFrame:
+    """Table ``name`` without rows."""
     return pd.DataFrame(columns=list(SCHEMAS[name])).astype(SCHEMAS[name])
 
 
@@ -195,7 +278,7 @@ def collect(
 
 def _kept_runs(tables_dir: str | Path, replaced: set[tuple[str, int]]) -> list[dict[str, pd.DataFrame]]:
     """The runs of collected tables, but those of ``replaced`` (variant, seed): each the tables that `_read_run` gives."""
-    tables = {name: read(tables_dir, name) for name in ("runs", "counts", "run_lengths", "axes", "history")}
+    tables = {name: read(tables_dir, name) for name in ("runs", *OF_RUN)}
     keys = tables["runs"][["variant", "seed"]].itertuples(index=False, name=None)
     return [
         {name: table[(table["variant"] == v) & (table["seed"] == s)] for name, table in tables.items()}
@@ -204,19 +287,23 @@ def _kept_runs(tables_dir: str | Path, replaced: set[tuple[str, int]]) -> list[d
     ]
 
 
-def _read_run(folder: Path) -> dict[str, pd.DataFrame]:
-    """The checked tables that one run left in ``runs/<variant>/seed<seed>/``."""
+def read_record(folder: Path) -> dict:
+    """What ``run.json`` says of a finished run."""
     try:
-        record = json.loads((folder / "run.json").read_text())
+        return json.loads((folder / "run.json").read_text())
     except (ValueError, OSError) as error:
         raise StudyError(f"{folder / 'run.json'} can't be read ({error}): delete {folder} and train again") from None
-    found = {"runs": check(pd.DataFrame([record]), "runs", folder / "run.json")}
-    for name in ("counts", "run_lengths", "axes", "history"):
+
+
+def _read_run(folder: Path) -> dict[str, pd.DataFrame]:
+    """The checked tables that one run left in ``runs/<variant>/seed<seed>/``."""
+    found = {"runs": check(pd.DataFrame([read_record(folder)]), "runs", folder / "run.json")}
+    for name in OF_RUN:
         path = folder / f"{name}.csv"
         if path.is_file():
             found[name] = check(_read_csv(path, name), name, path)
         elif name in OPTIONAL:
-            found[name] = _empty(name)
+            found[name] = empty(name)
         else:
             raise StudyError(f"{path} is not there: run notebooks/02_train_drafter.ipynb for this run again")
     expected = f"{folder.parent.name}/{folder.name}"

@@ -21,6 +21,17 @@ def write_notebook(path: Path, *codes: str) -> Path:
     return path
 
 
+def run_here(path: Path, parameters: dict) -> None:
+    """Run a notebook's code cells in this process, which has imported the library already; what they show goes nowhere."""
+    names = {}
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, path.name, "exec"), names)  # noqa: S102
+            if "parameters" in cell.metadata.get("tags", []):
+                assert parameters.keys() <= names.keys()
+                names |= parameters
+
+
 def faults(path: Path) -> list[str]:
     """What is wrong with a notebook that is to be committed; nbval alone passes one that was stripped or never run."""
     notebook = nbformat.read(path, as_version=4)

@@ -1,17 +1,15 @@
 """Figures: the same bytes when drawn twice, the table beside each, and the recorded ones redrawn by their notebook."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.testing.compare import compare_images
+from notebook_checks import ROOT, run_here
 
 from kvshot_lib import bootstrap, figures, figures_matrix, metrics
 from kvshot_lib.errors import StudyError
-
-ROOT = Path(__file__).parents[1]
 
 
 def draws_of(*variants, seeds=1):
@@ -179,18 +177,13 @@ RECORDED = sorted(path.parent for path in (ROOT / "figures").glob("*/decay.png")
 
 
 @pytest.mark.pipeline
+@pytest.mark.filterwarnings("default")  # as in a kernel
 @pytest.mark.parametrize("folder", RECORDED, ids=lambda folder: folder.name)
 def test_recorded_figures_are_what_their_notebook_draws(folder, tmp_path):
     """Redraw a profile's figures from its recorded tables: numbers to a thousandth, pictures to 2 grey levels (rms)."""
-    papermill = pytest.importorskip("papermill")
     drawn = tmp_path / "figures"
-    papermill.execute_notebook(
-        str(ROOT / "notebooks/03_long_range_decay.ipynb"),
-        str(tmp_path / "executed.ipynb"),
-        {"tables_dir": str(ROOT / "data/recorded" / folder.name), "figures_dir": str(drawn)},
-        cwd=str(ROOT / "notebooks"),
-        progress_bar=False,
-    )
+    folders = {"tables_dir": str(ROOT / "data/recorded" / folder.name), "figures_dir": str(drawn)}
+    run_here(ROOT / "notebooks/03_long_range_decay.ipynb", folders)
     assert {path.name for path in drawn.iterdir()} <= {path.name for path in folder.iterdir()}
     for path in sorted(drawn.glob("*.csv")):
         pd.testing.assert_frame_equal(pd.read_csv(path), pd.read_csv(folder / path.name), rtol=1e-3)

@@ -1,5 +1,6 @@
 """The Snakemake pipeline: what runs again and what doesn't, bad profiles, a kill, and a smoke run from end to end."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -64,16 +65,18 @@ def start(folder: Path, *words: str, **options) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
-def run(folder: Path, *words: str) -> str:
-    process = start(folder, *words)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    return output
+def run(folder: Path, *words: str) -> None:
+    """Snakemake in a process of its own, the pipeline's command line in this one: it has imported torch already."""
+    with contextlib.chdir(folder):
+        assert pipeline.main([*words]) == 0
 
 
-def due(folder: Path) -> dict[str, int]:
+def due(folder: Path, capfd) -> dict[str, int]:
     """How many jobs of each rule would run, up to the trainings."""
-    output = run(folder, "small", "--dry-run", "trained")
+    capfd.readouterr()
+    run(folder, "small", "--dry-run", "trained")
+    output = "".join(capfd.readouterr())
+    assert "trained" in output or "Nothing to be done" in output, output
     return {
         rule: int(count) for rule, count in re.findall(r"^(extract|train|collect|decay) +(\d+)$", output, re.MULTILINE)
     }
@@ -108,13 +111,13 @@ def test_trainings_share_the_cores_evenly(finished):
 
 
 @pytest.mark.pipeline
-def test_nothing_runs_again_after_a_reader_ran_and_saved_notebooks(study):
+def test_nothing_runs_again_after_a_reader_ran_and_saved_notebooks(study, capfd):
     for path in [*study.glob("notebooks/*.ipynb"), *study.glob("results/small/notebooks/*.ipynb")]:
         notebook = nbformat.read(path, as_version=4)
         notebook.cells[-1].update(outputs=[nbformat.v4.new_output("stream", text="mine\n")], execution_count=7)
         notebook.cells[0].source += "\n\nA note of mine."
         nbformat.write(notebook, path)
-    assert due(study) == {}
+    assert due(study, capfd) == {}
 
 
 @pytest.mark.pipeline
@@ -132,13 +135,13 @@ def test_nothing_runs_again_after_a_reader_ran_and_saved_notebooks(study):
         ("notebooks/profiles/small.yaml", "target: tiny", "target: tiny-qwen3", {"extract": 1, "train": 3}),
     ],
 )
-def test_a_change_runs_what_depends_on_it_and_nothing_else(study, path, old, new, jobs):
+def test_a_change_runs_what_depends_on_it_and_nothing_else(study, capfd, path, old, new, jobs):
     edit(study / path, old, new)
-    assert due(study) == jobs
+    assert due(study, capfd) == jobs
 
 
 @pytest.mark.pipeline
-def test_killed_run_is_resumed_and_changed_parameters_start_afresh(tmp_path):
+def test_killed_run_is_resumed_and_changed_parameters_start_afresh(tmp_path, monkeypatch, capfd):
     folder = small_study(tmp_path)
     profile = folder / "notebooks/profiles/small.yaml"
     profile.write_text("train: {wait_s: 60}\ndrafters: {hidden: {}}\n")
@@ -148,8 +151,8 @@ def test_killed_run_is_resumed_and_changed_parameters_start_afresh(tmp_path):
     while not (checkpoint.exists() and checkpoint.stat().st_size):
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.2)
-    second = start(folder, "small")
-    assert "another run is at work" in second.communicate()[0] and second.returncode == 1
+    monkeypatch.chdir(folder)
+    assert pipeline.main(["small"]) == 1 and "another run is at work" in capfd.readouterr().err
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
@@ -330,11 +333,13 @@ def test_variants_by_list_and_by_mapping(tmp_path):
 
 
 @pytest.mark.pipeline
-def test_smoke_study_from_end_to_end(tmp_path):
+def test_smoke_study_from_end_to_end(tmp_path, capfd):
     ignored = shutil.ignore_patterns(".*")
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=ignored)
     (tmp_path / "data").symlink_to(ROOT / "data")
-    run(tmp_path, "smoke")
+    process = start(tmp_path, "smoke")  # as `make study` does
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
     results = tmp_path / "results/smoke"
     drafters = load_profile(ROOT / "notebooks/profiles/smoke.yaml").drafters
     acceptance = pd.read_csv(results / "tables/acceptance.csv")
@@ -344,4 +349,5 @@ def test_smoke_study_from_end_to_end(tmp_path):
     assert {"01_extract_kv_cache", "02_train_drafter", "03_long_range_decay"} <= executed
     assert len(list(results.glob("notebooks/02*.ipynb"))) == len(drafters)
     assert list(results.glob("figures/*.png")) and list(results.glob("figures/*.csv"))
-    assert "Nothing to be done" in run(tmp_path, "smoke", "--dry-run")
+    run(tmp_path, "smoke", "--dry-run")
+    assert "Nothing to be done" in "".join(capfd.readouterr())

@@ -1,9 +1,8 @@
 """The sweep trains what the pipeline would train, skips what is done, and refuses unknown runs."""
 
+import contextlib
+import io
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +23,11 @@ def at_the_root(monkeypatch):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """The smoke profile, trained from the command line by two workers."""
+    """The smoke profile, trained by two workers; and what the command said."""
     folder = tmp_path_factory.mktemp("swept") / "smoke"
-    words = [sys.executable, "-m", "kvshot_lib.sweep", "smoke", "--results-dir", str(folder), "--workers", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()) as told:
+        assert sweep.main(["smoke", "--results-dir", str(folder), "--workers", "2"]) == 0
+    return folder, told.getvalue()
 
 
 @pytest.mark.slow

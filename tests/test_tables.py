@@ -15,7 +15,7 @@ from kvshot_lib.errors import StudyError
 RECORDED = sorted((Path(__file__).parents[1] / "data/recorded").glob("*/counts.csv*"))
 
 
-COLLECTED = {"runs", "counts", "run_lengths", "axes", "history", "acceptance"}
+COLLECTED = {"runs", "counts", "run_lengths", "axes", "history", "gradients", "acceptance"}
 PLACES = np.stack([np.arange(10) + 10, np.arange(10) + 30], axis=1)  # of ten anchors: generated offset, context length
 
 
@@ -40,6 +40,8 @@ def write_run(results_dir, variant, seed=0, documents=6, history_steps=3, **fact
     filled = {name: "x" if kind == "str" else 1 for name, kind in tables.SCHEMAS["runs"].items()}
     record = filled | {"variant": variant, "seed": seed, "target_hash": "abc"} | facts
     (folder / "run.json").write_text(json.dumps(record))
+    gradients = [variant, seed, 1, 100, 0, "cross", "k_proj", None, None, "grad_norm", 0.5]
+    pd.DataFrame([gradients], columns=list(tables.SCHEMAS["gradients"])).to_csv(folder / "gradients.csv", index=False)
     return folder
 
 
@@ -88,7 +90,7 @@ def test_large_tables_are_compressed_and_name_neither_time_nor_file(tmp_path):
     write_run(tmp_path, "hidden")
     paths = tables.collect(tmp_path, samples=5)
     large = {name for name, path in paths.items() if path.name == f"{name}.csv.gz"}
-    assert large == {"counts", "run_lengths", "axes", "history"}
+    assert large == {"counts", "run_lengths", "axes", "history", "gradients"}
     for name in large:
         header = paths[name].read_bytes()[:10]
         assert (header[3], header[4:8]) == (0, bytes(4)), "flags: no file name; modification time 0"
@@ -149,8 +151,8 @@ def test_recorded_tables_are_whole_and_agree(path):
     computed = acceptance_table(recorded["counts"], recorded["run_lengths"])
     pd.testing.assert_frame_equal(recorded["acceptance"], computed, rtol=1e-5)
     for name in COLLECTED:
-        if name not in tables.OPTIONAL or len(recorded[name]):
-            assert set(recorded[name]["variant"]) == set(recorded["runs"]["variant"]), name
+        found, runs = set(recorded[name]["variant"]), set(recorded["runs"]["variant"])
+        assert found <= runs if name in tables.OPTIONAL else found == runs, name
 
 
 def test_long_histories_are_thinned_to_their_ends_and_even_steps_between(tmp_path):
