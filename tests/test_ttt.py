@@ -266,7 +266,8 @@ def test_a_document_alone_and_in_a_batch_gets_the_same_drafts(variant):
     for document in range(len(examples.DOCUMENTS)):
         features = examples.features(documents=(document,))
         for (_, anchor, k), logits in parallel_logits(drafter, features).items():
-            assert torch.allclose(together.pop((document, anchor, k)), logits, atol=1e-5, rtol=1e-5)
+            # Rounding: other batch shapes sum in another order, and feedback carries it on (1.3e-5 of 1 + |logit| seen).
+            torch.testing.assert_close(together.pop((document, anchor, k)), logits, atol=1e-4, rtol=1e-5)
         result = ttt_loss(drafter, features, ttt_steps=STEPS)
         scored = torch.tensor([k for _, _, k in pair_losses(drafter, features, STEPS)], dtype=torch.int64).bincount(
             minlength=STEPS
