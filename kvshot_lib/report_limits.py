@@ -60,7 +60,8 @@ def limits(runs: pd.DataFrame, draws: Draws, reference: str) -> str:
             f"**Few seeds**: {told} for a drafter. Their range is shown beside the intervals and is not part of them, so a "
             "difference smaller than that range may be one of training and not of the drafter."
         )
-    warm = in_order(runs.loc[runs.get("init_from", pd.Series("", runs.index)).fillna("").ne(""), "variant"])
+    starts = runs.get("init_from", pd.Series("", runs.index))
+    warm = in_order(runs.loc[starts.notna() & starts.ne(""), "variant"])
     if warm:
         lines.append(
             f"**Longer training behind warm starts**: {names(warm)} went on from a trained drafter, whose tokens are not "

@@ -103,7 +103,7 @@ def coverage(runs: pd.DataFrame) -> str:
         lines.append(f"- Every drafter was trained on {low if low == high else f'{low} to {high}'} tokens{alike}.")
     else:
         lines.append(f"- **Training was not equal**, in tokens: {'; '.join(f'`{v}` {n}' for v, n in told.items())}.")
-    warm = runs[runs["init_from"].fillna("") != ""] if "init_from" in runs else runs[:0]
+    warm = runs[runs["init_from"].notna() & runs["init_from"].ne("")] if "init_from" in runs else runs[:0]
     for variant in in_order(warm["variant"].unique()):
         start = warm.loc[warm["variant"] == variant, "init_from"].iloc[0]
         lines.append(f"- `{variant}` started from the trained `{start}`, whose tokens come on top.")
