@@ -29,9 +29,9 @@ from tqdm import tqdm
 from . import tables
 from .attention_overlap import overlap_rows, reference_rows, watch
 from .attention_shift import check_rows
-from .capture import uniform_layers
 from .checkpoints import load_drafter
 from .controls import ShuffledKV
+from .drafter_config import DrafterConfig
 from .errors import StudyError
 from .feature_store import StoredFeatures
 from .files import write_csv
@@ -40,16 +40,15 @@ from .metrics import axis_steps
 from .notebooks import claim
 from .pipeline import fingerprint
 from .provenance import provenance
-from .query_oracle import ARMS, all_query_maps, key_moments, run_arm
+from .query_oracle import all_query_maps, key_moments, run_arm
 from .query_probe import plain_queries, probe_data, probe_rows
+from .query_statistics import ARMS, REFERENCE
 from .recoverable import rotary_of
-from .target import Target, full_attention_layers, load_target
+from .target import Target, load_target
 from .ttt import find_anchors
+from .variants import QUERY_VARIANTS
 
-VARIANTS = ("kv_1", "kv_2", "kv_3", "kv_4", "hybrid", "hybrid_warm")  # measured by default, of those that are trained
-REFERENCE = "target"  # in place of a variant: rows that are about the target alone
 RETRAINED, MOMENTS = 96, 32  # training documents that arms are re-trained on, and that key moments are taken from
-KV_LAYERS = 3
 
 
 class Study:
@@ -76,12 +75,10 @@ class Study:
         return sources, {s: partial(read_state, folder, self.target, source) for s, source in sources.items()}
 
 
-def measure_references(study: Study) -> pd.DataFrame:
-    """Rows of ``attention_overlap`` about the target alone, at the study's default layers."""
-    layers = uniform_layers(full_attention_layers(study.target.model), KV_LAYERS)
+def measure_references(study: Study, layers: Sequence[int]) -> pd.DataFrame:
+    """Rows of ``attention_overlap`` about the target alone, in the layers that drafters reuse."""
     sources, states = study.on(layers)
     source, read, rows = sources["evaluation"], states["evaluation"], []
-    check_rows(study.target, layers, source.batch([0], ()).tokens[0, : source.lengths[0]][:64])
     partner = ShuffledKV(source).partner
     for document in tqdm(range(len(source)), desc="references", mininterval=5):
         anchors = find_anchors(source.batch([document], ()).answer_mask, study.draft_length)
@@ -140,10 +137,11 @@ PARTS: dict[str, tuple[str, Callable]] = {
 def measure(
     results_dir: str | Path, runs: Sequence[str] = (), documents: int = RETRAINED, keep: str | Path = ""
 ) -> dict[str, Path]:
-    """Measure runs (``variant/seed0`` …; by default all finished ones of ``VARIANTS``) and write the tables.
+    """Measure runs (``variant/seed0`` …; by default all finished ones of ``QUERY_VARIANTS``) and write the tables.
 
     Parameters
     ----------
+    runs : the references are about the layers that the first of them reuses (the study's runs all reuse the same ones).
     documents : training documents that each arm of the oracle is re-trained on, once.
     keep : a folder of tables made before, on the same documents: their other runs stay.
 
@@ -161,9 +159,12 @@ def measure(
     claim(work, fingerprint("query_estimation", {"documents": documents, "draft_length": draft_length}))
     hashes = {split: source.documents_hash[:8] for split, source in study.sources.items()}
     found = {name: [] for name, _ in PARTS.values()}
-    path = work / f"target.{hashes['evaluation']}.csv"
+    layers = json.loads((folders[0] / "drafter.json").read_text())["spec"]["kv_layers"]
+    evaluation = study.sources["evaluation"]
+    check_rows(study.target, layers, evaluation.batch([0], ()).tokens[0, : evaluation.lengths[0]][:64])
+    path = work / f"target.{'-'.join(map(str, layers))}.{hashes['evaluation']}.csv"
     if not path.exists():
-        _write_part(path, "attention_overlap", measure_references(study))
+        _write_part(path, "attention_overlap", measure_references(study, layers))
     found["attention_overlap"].append(tables.read_one(path, "attention_overlap"))
     for folder in folders:
         for name, table in _one_run(work, folder, study, "".join(hashes.values())):
@@ -178,17 +179,15 @@ def measure(
 
 def chosen_runs(results_dir: Path, runs: Sequence[str]) -> list[Path]:
     """Folders of the runs to be measured, in the order of the study; each is checked by what its drafter.json says."""
-    from .drafter_config import DrafterConfig
-
     finished = {f"{p.parents[1].name}/{p.parent.name}": p.parent for p in results_dir.glob("runs/*/seed*/run.json")}
-    wanted = list(runs) or [name for name in finished if name.split("/")[0] in VARIANTS]
+    wanted = list(runs) or [name for name in finished if name.split("/")[0] in QUERY_VARIANTS]
     if unknown := [name for name in wanted if name not in finished]:
         raise StudyError(
             f"{', '.join(unknown)}: no finished run in {results_dir}/runs; finished: {', '.join(sorted(finished)) or 'none'}"
         )
     if not wanted:
         raise StudyError(
-            f"no finished run of {', '.join(VARIANTS)} in {results_dir}/runs: train one with 02_train_drafter first"
+            f"no finished run of {', '.join(QUERY_VARIANTS)} in {results_dir}/runs: train one with 02_train_drafter first"
         )
     order = tables.in_order(name.split("/")[0] for name in wanted)
     wanted.sort(key=lambda name: (order.index(name.split("/")[0]), int(name.rpartition("seed")[2])))
@@ -244,7 +243,7 @@ def _facts(study: Study, oracle: pd.DataFrame, seconds: float) -> pd.DataFrame:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.query_estimation", description=__doc__.splitlines()[0])
     parser.add_argument("results_dir", metavar="RESULTS_DIR")
-    told = f"only these (by default all finished ones of {', '.join(VARIANTS)})"
+    told = f"only these (by default all finished ones of {', '.join(QUERY_VARIANTS)})"
     parser.add_argument("runs", nargs="*", metavar="VARIANT/seedN", help=told)
     parser.add_argument(
         "--documents", type=int, default=RETRAINED, help="training documents that each arm of the oracle is re-trained on"

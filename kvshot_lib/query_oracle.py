@@ -43,9 +43,9 @@ from .evaluate import judge
 from .kv_attention import Attend, Call, TargetState, attending, kv_attentions, own_query
 from .layers import Entries
 from .metrics import COUNTS, count_document
+from .query_statistics import ARMS
 from .ttt import find_anchors, predict, ttt_loss
 
-ARMS = ("as_trained", "own", "oracle", "perfect", "random")
 RATE, CLIP, ANCHOR_FRACTION = 5e-4, 0.5, 0.2
 
 States = Callable[[int], TargetState]

@@ -22,7 +22,7 @@ from .kv_attention import TargetState
 from .layers import rotated
 from .ttt import Anchors
 
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
+PENALTIES = (1e-2, 1e-1, 1.0, 10.0, 100.0)
 ANCHORS = 64  # of a document, evenly spaced among those valid at every draft step: bounds the memory
 
 
