@@ -8,10 +8,12 @@ from matplotlib.lines import Line2D
 
 from .bootstrap import Draws
 from .figures import STYLE, look
-from .query_statistics import REFERENCE
 from .tables import in_order
 
-REFERENCES = {"row_t": ("target's own row at t", (0, (1, 1.5))), "other_document": ("another document's row", (0, (5, 3)))}
+REFERENCES = {
+    "row_t": ("target's own row at t", (0, (1, 1.5))),
+    "other_document": ("another document's row", (0, (5, 3))),
+}
 ARM_LOOKS = {
     "as_trained": ("#777777", "x", "as trained"),
     "own": ("#222222", "o", "own query"),
@@ -31,10 +33,14 @@ def _lines(axes, table: pd.DataFrame, variant: str) -> None:
     for layer in layers:
         own = table[(table["variant"] == variant) & (table["layer"] == layer)].sort_values("draft_step")
         last = layer == layers[-1]
-        style = {"ls": "-", "lw": 1.8} if last else {"ls": (0, (4, 2)), "lw": 1.0, "alpha": 0.4 + 0.5 * layer / len(layers)}
+        style = (
+            {"ls": "-", "lw": 1.8} if last else {"ls": (0, (4, 2)), "lw": 1.0, "alpha": 0.4 + 0.5 * layer / len(layers)}
+        )
         axes.plot(own["draft_step"], own["value"], color=colour, marker=marker, ms=5 if last else 3.5, **style)
         if last:
-            axes.fill_between(own["draft_step"], own["low"].to_numpy(), own["high"].to_numpy(), color=colour, alpha=0.15, lw=0)
+            axes.fill_between(
+                own["draft_step"], own["low"].to_numpy(), own["high"].to_numpy(), color=colour, alpha=0.15, lw=0
+            )
 
 
 def _layer_handles(variants: list[str]) -> list[Line2D]:
@@ -52,7 +58,7 @@ def draw_overlap(table: pd.DataFrame) -> Figure:
         "js_with_sink": "JS divergence from the target's row,\nnats, with the sink",
     }
     figure = Figure(figsize=(9.6, 6.4), layout="constrained")
-    variants = [v for v in in_order(table["variant"]) if v != REFERENCE]
+    variants = in_order(table.loc[table["source"] == "drafter", "variant"])
     for axes, (measure, title) in zip(figure.subplots(2, 2).flat, titles.items()):
         shown = table[table["measure"] == measure]
         for source, (_, style) in REFERENCES.items():
@@ -105,7 +111,14 @@ def draw_arms(table: pd.DataFrame) -> Figure:
     for axes, variant in zip(np.atleast_1d(figure.subplots(1, len(variants), sharey=True)), variants):
         for arm, (colour, marker, name) in ARM_LOOKS.items():
             own = rows[(rows["variant"] == variant) & (rows["arm"] == arm)].sort_values("draft_step")
-            axes.fill_between(own["draft_step"].astype(int), own["low"].to_numpy(), own["high"].to_numpy(), color=colour, alpha=0.1, lw=0)
+            axes.fill_between(
+                own["draft_step"].astype(int),
+                own["low"].to_numpy(),
+                own["high"].to_numpy(),
+                color=colour,
+                alpha=0.1,
+                lw=0,
+            )
             axes.plot(own["draft_step"].astype(int), own["value"], color=colour, marker=marker, ms=5, label=name)
         axes.set(title=variant, xlabel="draft step k", ylim=(0, None))
     figure.axes[0].set_ylabel("step acceptance")

@@ -133,4 +133,6 @@ def compute_state(target: Target, tokens: Tensor, layers) -> TargetState:
     """Run the target over tokens [n] and keep queries and keys of ``layers``."""
     with capture(target.model, kv=layers, queries=True) as taken:
         target.model.get_decoder()(input_ids=tokens[None].to(target.device), use_cache=False)
-    return TargetState(*(torch.stack([part[layer][0] for layer in layers]).float() for part in (taken.queries, taken.keys)))
+    return TargetState(
+        *(torch.stack([part[layer][0] for layer in layers]).float() for part in (taken.queries, taken.keys))
+    )

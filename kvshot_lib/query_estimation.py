@@ -42,12 +42,12 @@ from .pipeline import fingerprint
 from .provenance import provenance
 from .query_oracle import all_query_maps, key_moments, run_arm
 from .query_probe import plain_queries, probe_data, probe_rows
-from .query_statistics import ARMS, REFERENCE
 from .recoverable import rotary_of
 from .target import Target, load_target
 from .ttt import find_anchors
-from .variants import QUERY_VARIANTS
+from .variants import QUERY_ARMS, QUERY_VARIANTS
 
+REFERENCE = "target"  # in place of a variant: rows of `attention_overlap` that are about the target alone
 RETRAINED, MOMENTS = 96, 32  # training documents that arms are re-trained on, and that key moments are taken from
 
 
@@ -129,7 +129,7 @@ def _documents(study: Study, drafter, told: str):
 PARTS: dict[str, tuple[str, Callable]] = {
     "overlap": ("attention_overlap", measure_overlap),
     "probe": ("query_probe", measure_probe),
-    **{f"oracle_{arm}": ("query_oracle", partial(measure_arm, arm=arm)) for arm in ARMS},
+    **{f"oracle_{arm}": ("query_oracle", partial(measure_arm, arm=arm)) for arm in QUERY_ARMS},
 }
 """Part of a run's measurement -> its table, and what makes its rows."""
 
@@ -246,7 +246,10 @@ def main(words: list[str] | None = None) -> int:
     told = f"only these (by default all finished ones of {', '.join(QUERY_VARIANTS)})"
     parser.add_argument("runs", nargs="*", metavar="VARIANT/seedN", help=told)
     parser.add_argument(
-        "--documents", type=int, default=RETRAINED, help="training documents that each arm of the oracle is re-trained on"
+        "--documents",
+        type=int,
+        default=RETRAINED,
+        help="training documents that each arm of the oracle is re-trained on",
     )
     parser.add_argument(
         "--keep", default="", metavar="TABLES_DIR", help="and the runs of these tables, if not measured again"

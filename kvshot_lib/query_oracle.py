@@ -41,10 +41,9 @@ from .drafters import Drafter
 from .errors import StudyError
 from .evaluate import judge
 from .kv_attention import Attend, Call, TargetState, attending, kv_attentions, own_query
-from .layers import Entries
 from .metrics import COUNTS, count_document
-from .query_statistics import ARMS
 from .ttt import find_anchors, predict, ttt_loss
+from .variants import QUERY_ARMS
 
 RATE, CLIP, ANCHOR_FRACTION = 5e-4, 0.5, 0.2
 
@@ -154,8 +153,8 @@ def apply_rows(rows: Tensor, call: Call) -> Tensor:
 
 def make_attend(arm: str, drafter: Drafter, state: TargetState, maps: list[Tensor], seed: int) -> Attend:
     """What an arm's attention gives on one document."""
-    if arm not in ARMS:
-        raise StudyError(f"arm {arm!r} is not known; choose from {', '.join(ARMS)}")
+    if arm not in QUERY_ARMS:
+        raise StudyError(f"arm {arm!r} is not known; choose from {', '.join(QUERY_ARMS)}")
     if arm == "oracle":
         return oracle_query(maps, state)
     if arm == "perfect":
@@ -203,7 +202,9 @@ def retrain(
 
 
 @torch.no_grad()
-def evaluate(drafter: Drafter, arm: str, source, states: States, maps: list[Tensor], draft_length: int, seed: int) -> pd.DataFrame:
+def evaluate(
+    drafter: Drafter, arm: str, source, states: States, maps: list[Tensor], draft_length: int, seed: int
+) -> pd.DataFrame:
     """Counts of every evaluation document under teacher forcing: document, draft_step and the columns of `metrics.COUNTS`."""
     device, rows = drafter.norm.weight.device, []
     for document in tqdm(range(len(source)), desc=f"evaluate {arm}", mininterval=5):

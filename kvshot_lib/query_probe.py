@@ -102,7 +102,9 @@ def probe_rows(data: list[tuple[int, dict]], layers: Sequence[int], seed: int = 
         x, y = (torch.cat(parts) for parts in list(zip(*own, strict=True))[1:])
         for labels, errors in zip(("true", "shuffled"), probe(x, y, document.to(x.device), seed), strict=True):
             for number in document.unique().tolist():
-                for target_layer, (residual, total) in zip(layers, errors[document == number].sum(0).tolist(), strict=True):
+                for target_layer, (residual, total) in zip(
+                    layers, errors[document == number].sum(0).tolist(), strict=True
+                ):
                     names = {"document": number, "layer": layer, "target_layer": target_layer, "draft_step": step}
                     rows.append({"labels": labels, **names, "residual": residual, "total": total})
     return rows

@@ -7,10 +7,9 @@ from .bootstrap import Draws, resample_weights
 from .claims import MARGIN
 from .gradient_statistics import bootstrapped, intervals
 from .metrics import COUNTS, metrics_of
+from .variants import QUERY_ARMS
 
 MEASURES = ("recall", "js", "recall_with_sink", "js_with_sink")
-ARMS = ("as_trained", "own", "oracle", "perfect", "random")
-REFERENCE = "target"  # in place of a variant: rows of `attention_overlap` that are about the target alone
 
 
 def overlap_table(overlap: pd.DataFrame, samples: int = 2000, seed: int = 0) -> pd.DataFrame:
@@ -85,8 +84,8 @@ def query_draws(overlap: pd.DataFrame, oracle: pd.DataFrame, samples: int = 2000
             add(variant, run, "overlap_recall", row)
     arms = oracle_metrics(oracle, samples, seed)
     for variant, run in dict.fromkeys((v, s) for v, s, _ in arms):
-        mat = {arm: arms[variant, run, arm]["expected_mat"] for arm in ARMS}
-        last = {arm: arms[variant, run, arm]["step_acceptance"][:, -1] for arm in ARMS}
+        mat = {arm: arms[variant, run, arm]["expected_mat"] for arm in QUERY_ARMS}
+        last = {arm: arms[variant, run, arm]["step_acceptance"][:, -1] for arm in QUERY_ARMS}
         add(variant, run, "mat_as_trained", mat["as_trained"])
         add(variant, run, "own_gain", mat["own"] - mat["as_trained"])
         for arm in ("oracle", "perfect", "random"):

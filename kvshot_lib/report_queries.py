@@ -4,7 +4,7 @@ import pandas as pd
 
 from .bootstrap import Draws, Interval
 from .claims import MARGIN
-from .query_statistics import REFERENCE, reading
+from .query_statistics import reading
 from .report import markdown_table, names, signed
 from .tables import in_order
 
@@ -33,7 +33,7 @@ READINGS = {
 
 def facts(overlap: pd.DataFrame, told: dict) -> str:
     """What was measured, and what the intervals cover."""
-    runs = overlap.loc[overlap["variant"] != REFERENCE, ["variant", "seed"]].drop_duplicates()
+    runs = overlap.loc[overlap["source"] == "drafter", ["variant", "seed"]].drop_duplicates()
     seeds = runs.groupby("variant")["seed"].nunique()
     one = [v for v in in_order(seeds.index) if seeds[v] == 1]
     text = (
@@ -71,7 +71,7 @@ def overlaps(table: pd.DataFrame) -> str:
 
 def _named(table: pd.DataFrame):
     """(name of the row, its rows): the last layer of each drafter, then the references."""
-    for variant in in_order(v for v in table["variant"] if v != REFERENCE):
+    for variant in in_order(table.loc[table["source"] == "drafter", "variant"]):
         own = table[(table["variant"] == variant) & (table["source"] == "drafter")]
         yield f"`{variant}`, layer {own['layer'].max() + 1}", own
     for source, name in (("row_t", "the target's own at t"), ("other_document", "the target's, another document")):

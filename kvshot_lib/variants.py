@@ -58,3 +58,4 @@ VARIANTS: dict[str, dict] = {
 
 # Those that `query_estimation` measures by default: plain reuse of the KV cache at every depth, and with hidden states.
 QUERY_VARIANTS = ("kv_1", "kv_2", "kv_3", "kv_4", "hybrid", "hybrid_warm")
+QUERY_ARMS = ("as_trained", "own", "oracle", "perfect", "random")  # of the oracle (`query_oracle` explains them)

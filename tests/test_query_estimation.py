@@ -38,7 +38,9 @@ def test_tables_are_made_resumed_and_kept(results, monkeypatch):
     before = left_behind(target().model), [p.clone() for p in target().model.parameters()]
     weights = load_drafter(results / "runs/kv_2/seed0", target()).state_dict()
     measure(results, documents=3)
-    overlap, probe, oracle = (tables.read(results / "tables", name) for name in ("attention_overlap", "query_probe", "query_oracle"))
+    overlap, probe, oracle = (
+        tables.read(results / "tables", name) for name in ("attention_overlap", "query_probe", "query_oracle")
+    )
     assert set(overlap["variant"]) == {"target", "kv_1", "kv_2"}  # `hidden` has no attention over the cache
     assert set(oracle["arm"]) == {"as_trained", "own", "oracle", "perfect", "random"}
     plain = pd.read_csv(results / "runs/kv_2/seed0/counts.csv")

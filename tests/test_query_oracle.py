@@ -7,9 +7,8 @@ from examples import DRAFT_IDS, STEPS, drafter, live, target, target_layer_as_dr
 from kvshot_lib import query_oracle
 from kvshot_lib.attention_overlap import watch
 from kvshot_lib.errors import StudyError
-from kvshot_lib.kv_attention import attending, compute_state
+from kvshot_lib.kv_attention import compute_state
 from kvshot_lib.query_oracle import (
-    ARMS,
     all_query_maps,
     apply_rows,
     evaluate,
@@ -24,7 +23,8 @@ from kvshot_lib.query_oracle import (
     run_arm,
     working_copy,
 )
-from kvshot_lib.ttt import draft_steps, find_anchors
+from kvshot_lib.ttt import find_anchors
+from kvshot_lib.variants import QUERY_ARMS
 
 LAYERS = live().spec.kv_layers
 
@@ -58,34 +58,43 @@ def test_query_map_gives_the_nearest_scores():
     weight, mix = (torch.randn(*shape, generator=generator) for shape in ((4, 12), (12, 12)))
     keys = torch.randn(4000, 12, generator=generator) @ mix
     moments, true = keys.T @ keys / len(keys), torch.randn(2, generator=generator)
-    maps = query_maps(weight, moments, 1, heads=2, groups=2, size=2)  # S = 3, G = 2: head 1 of layer 1 gets layer 2, group 1
+    maps = query_maps(weight, moments, 0, heads=2, groups=2, size=2)  # S = 3: head 1 gets reused layer 1, group 1
     query = maps[1] @ true
 
     def error(q):
-        return ((keys[:, 10:12] @ true - keys @ weight[2:4].T @ q) ** 2).mean()
+        return ((keys[:, 6:8] @ true - keys @ weight[2:4].T @ q) ** 2).mean()
 
     assert all(error(query) < error(query + 0.1 * torch.randn(2, generator=generator)) for _ in range(20))
 
 
-def test_oracle_row_is_the_targets_where_nothing_is_lost_in_the_projection():
-    """`target_layer_as_drafter` reads the last reused layer's keys as they are; its heads 2 (layer j = 0) have that layer's queries."""
-    built, state = target_layer_as_drafter(), states(1)
-    maps = all_query_maps(built, key_moments(states, [0, 1, 4]))
-    rows, head = state.rows(2, torch.arange(19))[2], 2
+def queries_of(monkeypatch, built, make):
+    """Every call of a drafter on document 1, and the query that ``make``'s attention asks in it."""
+    asked, original, calls = [], query_oracle.chain_attention, calls_of(built)
+    monkeypatch.setattr(query_oracle, "chain_attention", lambda q, *given: asked.append(q) or original(q, *given))
+    for call in calls:
+        make(call)
+    return list(zip(calls, asked, strict=True))
+
+
+def test_oracle_row_is_the_targets_where_nothing_is_lost_in_the_projection(monkeypatch):
+    """`target_layer_as_drafter` reads the last reused layer's keys as they are; its head 2 (layer j = 0) is given that layer's query."""
+    built, state, head = target_layer_as_drafter(), states(1), 2
     assert head_layers(0, 4, 3)[head] == 2
-    scores = {}
+    maps = all_query_maps(built, key_moments(states, [0, 1, 4]))
+    for call, query in queries_of(monkeypatch, built, oracle_query(maps, state)):
+        found = (query[0, head] @ call.prefix[0][0, 1].T * 16**-0.5 + call.mask[0, 0]).softmax(-1)
+        true = state.rows(2, call.places(19))[head][:, : found.shape[1]] * (call.mask[0, 0] == 0)
+        assert torch.allclose(found, true / true.sum(-1, keepdim=True), atol=2e-3)
 
-    def look(call):
-        query = torch.einsum("de,me->md", maps[0][head], state.queries[2, head, call.places(19)])
-        scores[call.draft_step] = call, query @ call.prefix[0][0, 1].T * 16**-0.5 + call.mask[0, 0]
-        return oracle_query(maps, state)(call)
 
-    features = live().batch([1])
-    with attending(built, look), torch.no_grad():
-        list(draft_steps(built, features, find_anchors(features.answer_mask, STEPS), STEPS))
-    for call, found in scores.values():
-        true = rows[call.places(19)][:, : found.shape[1]] * (call.mask[0, 0] == 0)
-        assert torch.allclose(found.softmax(-1), true / true.sum(-1, keepdim=True), atol=2e-3)
+def test_oracle_asks_the_mapped_query_of_its_own_true_head(monkeypatch):
+    built, state = drafter("kv_2"), states(1)
+    maps = all_query_maps(built, key_moments(states, [0, 1, 4]))
+    for call, query in queries_of(monkeypatch, built, oracle_query(maps, state)):
+        for head, place in enumerate([[0, 1, 2, 0], [1, 2, 0, 1]][call.layer]):
+            for m, position in enumerate(call.places(19).tolist()):
+                wanted = maps[call.layer][head] @ state.queries[place, head, position]
+                assert torch.allclose(query[0, head, m], wanted, atol=1e-5)
 
 
 def test_perfect_rows_equal_a_naive_sum():
@@ -110,24 +119,10 @@ def test_rows_on_one_entry_pick_its_value():
     assert torch.allclose(apply_rows(rows, call)[0, 3], call.prefix[1][0, 1, 1].expand(len(call.anchors), -1))
 
 
-def test_random_queries_have_the_own_length_and_the_same_direction_at_the_same_position():
-    built, state, seen = drafter("kv_1"), states(1), {}
-    for call in calls_of(built):
-        random_query(built, state, 3)(call)
-    original = query_oracle.chain_attention
-
-    def look(query, *given):
-        seen.setdefault("queries", []).append(query)
-        return original(query, *given)
-
-    query_oracle.chain_attention, calls = look, calls_of(built)
-    try:
-        for call in calls:
-            random_query(built, state, 3)(call)
-    finally:
-        query_oracle.chain_attention = original
+def test_random_queries_have_the_own_length_and_the_same_direction_at_the_same_position(monkeypatch):
+    built = drafter("kv_1")
     directions = {}
-    for call, query in zip(calls, seen["queries"], strict=True):
+    for call, query in queries_of(monkeypatch, built, random_query(built, states(1), 3)):
         assert torch.allclose(query.norm(dim=-1), call.query.norm(dim=-1), atol=1e-5)
         unit = torch.nn.functional.normalize(query, dim=-1)[0, 0]
         for place, direction in zip((call.anchors + 1 + call.draft_step).tolist(), unit):
@@ -159,7 +154,7 @@ def test_arms_are_judged_on_the_same_anchors_and_own_queries_change_nothing():
     sources, kept = {"train": live(), "evaluation": live()}, {"train": states, "evaluation": states}
     built = drafter("kv_1")
     maps = all_query_maps(built, key_moments(states, [0, 1]))
-    made = {arm: run_arm(built, arm, sources, kept, [0, 1], maps, STEPS) for arm in ARMS}
+    made = {arm: run_arm(built, arm, sources, kept, [0, 1], maps, STEPS) for arm in QUERY_ARMS}
     plain = evaluate(built, "own", live(), states, maps, STEPS, 0)
     for arm, rows in made.items():
         assert rows["anchors"].equals(plain["anchors"]) and len(rows) == len(live()) * STEPS

@@ -7,7 +7,16 @@ from examples import STEPS, drafter, live, live_of, target
 from kvshot_lib import query_probe
 from kvshot_lib.corpus import Document
 from kvshot_lib.kv_attention import compute_state
-from kvshot_lib.query_probe import best_penalty, fit, plain_queries, probe, probe_anchors, probe_data, probe_rows, squares
+from kvshot_lib.query_probe import (
+    best_penalty,
+    fit,
+    plain_queries,
+    probe,
+    probe_anchors,
+    probe_data,
+    probe_rows,
+    squares,
+)
 from kvshot_lib.recoverable import rotary_of
 from kvshot_lib.ttt import find_anchors
 

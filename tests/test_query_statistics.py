@@ -15,11 +15,16 @@ from kvshot_lib.paper import read_paper
 DOCUMENTS, STEPS = 30, 7
 
 
-def overlap_rows(recalls={"kv_1": [0.3], "kv_2": [0.2, 0.5]}, floor=0.1):
+RECALLS = {"kv_1": [0.3], "kv_2": [0.2, 0.5]}
+
+
+def overlap_rows(recalls=None, floor=0.1):
     """Recall of each layer, alike in all documents but for some noise; two target layers, one .1 above the other."""
     chance, rows = np.random.default_rng(0), []
     sources = [("target", "row_t", None, 0.8), ("target", "other_document", None, floor)]
-    sources += [(v, "drafter", layer, r) for v, layers in recalls.items() for layer, r in enumerate(layers)]
+    sources += [
+        (v, "drafter", layer, r) for v, layers in (recalls or RECALLS).items() for layer, r in enumerate(layers)
+    ]
     for variant, source, layer, recall in sources:
         for document in range(DOCUMENTS):
             for step in (0, 3, 6):
@@ -89,7 +94,9 @@ def test_gains_are_differences_of_expected_mat():
     assert gain["own"] == pytest.approx(mat(0.4) - mat(0.38), abs=0.02) and gain["random"] < -0.1
     assert draws.mean("kv_1", "returned").value == pytest.approx(gain["oracle"] / gain["perfect"])
     assert draws.mean("kv_1", "oracle_last").value == pytest.approx(0.1, abs=0.01)
-    assert draws.mean("kv_2", "overlap_recall").value == pytest.approx(0.55, abs=0.02)  # the last layer, both target layers
+    assert draws.mean("kv_2", "overlap_recall").value == pytest.approx(
+        0.55, abs=0.02
+    )  # the last layer, both target layers
 
 
 @pytest.mark.parametrize(
@@ -155,6 +162,13 @@ def test_figures_and_sentences_tell_the_tables(tmp_path):
     flat = statistics.query_draws(overlap, oracle_rows(), 100)
     assert report.arms(flat).count("no gap to close") + report.arms(flat).count("]") >= 2
     assert "matters to it" in report.controls(draws)
-    facts = {"documents": 30, "target": "tiny", "device": "cpu", "dtype": "float32", "date": "today", "git_revision": "abc"}
+    facts = {
+        "documents": 30,
+        "target": "tiny",
+        "device": "cpu",
+        "dtype": "float32",
+        "date": "today",
+        "git_revision": "abc",
+    }
     told = report.facts(overlap, facts | {"retrained_documents": 5, "retrained_tokens": 12345})
     assert "12,345 tokens" in told and "One seed of `kv_1`, `kv_2`" in told and "`target`" not in told
