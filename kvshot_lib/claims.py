@@ -186,6 +186,31 @@ GATE_CLAIMS = (
 )
 
 
+def query_claims(variants: Collection[str]) -> tuple[Claim, ...]:
+    """C15, of `query_statistics.query_draws`, which says what the statistics are; with `kv_2` in place of `kv_4` where that was not run.
+
+    Query estimation is the bottleneck if deeper drafters look more where the target looks (a), draft longer too (b), and a shallow one
+    that is given the target's true query gains what the paper calls a gain (c).
+    """
+    deep = "kv_2" if "kv_2" in variants and "kv_4" not in variants else "kv_4"
+    return (
+        Claim(
+            "C15a",
+            f"`{deep}` looks at more of what the target looks at than `kv_1`",
+            gap(deep, "kv_1", "overlap_recall"),
+            "above",
+        ),
+        Claim("C15b", f"`{deep}` drafts longer than `kv_1`", gap(deep, "kv_1", "mat_as_trained"), "above"),
+        Claim(
+            "C15c",
+            "The target's true query gains `kv_1` .05 or more",
+            ((1, "kv_1", "oracle_gain"),),
+            "above",
+            MARGIN,
+        ),
+    )
+
+
 def shift_claim(variants: Collection[str]) -> Claim:
     """H1, of `interaction.shift_draws`: at the last draft step `hidden` falls faster with the attention shift than `kv_2` (than `kv_1`, where
     `kv_2` was not run). The slopes are of log-odds per standard deviation of shift, at equal entropy, so the statistic is the

@@ -2,7 +2,8 @@
 
 python -m kvshot_lib.gradient_flow RESULTS_DIR [VARIANT/seedN ...]    writes RESULTS_DIR/tables/gradient_flow.csv.gz
 
-An anchor t at draft step k attends to n = t + 1 prefix entries and to its own chain of k + 1 *draft-side* entries. For contexts of 128
+An anchor t at draft step k attends to n = t + 1 prefix entries and to its own chain of k + 1 *draft-side* entries (a `block` drafter's
+slots all attend to all b slots of their block). For contexts of 128
 to 2,048 tokens, of documents put end to end, this measures by autograd of the training loss on the 16 anchors nearest to that length
 
     quantity         side            of what
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from . import tables
+from .block import BlockLayer
 from .checkpoints import load_drafter
 from .controls import ShuffledKV
 from .corpus import Document, load_corpus
@@ -38,6 +40,7 @@ from .errors import StudyError
 from .features import Features, LiveFeatures
 from .files import write_csv
 from .gradient_record import branch_of, gate_statistics, watched_mixing
+from .layers import View
 from .notebooks import claim
 from .resident_features import ResidentFeatures
 from .target import Target, load_target
@@ -190,11 +193,40 @@ def watched_mass(drafter: Drafter) -> Iterator[list[dict]]:
 
     with ExitStack() as stack:
         for index, layer in enumerate(drafter.layers):
+            if isinstance(layer, BlockLayer):
+                stack.enter_context(watched_block(index, layer, rows))
+                continue
             for name in ("attention", "cross"):
                 if (attention := getattr(layer, name, None)) is not None:
                     seen = hook(index, branch_of(layer, name))
                     stack.callback(attention.register_forward_hook(seen, with_kwargs=True).remove)
         yield rows
+
+
+@contextmanager
+def watched_block(index: int, layer: BlockLayer, rows: list[dict]) -> Iterator[None]:
+    """The same for a `block` drafter's layer: mask slot k + 1 is draft step k, and each sees all b slots of its block."""
+    attend = layer.attend
+
+    def seen(inputs: Tensor, rotary: tuple, view: View, slots: int) -> Tensor:
+        with torch.no_grad():
+            query, *own = layer.attention.project(inputs, rotary, "q", "k", "v")
+            by_slot = query.unflatten(2, (slots, -1))  # [B, H, b, M, D]
+            block = tuple(part.unflatten(2, (slots, -1)).transpose(2, 3) for part in own)
+            prefix = tuple(torch.cat(parts, 2) for parts in zip(*view.prefix.values(), strict=True))
+            mask = view.mask.repeat(1, 1, 1, len(view.prefix))
+            share = slots / (slots + (mask == 0).sum(-1).float())
+            for k in range(min(slots - 1, DRAFT_LENGTH)):
+                mass = draft_mass(by_slot[:, :, k + 1], prefix, mask, block)
+                for name, value in (("draft_mass", mass.mean()), ("draft_share", share.mean())):
+                    rows.append(_row((index, "cross", "", "draft"), name, value.item(), k))
+        return attend(inputs, rotary, view, slots)
+
+    layer.attend = seen
+    try:
+        yield
+    finally:
+        vars(layer).pop("attend", None)
 
 
 def measure(drafter: Drafter, features: Features, anchors: Anchors, draft_length: int = DRAFT_LENGTH) -> list[dict]:

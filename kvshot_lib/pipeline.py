@@ -28,11 +28,12 @@ NOTEBOOKS = {
     "extract": "notebooks/01_extract_kv_cache.ipynb",
     "train": "notebooks/02_train_drafter.ipynb",
     "decay": "notebooks/03_long_range_decay.ipynb",
+    "queries": "notebooks/04_query_estimation.ipynb",
     "gradients": "notebooks/05_gradient_flow.ipynb",
     "prefix": "notebooks/06_information_in_the_prefix.ipynb",
     "scorecard": "notebooks/08_paper_scorecard.ipynb",
 }
-OPTIONAL = ("generate", "gradients", "prefix", "scorecard")
+OPTIONAL = ("generate", "queries", "gradients", "prefix", "scorecard")
 MARK = ".fingerprint"  # in every folder that a notebook of the pipeline owns (`notebooks.claim`)
 DRY = {"-n", "--dry-run", "--dryrun"}
 SET_BY_PIPELINE = {"results_dir", "figures_dir", "tables_dir", "variant", "seed", "profile"}
@@ -49,6 +50,7 @@ class Profile:
     ----------
     generate : for notebook 00, which the pipeline runs only if the profile has this key.
     extract, train, decay : for notebooks 01, 02 (every drafter) and 03.
+    queries : for notebook 04; the pipeline measures what it draws and runs it only if the profile has this key.
     gradients : for notebook 05, which the pipeline runs only if the profile has this key, after measuring gradient flow.
     prefix : for notebook 06; the pipeline measures what it draws and runs it only if the profile has this key.
     scorecard : for notebook 08, which the pipeline runs only if the profile has this key.
@@ -63,6 +65,7 @@ class Profile:
     extract: dict = field(default_factory=dict)
     train: dict = field(default_factory=dict)
     decay: dict = field(default_factory=dict)
+    queries: dict | None = None
     gradients: dict | None = None
     prefix: dict | None = None
     scorecard: dict | None = None
@@ -330,7 +333,7 @@ def check_foreign_runs(profile: Profile, results: Path) -> None:
 
 
 def redraw(name: str) -> None:
-    """Draw figures/<name> anew from data/recorded/<name> by notebooks 03, 05, 06 and 08, with the profile's parameters.
+    """Draw figures/<name> anew from data/recorded/<name> by notebooks 03, 04, 05, 06 and 08, with the profile's parameters.
 
     Raises
     ------
@@ -342,7 +345,7 @@ def redraw(name: str) -> None:
         raise StudyError(f"there are no tables in {tables}; recorded: {known}")
     known = Path(f"notebooks/profiles/{name}.yaml").exists()  # or else recorded by hand
     profile = load_profile(name) if known else Profile(name)
-    for key in ("decay", "gradients", "prefix", "scorecard"):
+    for key in ("decay", "queries", "gradients", "prefix", "scorecard"):
         parameters, notebook = getattr(profile, key) or {}, Path(NOTEBOOKS[key])
         if notebook.exists():
             folders = {"tables_dir": f"../{tables}", "figures_dir": f"../figures/{name}"}

@@ -97,6 +97,18 @@ SCHEMAS = {
     ),
     "attention_matches": _columns("variant:str seed:int64 document:int64 draft_step:int64 matches:str"),
     "recoverable": _columns("source:str distance:int64 document:int64 positions:int64 correct:int64 nats:float64"),
+    "attention_overlap": _columns(
+        "variant:str seed:int64 document:int64 source:str draft_step:int64 layer:Int64 target_layer:int64 anchors:int64 "
+        "js:float64 js_with_sink:float64 recall:float64 recall_with_sink:float64"
+    ),
+    "query_probe": _columns(
+        "variant:str seed:int64 document:int64 labels:str draft_step:int64 layer:int64 target_layer:int64 "
+        "residual:float64 total:float64"
+    ),
+    "query_oracle": _columns(
+        "variant:str seed:int64 arm:str trained_tokens:int64 document:int64 draft_step:int64 anchors:int64 matches:int64 "
+        "reached:int64 chain_matches:int64"
+    ),
 }
 KEYS = {
     "runs": ["variant", "seed"],
@@ -119,8 +131,12 @@ KEYS = {
     "attention_shift": ["document", "draft_step", "context_length_tokens"],
     "attention_matches": ["variant", "seed", "document", "draft_step"],
     "recoverable": ["source", "distance", "document"],
+    "attention_overlap": ["variant", "seed", "document", "source", "draft_step", "layer", "target_layer"],
+    "query_probe": ["variant", "seed", "document", "labels", "draft_step", "layer", "target_layer"],
+    "query_oracle": ["variant", "seed", "arm", "document", "draft_step"],
 }
-DIAGNOSTICS = {"attention_shift", "attention_matches", "recoverable"}  # not every study measures them
+QUERIES = {"attention_overlap", "query_probe", "query_oracle"}
+DIAGNOSTICS = {"attention_shift", "attention_matches", "recoverable", *QUERIES}  # not every study measures them
 
 # A row a document or a training step: large in a large run.
 COMPRESSED = {

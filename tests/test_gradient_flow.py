@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import blocks
 import examples
 import numpy as np
 import pandas as pd
@@ -65,6 +66,32 @@ def test_all_scores_equal_make_mass_equal_to_the_share_of_entries():
             wanted = np.mean([entries(k) / (t + 1 + entries(k)) for t in anchors.index[0].tolist()])
             assert row.value == pytest.approx(wanted, rel=1e-5), (variant, k, row.quantity)
         assert sorted(set(by_step["draft_step"])) == [k for k in range(STEPS) if entries(k)]
+
+
+@pytest.mark.parametrize("variant", ["block_kv_2", "block_hidden_2", "block_both_1_mlp"])
+def test_block_drafters_are_measured_too(variant):
+    """Parts sum to autograd's gradient; with queries of zero the mass is the share b / (entries + b); the drafter stays as it was."""
+    drafter, features = blocks.block_drafter(variant), examples.features(documents=(4,))
+    anchors, attributes = flow.anchors_before(features.answer_mask, 8), [set(vars(m)) for m in drafter.modules()]
+    with flow.watched_flow(drafter) as flows:
+        ttt_loss(drafter, features, ttt_steps=STEPS, anchors=anchors).loss.backward()
+    modules = dict(flow.watched_modules(drafter))
+    for key in [key for key, module in modules.items() if isinstance(module, torch.nn.Linear)]:
+        parts = sum(found.weight for (*own, _), found in flows.items() if tuple(own) == key)
+        torch.testing.assert_close(parts, modules[key].weight.grad, rtol=1e-4, atol=1e-6)
+    drafter.zero_grad()
+    before = predict(drafter, features, anchors, STEPS)
+    table = pd.DataFrame(flow.measure(drafter, features, anchors))
+    assert [set(vars(m)) for m in drafter.modules()] == attributes
+    assert torch.equal(predict(drafter, features, anchors, STEPS), before)
+    assert set(table.loc[table["quantity"] == "draft_mass", "draft_step"]) == set(range(STEPS))
+    for layer in drafter.layers:
+        layer.attention.q_proj.weight.data.zero_()
+    table = pd.DataFrame(flow.measure(drafter, features, anchors))
+    sources, size = 2 if "both" in variant else 1, drafter.config.block_size
+    wanted = np.mean([size / (sources * (t + 1) + size) for t in anchors.index[0].tolist()])
+    found = table.loc[table["quantity"].isin(["draft_mass", "draft_share"]), "value"]
+    assert len(found) and np.allclose(found, wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("variant", EVERY)
