@@ -42,6 +42,7 @@ from .layers import rotated
 from .notebooks import claim
 from .pipeline import fingerprint
 from .provenance import provenance
+from .shared import rope_parameters
 from .target import Target, full_attention_layers, load_target
 
 DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -267,7 +268,7 @@ def rotary_of(target: Target, spec) -> LlamaRotaryEmbedding:
     config = target.config
     sizes = LlamaConfig(
         hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, head_dim=spec.head_dim,
-        rope_parameters=config.rope_parameters, max_position_embeddings=config.max_position_embeddings,
+        rope_parameters=rope_parameters(config), max_position_embeddings=config.max_position_embeddings,
     )  # fmt: skip
     return LlamaRotaryEmbedding(sizes).to(target.device)
 

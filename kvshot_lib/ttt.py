@@ -179,7 +179,9 @@ def ttt_loss(
         weight = current.weight[document, row]
         hidden = drafter.norm(output[document, row])
         flat = document * features.tokens.shape[1] + place
-        total, best = SoftCrossEntropy.apply(hidden, drafter.head, probabilities, flat, weight, drafter.score)
+        total, best = SoftCrossEntropy.apply(
+            hidden, drafter.head, probabilities, flat, weight, drafter.score, drafter.logit_cap
+        )
         losses.append(total / denominators[k])
         matches.append((best == wanted[document, place]).sum())
         pairs.append(current.valid[..., k].sum())
@@ -197,7 +199,7 @@ def _scored(anchors: Anchors, k: int, wanted: Tensor, last: int) -> tuple[Tensor
 @torch.no_grad()
 def target_probabilities(drafter: Drafter, features: Features) -> Tensor:
     """softmax of p_t on the draft vocabulary, [B·n, V_draft] float32: once per batch, every draft step gathers from it."""
-    return (features.final_hidden.to(drafter.head.dtype).flatten(0, 1) @ drafter.head.T).float().softmax(-1)
+    return drafter.logits(features.final_hidden.flatten(0, 1)).float().softmax(-1)
 
 
 @torch.no_grad()
@@ -208,6 +210,6 @@ def predict(drafter: Drafter, features: Features, anchors: Anchors, ttt_steps: i
         document, row = anchors.valid[..., k].nonzero(as_tuple=True)
         for part in torch.arange(len(row), device=row.device).split(2048):
             hidden = drafter.norm(output[document[part], row[part]])
-            best = (hidden.to(drafter.head.dtype) @ drafter.head.T).argmax(-1)
+            best = drafter.logits(hidden).argmax(-1)
             predictions[document[part], row[part], k] = drafter.draft_ids[best]
     return predictions
