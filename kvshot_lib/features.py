@@ -1,5 +1,6 @@
 """Target state of a batch of documents, from a live target or (feature_store.py) from disk, behind one interface."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -126,13 +127,20 @@ class LiveFeatures:
             raise StudyError(
                 f"the corpus has token id {too_large}, target {target.name} only {spec.vocab_size}; use a corpus made with this target"
             )
-        self.target, self.spec = target, spec
+        self.target, self.spec, self.max_length_tokens = target, spec, max_length_tokens
         longest = min(max_length_tokens, max(len(document.tokens) for document in documents))
         check_length(target, longest, "set a smaller max_length_tokens")
         self.documents = [Document(d.tokens[:max_length_tokens], d.answer_mask[:max_length_tokens]) for d in documents]
 
     def __len__(self) -> int:
         return len(self.documents)
+
+    def with_kv_layers(self, layers: Sequence[int]) -> "LiveFeatures":
+        """The same documents, with keys and values of other target layers (any of full attention)."""
+        check_layers(self.target.model, (), layers)
+        view = copy.copy(self)
+        view.spec = replace(self.spec, kv_layers=tuple(layers))
+        return view
 
     @property
     def lengths(self) -> list[int]:
