@@ -294,10 +294,10 @@ def _tiny(family: str, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerF
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    return model, _tiny_tokenizer()
+    return model, tiny_tokenizer()
 
 
-def _tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Whole words ``w7`` … ``w511`` and the chat markers of the default target."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
