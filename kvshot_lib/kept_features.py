@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from . import parallel
 from .corpus import CORPORA, load_corpus
 from .errors import StudyError
 from .feature_store import MANIFEST, StoredFeatures, write_store
@@ -39,10 +40,11 @@ def keep_features(
     for split, source in sources.items():
         answer_tokens = sum(int(document.answer_mask.sum()) for document in source.documents)
         shards, live = [], mode == "live" and split == "train"
-        if replace and (folder / split / (MANIFEST if live else RECIPE)).exists():
+        if parallel.is_main() and replace and (folder / split / (MANIFEST if live else RECIPE)).exists():
             shutil.rmtree(folder / split)
         if live:
-            write_recipe(folder / split, source, corpus, split)
+            if parallel.is_main():
+                write_recipe(folder / split, source, corpus, split)
         else:
             shards = write_store(folder / split, source, replace=replace, **sizes)["shards"]
         megabytes = sum(shard["bytes"] for shard in shards) / 1e6
