@@ -185,9 +185,8 @@ def measure_target(source, target: Target, draft_length: int, layers: Sequence[i
 
 def entropy(target: Target, final_hidden: Tensor, rows: int = 512) -> Tensor:
     """Entropy in nats of softmax(head · final_hidden): [n, d] -> [n] float32 on the CPU."""
-    head = target.model.get_output_embeddings()
     parts = final_hidden.to(target.device, target.dtype).split(rows)
-    logits = (head(part).float().log_softmax(-1) for part in parts)
+    logits = (target.logits(part).float().log_softmax(-1) for part in parts)
     return torch.cat([-(log.exp() * log).sum(-1).cpu() for log in logits])
 
 

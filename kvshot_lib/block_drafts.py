@@ -33,7 +33,7 @@ def slot_logits(drafter: Drafter, frontier: Frontier, levels: int) -> Tensor:
     """The whole block below one root in one forward -> logits of mask slots 1 … levels, [levels, V_draft]."""
     positions = torch.full_like(frontier.tokens, frontier.position)
     output = run_blocks(drafter, frontier.tokens[None], positions[None], frontier.views)[0, 1 : levels + 1, 0]
-    return drafter.norm(output).to(drafter.head.dtype) @ drafter.head.T
+    return drafter.logits(drafter.norm(output))
 
 
 def best_paths(root: int, tokens: list[list[int]], scores: list[list[float]], total: int) -> Proposal:

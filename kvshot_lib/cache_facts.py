@@ -14,7 +14,7 @@ from torch import Tensor
 from .capture import Captured, attention_rows, capture
 from .features import STATE, FeatureSpec, LiveFeatures
 from .figures import STYLE
-from .target import Target
+from .target import Target, full_attention_layers
 
 
 def size_table(target: Target, spec: FeatureSpec, bytes_per_number: int = 2) -> pd.DataFrame:
@@ -126,6 +126,6 @@ def extraction_speed(live: LiveFeatures, indices: list[int], repeats: int = 3) -
 @torch.inference_mode()
 def capture_everything(target: Target, tokens: Tensor) -> Captured:
     """Keys, values and queries of every layer for one batch of tokens [B, n]."""
-    with capture(target.model, kv=range(target.num_layers), queries=True) as taken:
+    with capture(target.model, kv=full_attention_layers(target.model), queries=True) as taken:
         target.model.get_decoder()(input_ids=tokens.to(target.device), use_cache=False)
     return taken

@@ -1,5 +1,6 @@
 """Reading a target's state while it runs: hidden states, cached keys and values, queries."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +31,8 @@ class Captured:
     values: dict[int, Tensor] = field(default_factory=dict)
     """[B, G, N, D]"""
     queries: dict[int, Tensor] = field(default_factory=dict)
-    """[B, H, n, D] after query norm and RoPE; empty unless asked for."""
+    """[B, H, n, D] after query norm and RoPE; empty unless asked for. Where a layer's scores aren't q k / sqrt(D), they are times what
+    makes them so."""
     final: dict[str, Tensor] = field(default_factory=dict)
     """``final["hidden"]`` [B, n, d]: after the target's last norm, what its LM head reads."""
 
@@ -86,10 +88,11 @@ def capture(
         )
 
     def keep_attention(layer: int):
-        def record(query: Tensor, key: Tensor, value: Tensor) -> None:
+        def record(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> None:
             taken.keys[layer], taken.values[layer] = key, value
             if queries:
-                taken.queries[layer] = query
+                usual = scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5)
+                taken.queries[layer] = query if usual else query * (scaling * query.shape[-1] ** 0.5)
 
         return record
 
@@ -129,7 +132,7 @@ def check_layers(model: PreTrainedModel, hidden: Sequence[int], kv: Sequence[int
 def _recording_sdpa(module, query, key, value, attention_mask, **kwargs):
     """transformers' sdpa attention, telling the module's recorder what it saw."""
     if record := module.__dict__.get("_kvshot_record"):
-        record(query, key, value)
+        record(query, key, value, kwargs.get("scaling"))
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
 

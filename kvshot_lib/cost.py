@@ -135,7 +135,7 @@ def draft_step_s(
             started = time.perf_counter()
             steps = (output for _, _, output in draft_steps(ready, features, anchors, draft_length))
             for output in [torch.cat([*steps], 1)] if block else steps:
-                (drafter.norm(output[0]).to(drafter.head.dtype) @ drafter.head.T).argmax(-1)
+                drafter.logits(drafter.norm(output[0])).argmax(-1)
             _wait(device)
             seconds.append((time.perf_counter() - started) / draft_length)
     return median(seconds[1:])  # the first warms up

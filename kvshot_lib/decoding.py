@@ -25,6 +25,7 @@ from .drafters import Drafter
 from .errors import StudyError
 from .layers import Entries, View
 from .sampling import GREEDY, Chooser, Sampling
+from .shared import check_length
 from .target import Target
 from .target_run import TargetRun, check_cache
 from .tree import CHAIN, Chain, Frontier, Proposal, Tree, draft_chain, draft_tree
@@ -253,6 +254,7 @@ def check_prompt(target: Target, prompt: Sequence[int] | Tensor, max_new_tokens:
         raise StudyError(
             f"{len(ids)} prompt tokens and max_new_tokens={max_new_tokens} don't fit into the target's context of {room}"
         )
+    check_length(target, len(ids) + max_new_tokens, "give a shorter prompt or fewer max_new_tokens")
     return ids.tolist()
 
 

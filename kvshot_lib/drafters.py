@@ -20,11 +20,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from .block import BlockLayer
 from .drafter_config import DrafterConfig
-from .errors import StudyError
 from .features import Features, FeatureSpec
 from .kv_init import start_from_target
 from .layers import COMPILED, LAYERS, Entries, PrefixSource, View
 from .losses import score_rows
+from .shared import capped, rope_parameters, shared_parts
 from .target import Target
 
 
@@ -34,7 +34,9 @@ class Drafter(nn.Module):
     Parameters
     ----------
     draft_ids : [V_draft] int64, sorted target token ids that it can draft.
-    embedding : [V, d] the target's token embedding, and ``head`` [V_draft, d] its LM-head rows; frozen, not saved with the drafter.
+    embedding : [V, d] the target's token embedding, its scale included, and ``head`` [V_draft, d] its LM-head rows; frozen, not saved
+        with the drafter.
+    logit_cap : of the target's logits, and so of the drafter's (`Target.logit_cap`).
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class Drafter(nn.Module):
         draft_ids: Tensor,
         embedding: Tensor,
         head: Tensor,
+        logit_cap: float = 0.0,
     ):
         super().__init__()
-        self.config, self.spec, self.sizes = config, spec, sizes
+        self.config, self.spec, self.sizes, self.logit_cap = config, spec, sizes, logit_cap
         for name, frozen in (("draft_ids", draft_ids), ("embedding", embedding), ("head", head)):
             self.register_buffer(name, frozen.detach(), persistent=False)
         to_draft = torch.full((len(embedding),), -1)
@@ -137,6 +140,10 @@ class Drafter(nn.Module):
         """[…] ids -> […, d] the target's embeddings, in the drafter's dtype."""
         return nn.functional.embedding(tokens, self.embedding).to(self.norm.weight.dtype)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[…, d] after the final norm -> […, V_draft], formed as the target forms its own."""
+        return capped(hidden.to(self.head.dtype) @ self.head.T, self.logit_cap)
+
     def description(self) -> dict:
         """Config and target, as saved beside the weights."""
         return {"config": asdict(self.config), "spec": asdict(self.spec)}
@@ -147,7 +154,7 @@ def drafter_sizes(source: PretrainedConfig, spec: FeatureSpec) -> LlamaConfig:
     return LlamaConfig(
         hidden_size=source.hidden_size, intermediate_size=source.intermediate_size, head_dim=spec.head_dim,
         num_attention_heads=source.num_attention_heads, num_key_value_heads=source.num_key_value_heads,
-        rms_norm_eps=source.rms_norm_eps, rope_parameters=source.rope_parameters, hidden_act="silu",
+        rms_norm_eps=source.rms_norm_eps, rope_parameters=rope_parameters(source), hidden_act="silu",
         max_position_embeddings=source.max_position_embeddings,
     )  # fmt: skip
 
@@ -159,24 +166,20 @@ def build_drafter(
 
     Raises
     ------
-    StudyError : the target scales its embeddings or caps its logits (Gemma), which the drafters don't imitate.
+    StudyError : a target whose embedding, logits, last norm or RoPE the drafters don't imitate (`shared`).
     """
-    model, source = target.model, target.config
-    if type(model.get_input_embeddings()) is not nn.Embedding or getattr(source, "final_logit_softcapping", None):
-        raise StudyError(
-            f"target {target.name} scales its embeddings or caps its logits: drafters don't; choose another target"
-        )
-    sizes = drafter_sizes(source, spec)
     draft_ids = draft_ids.to(target.device)
-    frozen = model.get_input_embeddings().weight, model.get_output_embeddings().weight[draft_ids]
+    shared, sizes = shared_parts(target, draft_ids), drafter_sizes(target.config, spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        drafter = Drafter(config, spec, sizes, draft_ids.cpu(), *(tensor.cpu() for tensor in frozen))
+        drafter = Drafter(
+            config, spec, sizes, draft_ids.cpu(), shared.embedding.cpu(), shared.head.cpu(), shared.logit_cap
+        )
         for module in drafter.modules():
             if isinstance(module, nn.Linear) and module is not getattr(drafter.layers[0], "gate", None):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
     with torch.no_grad():
-        drafter.norm.weight.copy_(model.get_decoder().norm.weight)
+        drafter.norm.weight.copy_(shared.norm)
         if config.kv_init == "target":
             start_from_target(drafter, target)
     return drafter.to(target.device)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from . import parallel
 from .corpus import Document
 from .errors import StudyError
 from .features import STATE, Features, FeatureSpec, LiveFeatures, pad_documents
@@ -50,8 +51,10 @@ def write_store(
         "documents_hash": live.documents_hash, "shard_documents": shard_documents, "shards": [], "complete": False,
     }  # fmt: skip
     manifest = json.loads(json.dumps(manifest))
-    if (folder / MANIFEST).exists():
+    if (folder / MANIFEST).exists() and parallel.is_main():
         manifest = _resume(folder, manifest, replace)
+    if parallel.count() > 1:
+        return write_shares(folder, live, manifest, batch_documents, dtype)
     needed = sum(live.lengths[_done(manifest) :]) * sum(live.spec.bytes_per_token.values())
     _check_space(folder, needed * dtype.itemsize // 2)
     with tqdm(
@@ -65,13 +68,60 @@ def write_store(
             path = folder / f"shard-{first // shard_documents:05d}.safetensors"
             tensors = _shard(live, range(first, last), batch_documents, dtype, bar)
             write_atomically(path, lambda p, t=tensors: save_file(t, p))
-            manifest["shards"].append(
-                {"file": path.name, "documents": last - first, "bytes": path.stat().st_size, "sha256": sha256(path)}
-            )
+            manifest["shards"].append(_shard_facts(path, last - first))
             write_json(folder / MANIFEST, manifest)
     manifest["complete"] = True
     write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def write_shares(folder: Path, live: LiveFeatures, manifest: dict, batch_documents: int, dtype: torch.dtype) -> dict:
+    """The same store from several processes: shard i is made by process i mod P, with a record beside it; the first writes one manifest.
+
+    A killed run goes on, with any number of processes, after the shards that have a record.
+    """
+    if parallel.is_main():
+        write_json(folder / MANIFEST, manifest | {"complete": False})
+    parallel.wait()
+    manifest, size = _read_manifest(folder), manifest["shard_documents"]
+    paths = {
+        first: folder / f"shard-{first // size:05d}.safetensors" for first in range(_done(manifest), len(live), size)
+    }
+    mine = parallel.share(list(paths))
+    lengths = [sum(live.lengths[first : first + size]) for first in mine]
+    _check_space(
+        folder, sum(lengths) * parallel.count() * sum(live.spec.bytes_per_token.values()) * dtype.itemsize // 2
+    )
+    with tqdm(total=sum(lengths), unit="token", desc=f"extract {folder.name}", disable=not parallel.is_main()) as bar:
+        for first in mine:
+            documents, record = range(first, min(first + size, len(live))), paths[first].with_suffix(".json")
+            if not _recorded(paths[first], record):
+                tensors = _shard(live, documents, batch_documents, dtype, bar)
+                write_atomically(paths[first], lambda p, t=tensors: save_file(t, p))
+                write_json(record, _shard_facts(paths[first], len(documents)))
+    parallel.wait()
+    if parallel.is_main():
+        records = [path.with_suffix(".json") for path in paths.values()]
+        manifest["shards"] += [json.loads(record.read_text()) for record in records]
+        write_json(folder / MANIFEST, manifest | {"complete": True})
+        for record in records:
+            record.unlink()
+    parallel.wait()
+    return _read_manifest(folder)
+
+
+def _shard_facts(path: Path, documents: int) -> dict:
+    """What the manifest says of a shard."""
+    return {"file": path.name, "documents": documents, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _recorded(path: Path, record: Path) -> bool:
+    """Whether an earlier run has left this shard whole."""
+    try:
+        _check_shard(path, json.loads(record.read_text()), verify=True)
+        return True
+    except (OSError, ValueError, KeyError, StudyError):
+        return False
 
 
 class StoredFeatures:

@@ -1,5 +1,6 @@
 """Target state of a batch of documents, from a live target or (feature_store.py) from disk, behind one interface."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,6 +11,7 @@ from torch import Tensor
 from .capture import capture, check_layers, hidden_layers, uniform_layers
 from .corpus import Document
 from .errors import StudyError
+from .shared import check_length
 from .target import Target, full_attention_layers
 
 STATE = ("hidden_states", "keys", "values", "final_hidden", "target_argmax")
@@ -125,11 +127,20 @@ class LiveFeatures:
             raise StudyError(
                 f"the corpus has token id {too_large}, target {target.name} only {spec.vocab_size}; use a corpus made with this target"
             )
-        self.target, self.spec = target, spec
+        self.target, self.spec, self.max_length_tokens = target, spec, max_length_tokens
+        longest = min(max_length_tokens, max(len(document.tokens) for document in documents))
+        check_length(target, longest, "set a smaller max_length_tokens")
         self.documents = [Document(d.tokens[:max_length_tokens], d.answer_mask[:max_length_tokens]) for d in documents]
 
     def __len__(self) -> int:
         return len(self.documents)
+
+    def with_kv_layers(self, layers: Sequence[int]) -> "LiveFeatures":
+        """The same documents, with keys and values of other target layers (any of full attention)."""
+        check_layers(self.target.model, (), layers)
+        view = copy.copy(self)
+        view.spec = replace(self.spec, kv_layers=tuple(layers))
+        return view
 
     @property
     def lengths(self) -> list[int]:
@@ -164,6 +175,7 @@ class LiveFeatures:
 
     def argmax(self, final_hidden: Tensor, rows: int = 2048) -> Tensor:
         """argmax p_t over the whole vocabulary, [B, n, d] -> [B, n] int64; a chunk of rows at a time, so logits stay small."""
-        head = self.target.model.get_output_embeddings()
         flat = final_hidden.flatten(0, 1)
-        return torch.cat([head(part).argmax(-1) for part in flat.split(rows)]).view(final_hidden.shape[:-1])
+        return torch.cat([self.target.logits(part).argmax(-1) for part in flat.split(rows)]).view(
+            final_hidden.shape[:-1]
+        )

@@ -22,6 +22,7 @@ from .errors import StudyError
 from .files import write_atomically, write_json
 from .provenance import provenance
 from .target import Target, load_target
+from .user_turns import by_split, turns_hash
 
 MAX_EMPTY_BATCHES = 20
 
@@ -33,6 +34,7 @@ class GeneratorSettings:
     max_length_tokens : longest dialogue, header included; a longer answer is cut and has no end-of-turn token.
     max_user_tokens : a user turn that has not ended by then is dropped.
     temperature, top_p : of all sampling; no other sampling rule is applied.
+    thinking : whether a target that can think aloud before it answers (Qwen3) may; most chat templates don't know of it.
     """
 
     max_length_tokens: int = 512
@@ -41,6 +43,7 @@ class GeneratorSettings:
     top_p: float = 0.95
     batch_size: int = 32
     seed: int = 0
+    thinking: bool = False
 
     def __post_init__(self):
         if min(self.batch_size, self.max_user_tokens, self.temperature, self.top_p) <= 0 or self.top_p > 1:
@@ -48,11 +51,12 @@ class GeneratorSettings:
 
 
 def generate_corpus(
-    target: Target, folder: str | Path, counts: Mapping[str, int], settings: GeneratorSettings = GeneratorSettings()
-) -> Path:
+    target: Target, folder: str | Path, counts: Mapping[str, int], settings: GeneratorSettings = GeneratorSettings(),
+    *, user_turns: str = "",
+) -> Path:  # fmt: skip
     """Write ``counts[split]`` documents for each split into the corpus folder ``folder``; evaluation answers are greedy.
 
-    No user turn is taken twice. Part files stay in ``folder/parts``: after a kill only the batch in hand is lost, and a later
+    The target samples the user turns too, unless ``user_turns`` names a source of them (`user_turns`); then they are taken in order. No user turn is taken twice. Part files stay in ``folder/parts``: after a kill only the batch in hand is lost, and a later
     call with larger counts adds to what is there.
 
     Raises
@@ -64,23 +68,35 @@ def generate_corpus(
     folder = Path(folder)
     facts = {"target": target.name, "target_hash": target.hash, "tokenizer_hash": target.tokenizer_hash}
     facts |= {"vocab_size": target.vocab_size, "dtype": str(target.dtype).removeprefix("torch."), **asdict(settings)}
+    turns = by_split(user_turns) if user_turns else None
+    if turns:
+        facts |= {"user_turns": user_turns, "user_turns_sha256": turns_hash(turns["train"])}
     _claim(folder / "parts" / "settings.json", facts)
     splits, seen = {}, set()
     for split in SPLITS:
         if counts.get(split):
-            splits[split] = _collect(target, folder / "parts", split, counts[split], settings, seen)
+            given = turns[split] if turns else None
+            splits[split] = _collect(target, folder / "parts", split, counts[split], settings, seen, given)
     origin = {"name": folder.name, "origin": "kvshot_lib.generate", **facts, **provenance(target.device)}
     return save_corpus(folder, splits, origin, greedy=["evaluation"])
 
 
 def generate_batch(
-    target: Target, split: str, number: int, settings: GeneratorSettings, streamer: BaseStreamer | None = None
-) -> list[Document]:
-    """The documents of one batch: at most ``batch_size``, fewer where a user turn did not end or a chat marker strayed in."""
+    target: Target, split: str, number: int, settings: GeneratorSettings, streamer: BaseStreamer | None = None,
+    turns: Sequence[str] | None = None,
+) -> list[Document]:  # fmt: skip
+    """The documents of one batch: at most ``batch_size``, fewer where a user turn did not end or a chat marker strayed in.
+
+    ``turns`` are the split's user turns, if they are given; batch ``number`` takes its ``batch_size`` of them.
+    """
     seed = np.random.SeedSequence([settings.seed, SPLITS.index(split), number]).generate_state(1)[0]
     with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
         torch.manual_seed(int(seed))
-        prompts = write_prompts(target, settings, streamer)
+        if turns is None:
+            prompts = write_prompts(target, settings, streamer)
+        else:
+            first = number * settings.batch_size
+            prompts = given_prompts(target, turns[first : first + settings.batch_size], settings)
         return write_answers(target, prompts, settings, greedy=split == "evaluation", streamer=streamer)
 
 
@@ -88,12 +104,7 @@ def write_prompts(
     target: Target, settings: GeneratorSettings, streamer: BaseStreamer | None = None
 ) -> list[np.ndarray]:
     """Sample ``batch_size`` user turns and give them with both headers around, int32 [prompt tokens] each."""
-    user_header, assistant_header = chat_headers(target.tokenizer)
-    longest = len(user_header) + settings.max_user_tokens + len(assistant_header)
-    if longest + MIN_ANSWER_TOKENS > settings.max_length_tokens:
-        raise StudyError(
-            f"max_length_tokens is {settings.max_length_tokens}; a prompt alone may take {longest}; raise it"
-        )
+    user_header, assistant_header = _headers(target, settings)
     headers = [user_header] * settings.batch_size
     turns = _continue(target, headers, settings, settings.max_user_tokens, greedy=False, streamer=streamer)
     return [
@@ -101,6 +112,25 @@ def write_prompts(
         for turn in turns
         if len(turn) > 1 and turn[-1] == target.eos_token_id  # the assistant header brings its own end-of-turn token
     ]
+
+
+def given_prompts(target: Target, turns: Sequence[str], settings: GeneratorSettings) -> list[np.ndarray]:
+    """User turns with both headers around; those longer than ``max_user_tokens`` are dropped. Text that looks like a chat marker stays text."""
+    user_header, assistant_header = _headers(target, settings)
+    encode = lambda turn: target.tokenizer(turn, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    encoded = [np.array(ids, dtype=np.int32) for ids in map(encode, turns) if 0 < len(ids) <= settings.max_user_tokens]
+    return [np.concatenate([user_header, ids, assistant_header]) for ids in encoded]
+
+
+def _headers(target: Target, settings: GeneratorSettings) -> tuple[np.ndarray, np.ndarray]:
+    """`chat_headers`, if the longest prompt leaves room for an answer."""
+    user_header, assistant_header = chat_headers(target.tokenizer, settings.thinking)
+    longest = len(user_header) + settings.max_user_tokens + len(assistant_header)
+    if longest + MIN_ANSWER_TOKENS > settings.max_length_tokens:
+        raise StudyError(
+            f"max_length_tokens is {settings.max_length_tokens}; a prompt alone may take {longest}; raise it"
+        )
+    return user_header, assistant_header
 
 
 def write_answers(
@@ -126,15 +156,17 @@ def write_answers(
     return documents
 
 
-def chat_headers(tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def chat_headers(tokenizer, thinking: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """What stands before a user turn, and between it and the answer (the user's end-of-turn token first); int32 ids.
 
     Both are cut out of the tokenizer's own chat template. For SmolLM2: ``<|im_start|>system…<|im_end|>\\n<|im_start|>user\\n``
-    and ``<|im_end|>\\n<|im_start|>assistant\\n``.
+    and ``<|im_end|>\\n<|im_start|>assistant\\n``. Without ``thinking``, Qwen3's template closes an empty thought there.
     """
     message = [{"role": "user", "content": "USERTURN"}]
     try:
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
     except ValueError as error:
         raise StudyError(
             "this target has no chat template, so it can't write dialogues; choose an instruct model"
@@ -185,14 +217,21 @@ def _continue(target, prompts, settings, max_new_tokens, *, greedy, streamer) ->
     return [row[:end] for row, end in zip(new, ends)]
 
 
-def _collect(target, parts: Path, split: str, count: int, settings, seen: set[bytes]) -> list[Document]:
+def _collect(
+    target, parts: Path, split: str, count: int, settings, seen: set[bytes], turns: Sequence[str] | None = None
+) -> list[Document]:
     """Read or make batches until ``count`` documents with new user turns are there; adds their keys to ``seen``."""
     documents, number, empty = [], 0, 0
     with tqdm(total=count, desc=split, unit="document") as bar:
         while len(documents) < count:
+            if turns is not None and number * settings.batch_size >= len(turns):
+                raise StudyError(
+                    f"the {len(turns):,} user turns of the {split} split gave {len(documents):,} dialogues, not {count:,}; "
+                    "ask for fewer, raise max_user_tokens, or add a source"
+                )
             part = parts / f"{split}-{number:05d}.npz"
             if not part.exists():
-                batch = generate_batch(target, split, number, settings, _Ticker(bar))
+                batch = generate_batch(target, split, number, settings, _Ticker(bar), turns)
                 write_atomically(part, lambda path, batch=batch: write_documents(path, batch))
             fresh = {prompt_key(d): d for d in read_documents(part) if prompt_key(d) not in seen}
             taken = list(fresh.items())[: count - len(documents)]
@@ -212,10 +251,10 @@ def _claim(path: Path, facts: dict) -> None:
     if not path.exists():
         write_json(path, facts)
     before = json.loads(path.read_text())
-    for name, value in facts.items():
-        if before.get(name) != value:
+    for name in before | facts:
+        if before.get(name) != facts.get(name):
             raise StudyError(
-                f"{path.parent} was begun with {name}={before.get(name)!r}, not {value!r}; choose another folder"
+                f"{path.parent} was begun with {name}={before.get(name)!r}, not {facts.get(name)!r}; choose another folder"
             )
 
 
@@ -246,11 +285,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{split}", type=int, default=0, metavar="N", help=f"{split} documents to write")
     for name, default in asdict(GeneratorSettings()).items():
         option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=type(default), default=default, help="default %(default)s")
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
+        parser.add_argument(option, **kind, default=default, help="default %(default)s")
+    parser.add_argument(
+        "--user-turns",
+        default="",
+        metavar="SOURCE",
+        help="dialogues whose user turns are answered (default: self-generated)",
+    )
     options = vars(parser.parse_args(arguments))
     settings = GeneratorSettings(**{name: options[name] for name in asdict(GeneratorSettings())})
     target = load_target(options["target"], device=options["device"], dtype=options["dtype"])
-    print(generate_corpus(target, options["out"], {split: options[split] for split in SPLITS}, settings))
+    counts = {split: options[split] for split in SPLITS}
+    print(generate_corpus(target, options["out"], counts, settings, user_turns=options["user_turns"]))
 
 
 if __name__ == "__main__":

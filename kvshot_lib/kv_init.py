@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .errors import StudyError
+from .shared import norm_gain
 from .target import Target
 
 
@@ -41,7 +42,8 @@ def _projections(target: Target, layers: tuple[int, ...], name: str) -> Tensor:
     for index in layers:
         layer = target.model.get_decoder().layers[index]
         try:
-            found.append(getattr(layer.self_attn, name).weight.float() * layer.input_layernorm.weight.float())
+            gain = norm_gain(layer.input_layernorm, target.name)
+            found.append(getattr(layer.self_attn, name).weight.float() * gain.float())
         except AttributeError as error:
             raise StudyError(
                 f"kv_init='target' needs {name} and input_layernorm in the layers of target {target.name}; choose 'random'"

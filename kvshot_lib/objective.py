@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from . import parallel
 from .drafter_config import DrafterConfig
 from .errors import StudyError
 from .features import Features
@@ -42,7 +43,10 @@ def training_loss(drafter, features: Features, config, step: int, generator: tor
 
 def draw_lags(documents: int, most: int, generator: torch.Generator, device) -> torch.Tensor | None:
     """A lag of 0 … ``most`` tokens for each document, all equally likely, [B] int64; None, and nothing drawn, if ``most`` is 0."""
-    return torch.randint(most + 1, (documents,), generator=generator).to(device) if most else None
+    if not most:
+        return None
+    draw = lambda rows, columns: torch.randint(most + 1, (rows, columns), generator=generator)
+    return parallel.draw(draw, documents)[:, 0].to(device)
 
 
 def parameter_groups(drafter: nn.Module, config) -> list[dict]:

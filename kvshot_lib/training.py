@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,11 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from . import parallel
 from .drafters import Drafter
 from .errors import StudyError
 from .evaluate import match_documents
+from .features import Features
 from .files import write_atomically
 from .gradient_record import branch_gradients, gate_rows, gradient_norms, matrix_rows, recorded
 from .metrics import COUNTS, count_document
@@ -148,7 +150,8 @@ def train(
     identity = _identity(drafter, source, config, dtype)
     progress = load_checkpoint(path, drafter, optimiser, identity) if path.exists() else Progress()
     saved = time.perf_counter()
-    with tqdm(total=total, initial=progress.step, unit="step", desc="train", mininterval=2) as bar:
+    hidden = None if parallel.is_main() else True  # one bar
+    with tqdm(total=total, initial=progress.step, unit="step", desc="train", mininterval=2, disable=hidden) as bar:
         for indices in batches(source.lengths, config, progress.step, total):
             started = time.perf_counter()
             _train_step(drafter, optimiser, source, indices, config, progress, total, dtype, path)
@@ -160,7 +163,8 @@ def train(
                 rows = _report(drafter, validation, config, progress, optimiser.param_groups[0]["lr"], dtype)
                 progress.history += rows
                 bar.set_postfix_str(_headline(rows))
-            if progress.step == total or time.perf_counter() - saved > config.checkpoint_every_s:
+            due = progress.step == total or time.perf_counter() - saved > config.checkpoint_every_s
+            if due and parallel.is_main():
                 save_checkpoint(path, drafter, optimiser, identity, progress)
                 saved = time.perf_counter()
     return pd.DataFrame(progress.history)
@@ -192,33 +196,44 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
 def _train_step(
     drafter, optimiser, source, indices, config: TrainConfig, progress: Progress, total: int, dtype, path: Path
 ) -> None:
-    """One optimiser step on one batch; advances ``progress``."""
+    """One optimiser step on one batch, of which each process takes its share; advances ``progress``."""
     record = recorded(progress.step + 1, total)
     device = drafter.norm.weight.device
-    features = source.batch(indices, (*drafter.reads, "final_hidden", "target_argmax")).to(device, dtype)
+    features = share_of_batch(source, indices, (*drafter.reads, "final_hidden", "target_argmax")).to(device, dtype)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + progress.step)
     with branch_gradients(drafter) if record else nullcontext([]) as branches:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             result = training_loss(drafter, features, config, progress.step, generator)
-        if not math.isfinite(result.loss.item()):
+        if not math.isfinite(parallel.summed(result.loss.detach()).item()):
             kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written before it"
             raise StudyError(
                 f"the loss is not finite at optimiser step {progress.step + 1}; {kept}; try a lower learning_rate"
             )
         result.loss.backward()
+    parallel.sum_gradients(drafter)
     norms = gradient_norms(drafter) if record else {}
     torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm)
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(config, progress.step, total) * group.get("scale", 1.0)
     optimiser.step()
     optimiser.zero_grad()
-    counted = torch.stack([result.step_loss, result.matches, result.pairs]).double().cpu()
+    counted = parallel.summed(torch.stack([result.step_loss, result.matches, result.pairs]).double()).cpu()
     progress.window = counted if progress.window is None else progress.window + counted
     progress.window_steps += 1
     progress.step += 1
     progress.trained_tokens += sum(source.lengths[i] for i in indices)
     if record:
+        whole = parallel.norms([row["value"] for row in branches])
+        branches = [row | {"value": value} for row, value in zip(branches, whole, strict=True)]
         _record(progress, matrix_rows(drafter, optimiser, norms) + branches)
+
+
+def share_of_batch(source, indices: list[int], state: tuple[str, ...]) -> Features:
+    """This process's documents of a batch; one without answers, so nothing to learn from, if there are fewer documents than processes."""
+    if own := parallel.share(indices):
+        return source.batch(own, state)
+    features = source.batch(indices[:1], state)
+    return replace(features, answer_mask=torch.zeros_like(features.answer_mask))
 
 
 def _record(progress: Progress, rows: list[dict]) -> None:

@@ -118,7 +118,7 @@ def run_frontier(drafter: Drafter, frontier: Frontier) -> Tensor:
     frontier.state, frontier.position = drafter.feedback(output), frontier.position + 1
     for view in frontier.views:
         view.first = False
-    return drafter.norm(output[0]).to(drafter.head.dtype) @ drafter.head.T
+    return drafter.logits(drafter.norm(output[0]))
 
 
 def branch(frontier: Frontier, tokens: Tensor, rows: Tensor) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import parallel
 from .attention import prefix_mask
 from .block import draft_blocks
 from .drafters import Drafter
@@ -74,7 +75,8 @@ def sample_anchors(anchors: Anchors, fraction: float, generator: torch.Generator
     used = anchors.valid[..., 0]
     number = used.sum(1)
     keep = torch.ceil(number * fraction).long()
-    rank = torch.rand(used.shape, generator=generator).to(used.device).masked_fill(~used, 2.0).argsort(1).argsort(1)
+    uniform = parallel.draw(lambda rows, columns: torch.rand(rows, columns, generator=generator), *used.shape)
+    rank = uniform.to(used.device).masked_fill(~used, 2.0).argsort(1).argsort(1)
     chosen = rank < keep[:, None]
     place = torch.argsort(~chosen, dim=1, stable=True)[:, : max(1, int(keep.max()))]
     real = chosen.gather(1, place)
@@ -170,7 +172,8 @@ def ttt_loss(
     wanted = drafter.to_draft[features.target_argmax]  # [B, n] draft index of the target's argmax, -1 outside
     probabilities = target_probabilities(drafter, features)
     last, losses, matches, pairs = features.tokens.shape[1] - 1, [], [], []
-    denominators = [_scored(anchors, k, wanted, last)[1].sum().clamp(min=1) for k in range(ttt_steps)]
+    scored = torch.stack([_scored(anchors, k, wanted, last)[1].sum() for k in range(ttt_steps)])
+    denominators = parallel.summed(scored).clamp(min=1)  # of the whole batch, if several processes share it
     steps = draft_steps(drafter, features, anchors, ttt_steps, subset, kv_lag=kv_lag, cross_alone=cross_alone)
     for k, current, output in steps:
         places, scored = _scored(current, k, wanted, last)
@@ -179,7 +182,9 @@ def ttt_loss(
         weight = current.weight[document, row]
         hidden = drafter.norm(output[document, row])
         flat = document * features.tokens.shape[1] + place
-        total, best = SoftCrossEntropy.apply(hidden, drafter.head, probabilities, flat, weight, drafter.score)
+        total, best = SoftCrossEntropy.apply(
+            hidden, drafter.head, probabilities, flat, weight, drafter.score, drafter.logit_cap
+        )
         losses.append(total / denominators[k])
         matches.append((best == wanted[document, place]).sum())
         pairs.append(current.valid[..., k].sum())
@@ -197,7 +202,7 @@ def _scored(anchors: Anchors, k: int, wanted: Tensor, last: int) -> tuple[Tensor
 @torch.no_grad()
 def target_probabilities(drafter: Drafter, features: Features) -> Tensor:
     """softmax of p_t on the draft vocabulary, [B·n, V_draft] float32: once per batch, every draft step gathers from it."""
-    return (features.final_hidden.to(drafter.head.dtype).flatten(0, 1) @ drafter.head.T).float().softmax(-1)
+    return drafter.logits(features.final_hidden.flatten(0, 1)).float().softmax(-1)
 
 
 @torch.no_grad()
@@ -208,6 +213,6 @@ def predict(drafter: Drafter, features: Features, anchors: Anchors, ttt_steps: i
         document, row = anchors.valid[..., k].nonzero(as_tuple=True)
         for part in torch.arange(len(row), device=row.device).split(2048):
             hidden = drafter.norm(output[document[part], row[part]])
-            best = (hidden.to(drafter.head.dtype) @ drafter.head.T).argmax(-1)
+            best = drafter.logits(hidden).argmax(-1)
             predictions[document[part], row[part], k] = drafter.draft_ids[best]
     return predictions

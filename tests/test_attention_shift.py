@@ -111,7 +111,12 @@ def test_target_without_comparable_rows_is_refused_by_name():
     with pytest.raises(StudyError, match="layer 1 keeps only a sliding window"):
         shift_document(sliding, tokens, torch.tensor([2]), [0], [1])
     odd = load_target("tiny-llama", device="cpu", dtype="float32")
-    odd.model.get_decoder().layers[2].self_attn.scaling *= 3  # as a target with another temperature would
+    attention = odd.model.get_decoder().layers[2].self_attn
+    attention.scaling *= 3  # another temperature is in the captured queries
+    check_rows(odd, [2], tokens)
+    attention.o_proj.register_forward_pre_hook(
+        lambda _module, given: (given[0] * 1.5,)
+    )  # as a target with gated outputs would
     with pytest.raises(StudyError, match=r"target tiny-llama: attention recomputed .* in layers \[2\]"):
         check_rows(odd, [2], tokens)
 

@@ -78,7 +78,8 @@ def due(folder: Path, capfd) -> dict[str, int]:
     output = "".join(capfd.readouterr())
     assert "trained" in output or "Nothing to be done" in output, output
     return {
-        rule: int(count) for rule, count in re.findall(r"^(extract|train|collect|decay) +(\d+)$", output, re.MULTILINE)
+        rule: int(count)
+        for rule, count in re.findall(r"^(dialogues|extract|train|collect|decay) +(\d+)$", output, re.MULTILINE)
     }
 
 
@@ -351,3 +352,22 @@ def test_smoke_study_from_end_to_end(tmp_path, capfd):
     assert list(results.glob("figures/*.png")) and list(results.glob("figures/*.csv"))
     run(tmp_path, "smoke", "--dry-run")
     assert "Nothing to be done" in "".join(capfd.readouterr())
+
+
+def test_dialogues_come_before_extraction_and_are_its_corpus(tmp_path, capfd):
+    folder = small_study(tmp_path)
+    edit(
+        folder / "notebooks/profiles/small.yaml",
+        "train: {wait_s",
+        "dialogues: {train: 4, thinking: false}\ntrain: {wait_s",
+    )
+    assert due(folder, capfd) == {"dialogues": 1, "extract": 1, "train": 3}
+    with contextlib.chdir(folder):
+        profile = load_profile("small")
+        assert pipeline.generate_words(profile) == ["--target", "tiny", "--train", "4", "--no-thinking"]
+        edit(Path("notebooks/profiles/small.yaml"), "target: tiny", "target: tiny, corpus: tiny")
+        with pytest.raises(StudyError, match="with 'dialogues' they are the corpus; take 'corpus' out"):
+            load_profile("small")
+        edit(Path("notebooks/profiles/small.yaml"), "train: 4", "trains: 4")
+        with pytest.raises(StudyError, match="dialogues.*trains"):
+            load_profile("small")
