@@ -159,13 +159,15 @@ def compute_table(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 def _run_row(run, known: dict) -> dict:
     """One run's row; ``known`` keeps targets, documents and work that runs share."""
     profile = load_profile(run.profile)
+    if run.variant not in profile.drafters:
+        raise StudyError(f"profile {run.profile} does not train it, so its parameters are not known")
     target = _once(known, ("target", run.target), lambda: load_target(run.target, device="cpu", dtype="float32"))
     if target.hash != run.target_hash:
         raise StudyError(f"its target's weights ({run.target_hash[:8]}…) are not those of {run.target} here")
     documents = _once(known, ("documents", run.profile), lambda: _documents(profile, target))
     if run.corpus.removeprefix("shuffled ")[:7] != documents[1][:7]:
         raise StudyError(f"it was trained on other documents than profile {run.profile} has now")
-    values = parameter_defaults(NOTEBOOKS["train"]) | profile.train | profile.drafters.get(run.variant, {})
+    values = parameter_defaults(NOTEBOOKS["train"]) | profile.train | profile.drafters[run.variant]
     drafting, training = (
         config(**{f.name: values[f.name] for f in fields(config) if f.name in values} | more)
         for config, more in ((DrafterConfig, {}), (TrainConfig, {"seed": run.seed}))
