@@ -14,6 +14,7 @@ from .drafters import Drafter, DrafterConfig, build_drafter
 from .errors import StudyError
 from .features import FeatureSpec
 from .files import sha256, write_atomically, write_json
+from .rounded_weights import load_rounded
 from .target import Target
 from .variants import VARIANTS
 
@@ -48,6 +49,11 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     drafter = build_drafter(config, target, spec, tensors.pop("draft_ids"))
     drafter.load_state_dict(tensors)
     return drafter.eval()
+
+
+def read_description(folder: str | Path) -> dict:
+    """What a drafter's ``drafter.json`` says, its weights checked by their hash."""
+    return _read(Path(folder))[0]
 
 
 def warm_start(drafter: Drafter, folder: str | Path) -> list[str]:
@@ -140,7 +146,8 @@ def _read(folder: Path, **parameters) -> tuple[dict, dict[str, torch.Tensor]]:
             f"the weights in {folder} are missing or altered; delete that folder and train the drafter again"
         )
     try:
-        return description, load_file(folder / WEIGHTS)
+        rounded = "rounding_step" in description  # a published drafter
+        return description, (load_rounded if rounded else load_file)(folder / WEIGHTS)
     except SafetensorError as error:
         raise StudyError(
             f"the weights in {folder} can't be read ({error}); delete that folder and train again"

@@ -63,12 +63,16 @@ def step_flops(drafter: Drafter, context_length_tokens: int, draft_step: int) ->
     for layer in drafter.layers:
         total += _linear(layer) - _linear(getattr(layer, "fusion", None))
         for attention in _attentions(layer):
-            own = draft_step + 1
-            if _makes_its_prefix(layer, attention) and layer.reads_state:
-                own = draft_step
-                total -= (draft_step == 0) * _keys_and_values(attention)
-            total += 4 * attention.q_proj.out_features * (context_length_tokens + own)
+            own, unused = _chain_entries(layer, attention, draft_step)
+            total += 4 * attention.q_proj.out_features * (context_length_tokens + own) - unused
     return total
+
+
+def _chain_entries(layer: nn.Module, attention: nn.Module, draft_step: int) -> tuple[int, int]:
+    """J, and the FLOPs of key and value maps that the step does without."""
+    if _makes_its_prefix(layer, attention) and layer.reads_state:
+        return draft_step, (draft_step == 0) * _keys_and_values(attention)
+    return draft_step + 1, 0
 
 
 def block_flops(drafter: Drafter, context_length_tokens: int) -> int:
@@ -83,6 +87,28 @@ def block_flops(drafter: Drafter, context_length_tokens: int) -> int:
         maps = _linear(layer) - _linear(layer.fusion)
         total += slots * (maps + 4 * layer.attention.q_proj.out_features * (seen + slots))
     return total
+
+
+def step_bytes(drafter: Drafter, context_length_tokens: int, draft_step: int) -> int:
+    """Bytes that draft step k of one chain reads, in bfloat16: every weight that it uses once, and the keys and values that it sees.
+
+    One row uses a weight in 2 FLOPs, and a weight has 2 bytes: in linear maps, bytes equal FLOPs.
+    """
+    total = 2 * drafter.head.numel()
+    for layer in drafter.layers:
+        total += _linear(layer) - _linear(getattr(layer, "fusion", None))
+        for attention in _attentions(layer):
+            own, unused = _chain_entries(layer, attention, draft_step)
+            total += _entry_bytes(attention) * (context_length_tokens + own) - unused
+    return total
+
+
+def block_bytes(drafter: Drafter, context_length_tokens: int) -> int:
+    """Bytes that one pass over a block reads, in bfloat16: every weight once for all slots, the prefix, and the block's own entries."""
+    maps = sum(_linear(layer) - _linear(layer.fusion) for layer in drafter.layers)
+    own = sum(_entry_bytes(layer.attention) for layer in drafter.layers)
+    seen = prefix_bytes_per_token(drafter) * context_length_tokens
+    return 2 * drafter.head.numel() + maps + seen + own * drafter.config.block_size
 
 
 def _contexts(drafter: Drafter) -> int:
@@ -105,7 +131,12 @@ def prefix_bytes_per_token(drafter: Drafter) -> int:
     With ``kv_fusion="heads"`` these are the target's own cache and take no memory besides.
     """
     attentions = [attention for layer in drafter.layers for attention in _attentions(layer)]
-    return _contexts(drafter) * sum((a.k_proj.out_features + a.v_proj.out_features) * BYTES for a in attentions)
+    return _contexts(drafter) * sum(map(_entry_bytes, attentions))
+
+
+def _entry_bytes(attention: nn.Module) -> int:
+    """Bytes of one entry's key and value."""
+    return (attention.k_proj.out_features + attention.v_proj.out_features) * BYTES
 
 
 @torch.no_grad()

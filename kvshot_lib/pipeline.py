@@ -32,13 +32,15 @@ NOTEBOOKS = {
     "gradients": "notebooks/05_gradient_flow.ipynb",
     "prefix": "notebooks/06_information_in_the_prefix.ipynb",
     "scorecard": "notebooks/08_paper_scorecard.ipynb",
+    "beyond": "notebooks/09_beyond_ttt.ipynb",
 }
-OPTIONAL = ("generate", "queries", "gradients", "prefix", "scorecard", "dialogues")
+OPTIONAL = ("generate", "queries", "gradients", "prefix", "scorecard", "beyond", "dialogues")
 # What `dialogues` may hold: options of kvshot_lib.generate. Its target, device and dtype are those of `extract`.
 DIALOGUES = (
     "user_turns", "train", "validation", "evaluation", "max_length_tokens", "max_user_tokens", "temperature", "top_p", "batch_size", "seed",
     "thinking",
 )  # fmt: skip
+CHECKPOINTS = Path("data/checkpoints")
 MARK = ".fingerprint"  # in every folder that a notebook of the pipeline owns (`notebooks.claim`)
 DRY = {"-n", "--dry-run", "--dryrun"}
 SET_BY_PIPELINE = {"results_dir", "figures_dir", "tables_dir", "variant", "seed", "profile"}
@@ -60,6 +62,8 @@ class Profile:
     gradients : for notebook 05, which the pipeline runs only if the profile has this key, after measuring gradient flow.
     prefix : for notebook 06; the pipeline measures what it draws and runs it only if the profile has this key.
     scorecard : for notebook 08, which the pipeline runs only if the profile has this key.
+    beyond : for notebook 09, which the pipeline runs only if the profile has this key, after counting FLOPs.
+    checkpoints : names of published drafters (folders of data/checkpoints), judged beside the trained ones.
     drafters : variant name to the parameters of notebook 02 that make it; the file may just list names of `VARIANTS`.
     seeds : every drafter is trained once with each.
     parallel_trainings : how many trainings may run side by side, at most; 0 means one a core, and more than cores is fine.
@@ -76,6 +80,8 @@ class Profile:
     gradients: dict | None = None
     prefix: dict | None = None
     scorecard: dict | None = None
+    beyond: dict | None = None
+    checkpoints: list = field(default_factory=list)
     drafters: dict = field(default_factory=dict)
     seeds: list = field(default_factory=lambda: [0])
     parallel_trainings: int = 0
@@ -178,6 +184,8 @@ def check_profile(profile: Profile) -> None:
         check_start(profile, variant)
     if not profile.drafters or not profile.seeds:
         raise StudyError(f"profile {profile.name} has no drafters or no seeds, so there is nothing to train")
+    published = sorted(path.parent.name for path in CHECKPOINTS.glob("*/drafter.json"))
+    check_names(profile.checkpoints, published, f"profile {profile.name}, checkpoints: {CHECKPOINTS}")
     for seed in profile.seeds:
         if not isinstance(seed, int) or seed < 0:
             raise StudyError(f"profile {profile.name}: seed {seed!r} must be a whole number, 0 or more")
@@ -356,7 +364,7 @@ def check_foreign_runs(profile: Profile, results: Path) -> None:
 
 
 def redraw(name: str) -> None:
-    """Draw figures/<name> anew from data/recorded/<name> by notebooks 03, 04, 05, 06 and 08, with the profile's parameters.
+    """Draw figures/<name> anew from data/recorded/<name> by notebooks 03, 04, 05, 06, 08 and 09, with the profile's parameters.
 
     Raises
     ------
@@ -368,10 +376,11 @@ def redraw(name: str) -> None:
         raise StudyError(f"there are no tables in {tables}; recorded: {known}")
     known = Path(f"notebooks/profiles/{name}.yaml").exists()  # or else recorded by hand
     profile = load_profile(name) if known else Profile(name)
-    for key in ("decay", "queries", "gradients", "prefix", "scorecard"):
+    for key in ("decay", "queries", "gradients", "prefix", "scorecard", "beyond"):
         parameters, notebook = getattr(profile, key) or {}, Path(NOTEBOOKS[key])
         if notebook.exists():
             folders = {"tables_dir": f"../{tables}", "figures_dir": f"../figures/{name}"}
+            folders |= {"profile": name} if key == "beyond" else {}
             output = Path(f"results/{name}/notebooks/{notebook.stem}.recorded.ipynb")
             run_notebook(notebook, output, parameters | folders)
 

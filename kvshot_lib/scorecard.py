@@ -25,6 +25,8 @@ LOOKS = {
     "not as expected": ("#D55E00", "X"),
     "supported": ("#009E73", "o"),
     "not supported": ("#D55E00", "X"),
+    "reached": ("#009E73", "o"),
+    "not reached": ("#D55E00", "X"),
     "inconclusive": ("#777777", "s"),
     "not run": ("#aaaaaa", ""),
 }
@@ -50,6 +52,8 @@ def in_short(card: pd.DataFrame) -> str:
         lines.append(f"- Of {len(own)} {'claims of the paper' if kind == 'claim' else 'controls'}: {told}.")
     for row in whole[whole["kind"] == "hypothesis"].itertuples():
         lines.append(f"- {row.claim}, the explanation that the paper argues and does not measure: **{row.verdict}**.")
+    for row in whole[whole["kind"] == "goal"].itertuples():
+        lines.append(f"- {row.claim}, a goal of this study: **{row.verdict}**.")
     return "\n".join(lines)
 
 

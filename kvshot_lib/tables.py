@@ -82,6 +82,10 @@ SCHEMAS = {
         "what:str tokens:int64 prefix_tokens:int64 milliseconds:float64 fastest_ms:float64 slowest_ms:float64 "
         "replays:int64 method:str dtype:str device:str architecture:str"
     ),
+    "compute": _columns(
+        "variant:str seed:int64 tokens:int64 anchors:float64 pairs:float64 training_flops:float64 start_flops:float64 "
+        "chain_flops:int64 chain_bytes:int64 target_flops:int64 target_bytes:int64 context_length_tokens:int64"
+    ),
     "acceptance": _columns(
         "variant:str seed:int64 metric:str draft_step:Int64 value:float64 low:float64 high:float64 anchors:int64 "
         "documents:int64"
@@ -126,6 +130,7 @@ KEYS = {
     "decoding": ["variant", "seed", "dtype", "mode", "plan", "category"],
     "lossless": ["variant", "seed", "mode", "dtype", "prompt"],
     "step_latency": ["what", "tokens", "prefix_tokens"],
+    "compute": ["variant", "seed"],
     "acceptance": ["variant", "seed", "metric", "draft_step"],
     "scorecard": ["claim"],
     "attention_shift": ["document", "draft_step", "context_length_tokens"],
@@ -153,6 +158,7 @@ COMPRESSED = {
 # Studies recorded before there was such a table have none.
 OPTIONAL = {
     "axes",
+    "compute",
     "gradients",
     "gradient_flow",
     "decode_prompts",

@@ -53,6 +53,9 @@ VARIANTS: dict[str, dict] = {
     "block_hidden_4": {**BLOCK, "block_context": "hidden", "num_layers": 4},
     "block_both_2": {**BLOCK, "block_context": "both", "num_layers": 2},
     "block_both_4": {**BLOCK, "block_context": "both", "num_layers": 4},
+    # A block is one pass, all of it on drawn anchors: a share of .285 takes the arithmetic of kv_2's training on equal tokens (`compute`).
+    "block_kv_2_equal_compute": {**BLOCK, "block_context": "kv", "num_layers": 2, "anchor_fraction": 0.285},
+    "block_kv_2_all_anchors": {**BLOCK, "block_context": "kv", "num_layers": 2, "anchor_fraction": 1.0},
     "block_kv_2_b16": {**BLOCK, "block_context": "kv", "num_layers": 2, "block_size": 16, "ttt_steps": 15},
 }
 
