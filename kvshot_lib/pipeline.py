@@ -30,9 +30,23 @@ NOTEBOOKS = {
     "decay": "notebooks/03_long_range_decay.ipynb",
     "gradients": "notebooks/05_gradient_flow.ipynb",
     "prefix": "notebooks/06_information_in_the_prefix.ipynb",
+    "decode": "notebooks/07_decode_end_to_end.ipynb",
     "scorecard": "notebooks/08_paper_scorecard.ipynb",
 }
-OPTIONAL = ("generate", "gradients", "prefix", "scorecard")
+OPTIONAL = ("generate", "gradients", "prefix", "decode", "scorecard")
+# What a profile may say of the measuring of speed: options of `python -m kvshot_lib.speed`.
+SPEED = (
+    "threads",
+    "new_tokens",
+    "repeats",
+    "prompts",
+    "prompts_per_category",
+    "chain",
+    "tree",
+    "prefix",
+    "step_tokens",
+    "lookup_tokens",
+)
 MARK = ".fingerprint"  # in every folder that a notebook of the pipeline owns (`notebooks.claim`)
 DRY = {"-n", "--dry-run", "--dryrun"}
 SET_BY_PIPELINE = {"results_dir", "figures_dir", "tables_dir", "variant", "seed", "profile"}
@@ -51,6 +65,8 @@ class Profile:
     extract, train, decay : for notebooks 01, 02 (every drafter) and 03.
     gradients : for notebook 05, which the pipeline runs only if the profile has this key, after measuring gradient flow.
     prefix : for notebook 06; the pipeline measures what it draws and runs it only if the profile has this key.
+    decode : for notebook 07, which the pipeline runs only if the profile has this key, after measuring decoding speed on an idle machine.
+    speed : options of that measuring (`SPEED`), lists for those that take several numbers: ``{new_tokens: 32, chain: [2, 4]}``.
     scorecard : for notebook 08, which the pipeline runs only if the profile has this key.
     drafters : variant name to the parameters of notebook 02 that make it; the file may just list names of `VARIANTS`.
     seeds : every drafter is trained once with each.
@@ -65,6 +81,8 @@ class Profile:
     decay: dict = field(default_factory=dict)
     gradients: dict | None = None
     prefix: dict | None = None
+    decode: dict | None = None
+    speed: dict = field(default_factory=dict)
     scorecard: dict | None = None
     drafters: dict = field(default_factory=dict)
     seeds: list = field(default_factory=lambda: [0])
@@ -150,11 +168,26 @@ def check_profile(profile: Profile) -> None:
     for variant, parameters in profile.drafters.items():
         check_parameters(NOTEBOOKS["train"], parameters)
         check_start(profile, variant)
+    speed_words(profile)
     if not profile.drafters or not profile.seeds:
         raise StudyError(f"profile {profile.name} has no drafters or no seeds, so there is nothing to train")
     for seed in profile.seeds:
         if not isinstance(seed, int) or seed < 0:
             raise StudyError(f"profile {profile.name}: seed {seed!r} must be a whole number, 0 or more")
+
+
+def speed_words(profile: Profile) -> list[str]:
+    """The profile's options of `kvshot_lib.speed` as words of its command line.
+
+    >>> speed_words(Profile("mine", speed={"new_tokens": 32, "chain": [2, 4]}))
+    ['--new-tokens', '32', '--chain', '2,4']
+    """
+    check_names(profile.speed, SPEED, f"profile {profile.name}, speed")
+    words = []
+    for name, value in profile.speed.items():
+        value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        words += [f"--{name.replace('_', '-')}", value]
+    return words
 
 
 def check_start(profile: Profile, variant: str) -> None:
@@ -330,7 +363,7 @@ def check_foreign_runs(profile: Profile, results: Path) -> None:
 
 
 def redraw(name: str) -> None:
-    """Draw figures/<name> anew from data/recorded/<name> by notebooks 03, 05, 06 and 08, with the profile's parameters.
+    """Draw figures/<name> anew from data/recorded/<name> by notebooks 03, 05, 06, 07 and 08, with the profile's parameters.
 
     Raises
     ------
@@ -342,7 +375,7 @@ def redraw(name: str) -> None:
         raise StudyError(f"there are no tables in {tables}; recorded: {known}")
     known = Path(f"notebooks/profiles/{name}.yaml").exists()  # or else recorded by hand
     profile = load_profile(name) if known else Profile(name)
-    for key in ("decay", "gradients", "prefix", "scorecard"):
+    for key in ("decay", "gradients", "prefix", "decode", "scorecard"):
         parameters, notebook = getattr(profile, key) or {}, Path(NOTEBOOKS[key])
         if notebook.exists():
             folders = {"tables_dir": f"../{tables}", "figures_dir": f"../figures/{name}"}
