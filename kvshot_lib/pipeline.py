@@ -31,16 +31,30 @@ NOTEBOOKS = {
     "queries": "notebooks/04_query_estimation.ipynb",
     "gradients": "notebooks/05_gradient_flow.ipynb",
     "prefix": "notebooks/06_information_in_the_prefix.ipynb",
+    "decode": "notebooks/07_decode_end_to_end.ipynb",
     "scorecard": "notebooks/08_paper_scorecard.ipynb",
     "beyond": "notebooks/09_beyond_ttt.ipynb",
 }
-OPTIONAL = ("generate", "queries", "gradients", "prefix", "scorecard", "beyond", "dialogues")
+OPTIONAL = ("generate", "queries", "gradients", "prefix", "decode", "scorecard", "beyond", "dialogues")
 # What `dialogues` may hold: options of kvshot_lib.generate. Its target, device and dtype are those of `extract`.
 DIALOGUES = (
     "user_turns", "train", "validation", "evaluation", "max_length_tokens", "max_user_tokens", "temperature", "top_p", "batch_size", "seed",
     "thinking",
 )  # fmt: skip
 CHECKPOINTS = Path("data/checkpoints")
+# What a profile may say of the measuring of speed: options of `python -m kvshot_lib.speed`.
+SPEED = (
+    "threads",
+    "new_tokens",
+    "repeats",
+    "prompts",
+    "prompts_per_category",
+    "chain",
+    "tree",
+    "prefix",
+    "step_tokens",
+    "lookup_tokens",
+)
 MARK = ".fingerprint"  # in every folder that a notebook of the pipeline owns (`notebooks.claim`)
 DRY = {"-n", "--dry-run", "--dryrun"}
 SET_BY_PIPELINE = {"results_dir", "figures_dir", "tables_dir", "variant", "seed", "profile"}
@@ -61,6 +75,8 @@ class Profile:
     queries : for notebook 04; the pipeline measures what it draws and runs it only if the profile has this key.
     gradients : for notebook 05, which the pipeline runs only if the profile has this key, after measuring gradient flow.
     prefix : for notebook 06; the pipeline measures what it draws and runs it only if the profile has this key.
+    decode : for notebook 07, which the pipeline runs only if the profile has this key, after measuring decoding speed on an idle machine.
+    speed : options of that measuring (`SPEED`), lists for those that take several numbers: ``{new_tokens: 32, chain: [2, 4]}``.
     scorecard : for notebook 08, which the pipeline runs only if the profile has this key.
     beyond : for notebook 09, which the pipeline runs only if the profile has this key, after counting FLOPs.
     checkpoints : names of published drafters (folders of data/checkpoints), judged beside the trained ones.
@@ -79,6 +95,8 @@ class Profile:
     queries: dict | None = None
     gradients: dict | None = None
     prefix: dict | None = None
+    decode: dict | None = None
+    speed: dict = field(default_factory=dict)
     scorecard: dict | None = None
     beyond: dict | None = None
     checkpoints: list = field(default_factory=list)
@@ -182,6 +200,7 @@ def check_profile(profile: Profile) -> None:
     for variant, parameters in profile.drafters.items():
         check_parameters(NOTEBOOKS["train"], parameters)
         check_start(profile, variant)
+    speed_words(profile)
     if not profile.drafters or not profile.seeds:
         raise StudyError(f"profile {profile.name} has no drafters or no seeds, so there is nothing to train")
     published = sorted(path.parent.name for path in CHECKPOINTS.glob("*/drafter.json"))
@@ -189,6 +208,20 @@ def check_profile(profile: Profile) -> None:
     for seed in profile.seeds:
         if not isinstance(seed, int) or seed < 0:
             raise StudyError(f"profile {profile.name}: seed {seed!r} must be a whole number, 0 or more")
+
+
+def speed_words(profile: Profile) -> list[str]:
+    """The profile's options of `kvshot_lib.speed` as words of its command line.
+
+    >>> speed_words(Profile("mine", speed={"new_tokens": 32, "chain": [2, 4]}))
+    ['--new-tokens', '32', '--chain', '2,4']
+    """
+    check_names(profile.speed, SPEED, f"profile {profile.name}, speed")
+    words = []
+    for name, value in profile.speed.items():
+        value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        words += [f"--{name.replace('_', '-')}", value]
+    return words
 
 
 def check_start(profile: Profile, variant: str) -> None:
@@ -364,7 +397,7 @@ def check_foreign_runs(profile: Profile, results: Path) -> None:
 
 
 def redraw(name: str) -> None:
-    """Draw figures/<name> anew from data/recorded/<name> by notebooks 03, 04, 05, 06, 08 and 09, with the profile's parameters.
+    """Draw figures/<name> anew from data/recorded/<name> by notebooks 03 to 09, with the profile's parameters.
 
     Raises
     ------
@@ -376,7 +409,7 @@ def redraw(name: str) -> None:
         raise StudyError(f"there are no tables in {tables}; recorded: {known}")
     known = Path(f"notebooks/profiles/{name}.yaml").exists()  # or else recorded by hand
     profile = load_profile(name) if known else Profile(name)
-    for key in ("decay", "queries", "gradients", "prefix", "scorecard", "beyond"):
+    for key in ("decay", "queries", "gradients", "prefix", "decode", "scorecard", "beyond"):
         parameters, notebook = getattr(profile, key) or {}, Path(NOTEBOOKS[key])
         if notebook.exists():
             folders = {"tables_dir": f"../{tables}", "figures_dir": f"../figures/{name}"}

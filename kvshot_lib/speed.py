@@ -193,7 +193,7 @@ def run_jobs(jobs: list[tuple[str, Callable]], deadline: float) -> bool:
     for told, job in bar:
         if time.monotonic() > deadline:
             return False
-        bar.set_description(told)
+        bar.set_description(told, refresh=False)
         job()
     return True
 
@@ -236,6 +236,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="*", metavar="VARIANT/seedN", help="only these (all trained ones by default)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", help="of target and drafters: auto, bfloat16 or float32")
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU (PyTorch's own choice by default)")
     parser.add_argument("--new-tokens", type=int, default=64, help="at most, of an answer")
     parser.add_argument("--repeats", type=int, default=3, help="timed passes; their median counts")
     parser.add_argument("--prompts", default="study", help="study, human-eval or a .jsonl file")
@@ -256,6 +257,8 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--fingerprint", default="", help=argparse.SUPPRESS)
     given = vars(parser.parse_intermixed_args(words))
+    if (threads := given.pop("threads")) > 0:
+        torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()  # `generate` remarks on itself
     try:
         chain, tree, prefix = (_numbers(given.pop(name), name) for name in ("chain", "tree", "prefix"))

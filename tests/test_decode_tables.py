@@ -3,36 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+from decoded import PARTS, alone, answer
 
 from kvshot_lib import tables
-from kvshot_lib.decode_tables import ALL, decoding_table
-
-PARTS = {f"{part}_s": 0.0 for part in ("prefill", "verify", "draft", "project", "bookkeeping", "sampling", "rest")}
-
-
-def answer(
-    variant="hidden", mode="chain", plan="4", prompt="1", category="coding", tokens=9, forwards=4, seconds=1.0, **more
-):
-    """One row of decode_prompts."""
-    row = {
-        "variant": variant, "seed": 0, "mode": mode, "plan": plan, "prompt": prompt, "turn": 0, "category": category,
-        "prompt_tokens": 30, "new_tokens": tokens, "same_tokens": tokens, "forwards": forwards, "drafted": 12, "accepted": 4,
-        "seconds": seconds, "fastest_s": seconds, "slowest_s": seconds, "repeats": 1, **PARTS, "dtype": "float32", "device": "here",
-    }  # fmt: skip
-    return row | more
-
-
-def alone(prompt="1", category="coding", tokens=9, seconds=2.0, **more):
-    return answer(
-        mode="alone",
-        plan="-",
-        prompt=prompt,
-        category=category,
-        tokens=tokens,
-        forwards=tokens - 1,
-        seconds=seconds,
-        **more,
-    )
+from kvshot_lib.decode_tables import ALL, decoding_table, model_table
 
 
 def summarised(*rows) -> pd.DataFrame:
@@ -91,3 +65,28 @@ def test_peers_have_no_parts():
         *(row | dict.fromkeys(PARTS) for row in (alone(variant="transformers"), answer(variant="transformers")))
     )
     assert pick(found, category=ALL, mode="chain")[list(PARTS)].isna().all()
+
+
+def test_the_cost_model_by_hand():
+    """Three tokens a forward; a forward of 0.12 s costs 1.5 of the target alone, drafting half of it, the rest a quarter.
+
+    Predicted: 3 / (1 + 1/2) = 2; with everything: 3 / (1.5 · (1 + 1/2 + 1/4)).
+    """
+    row = answer(
+        tokens=13,
+        forwards=4,
+        verify_s=0.48,
+        draft_s=0.20,
+        project_s=0.04,
+        bookkeeping_s=0.06,
+        sampling_s=0.04,
+        rest_s=0.02,
+        drafted=16,
+    )
+    table = tables.check(pd.DataFrame([alone(tokens=13, verify_s=12 * 0.08), row]), "decode_prompts", "here")
+    found = model_table(table, samples=50).set_index("metric")["value"]
+    assert found["decoded_mat"] == pytest.approx(3) and found["draft_cost"] == pytest.approx(0.5)
+    assert found["verify_cost"] == pytest.approx(1.5) and found["other_cost"] == pytest.approx(0.25)
+    assert found["predicted"] == pytest.approx(2) and found["predicted_whole"] == pytest.approx(3 / 1.5 / 1.75)
+    assert found["draft_step_s"] == pytest.approx(0.20 / 16)
+    assert model_table(tables.empty("decode_prompts")).empty

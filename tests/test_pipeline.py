@@ -229,6 +229,17 @@ def test_no_more_trainings_at_once_than_the_profile_says(monkeypatch, parallel, 
     assert re.search(r"rule train:.*?resources:\s+training=1,", (ROOT / "notebooks/Snakefile").read_text(), re.DOTALL)
 
 
+def test_speed_is_measured_with_the_profiles_options_and_alone(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("drafters: [hidden]\nspeed: {new_tokens: 8, chain: [2, 4], tree: none}")
+    assert pipeline.speed_words(load_profile(path)) == ["--new-tokens", "8", "--chain", "2,4", "--tree", "none"]
+    path.write_text("drafters: [hidden]\nspeed: {new_token: 8}")
+    with pytest.raises(StudyError, match=r"speed.*'new_token' \(did you mean 'new_tokens'"):
+        pipeline.speed_words(load_profile(path))
+    rule = re.search(r"rule speed:.*?shell", (ROOT / "notebooks/Snakefile").read_text(), re.DOTALL)[0]
+    assert "threads: workflow.cores" in rule  # all that Snakemake has: no training runs beside it
+
+
 def test_figures_are_redrawn_from_every_recorded_profile(tmp_path, monkeypatch, capsys):
     """Notebooks 03 and 08 with the profile's own parameters, if it has some; a wrong name is told."""
     monkeypatch.chdir(small_study(tmp_path))
@@ -347,7 +358,8 @@ def test_smoke_study_from_end_to_end(tmp_path, capfd):
     assert set(acceptance.variant) == set(pd.read_csv(results / "tables/runs.csv").variant) == set(drafters)
     assert acceptance[acceptance.metric == "step_acceptance"].value.between(0, 1).all()
     executed = {path.name.split(".")[0] for path in results.glob("notebooks/[0-9]*.ipynb")}
-    assert {"01_extract_kv_cache", "02_train_drafter", "03_long_range_decay"} <= executed
+    assert {"01_extract_kv_cache", "02_train_drafter", "03_long_range_decay", "07_decode_end_to_end"} <= executed
+    assert set(pd.read_csv(results / "tables/decoding.csv").variant) == {*drafters, "transformers"}
     assert len(list(results.glob("notebooks/02*.ipynb"))) == len(drafters)
     assert list(results.glob("figures/*.png")) and list(results.glob("figures/*.csv"))
     run(tmp_path, "smoke", "--dry-run")
