@@ -13,7 +13,7 @@ NOTEBOOKS ?= $(DEFAULT_NOTEBOOKS)
 PIP = $(BIN)/python -m pip --disable-pip-version-check --retries 3 2> >(grep -v "^WARNING: Location" >&2)
 PIP_FAILED = { rm -f $(INSTALLING); echo "pip could not install the packages. If the network is down, run the same command again when it is back: finished downloads are kept." >&2; exit 1; }
 
-.PHONY: help study test figures lab bench publish execute clean environment
+.PHONY: help study test figures lab bench torture report publish execute clean environment
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -54,6 +54,13 @@ lab: $(READY)  ## JupyterLab on the notebooks
 
 bench: $(READY)  ## speed of extraction and training on this machine
 	@$(BIN)/python -m kvshot_lib.benchmark $(ARGS)
+
+torture: $(READY)  ## kill -9, flipped bytes and full disks: what comes of a tiny study (some minutes; ARGS="--seed 1" for others)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/torture.py $(ARGS)
+
+# What is committed, unless PROFILE names a run of your own.
+report: $(READY)  ## one web site of notebooks, figures, scorecard and runs, to read without a network (results/report)
+	@$(BIN)/python -m kvshot_lib.report_site $(if $(filter-out file,$(origin PROFILE)),$(PROFILE))
 
 publish:  ## copy tables and figures of results/PROFILE to data/recorded/PROFILE and figures/PROFILE
 	@test -d results/$(PROFILE)/tables || { echo "results/$(PROFILE)/tables isn't there; make it with: make study PROFILE=$(PROFILE)" >&2; exit 1; }

@@ -1,7 +1,6 @@
 """Trained drafters on disk: weights as safetensors, what they are as JSON beside them."""
 
 import hashlib
-import json
 import re
 import shlex
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from .drafters import Drafter, DrafterConfig, build_drafter
 from .errors import StudyError
 from .features import FeatureSpec
-from .files import sha256, write_atomically, write_json
+from .files import read_json, sha256, write_atomically, write_json
 from .rounded_weights import load_rounded
 from .target import Target
 from .variants import VARIANTS
@@ -134,10 +133,10 @@ def _read(folder: Path, **parameters) -> tuple[dict, dict[str, torch.Tensor]]:
     """Checked description and tensors of a trained drafter; ``parameters`` are known of how one that is missing is to be trained."""
     if not (folder / DESCRIPTION).exists():
         raise StudyError(_missing(folder, **parameters))
+    description = read_json(folder / DESCRIPTION, "delete that folder and train the drafter again")
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
         expected, _, _ = description["weights_sha256"], description["spec"], description["config"]
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
         raise StudyError(
             f"{folder / DESCRIPTION} is damaged; delete that folder and train the drafter again"
         ) from error

@@ -4,7 +4,7 @@ On disk a corpus is a folder with one ``<split>.npz`` per split and a ``provenan
 come from and the SHA-256 of each file. Lengths are ragged, so a file holds all tokens end to end (see `save_corpus`).
 """
 
-import json
+import lzma
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import StudyError
-from .files import sha256, write_atomically, write_json
+from .files import read_json, sha256, write_atomically, write_json
 
 SPLITS = ("train", "validation", "evaluation")
 CORPORA = {"selfgen": Path(__file__).parents[1] / "data" / "corpus" / "selfgen"}
@@ -82,7 +82,7 @@ def load_corpus(name: str | Path, split: str, *, seed: int = 0, whole_answers: b
         raise StudyError(
             f"unknown corpus {str(name)!r}; choose {known} or a folder that kvshot_lib.generate has finished"
         )
-    provenance = json.loads(facts.read_text())
+    provenance = read_json(facts, "fetch or generate the corpus again")
     if provenance.get("schema_version") != SCHEMA_VERSION or split not in provenance.get("splits", {}):
         raise StudyError(
             f"{facts} does not describe a {split!r} split in format {SCHEMA_VERSION}; make the corpus anew"
@@ -171,10 +171,13 @@ def write_documents(path: Path, documents: Sequence[Document]) -> None:
 
 
 def read_documents(path: str | Path) -> list[Document]:
-    """Undo `write_documents`."""
-    with np.load(path, allow_pickle=False) as arrays:
-        prefix, flat, lengths = (arrays[name].astype(np.int32) for name in ("prefix", "tokens", "lengths"))
-        mask = np.unpackbits(arrays["answer_mask"], count=len(flat)).astype(bool)
+    """Undo `write_documents`; its parts carry checksums, so an altered file is refused."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            prefix, flat, lengths = (arrays[name].astype(np.int32) for name in ("prefix", "tokens", "lengths"))
+            mask = np.unpackbits(arrays["answer_mask"], count=len(flat)).astype(bool)
+    except _UNREADABLE as error:
+        raise StudyError(f"{path} can't be read ({type(error).__name__}); delete it and make it again") from error
     if lengths.sum() != len(flat):
         raise StudyError(
             f"{path} holds {len(flat)} tokens but its documents add up to {lengths.sum()}; make the corpus anew"
@@ -185,6 +188,9 @@ def read_documents(path: str | Path) -> list[Document]:
         Document(np.concatenate([prefix, flat[a:b]]), np.concatenate([no_answer, mask[a:b]]))
         for a, b in zip(ends - lengths, ends)
     ]
+
+
+_UNREADABLE = (zipfile.BadZipFile, lzma.LZMAError, ValueError, KeyError, EOFError, OSError, NotImplementedError)
 
 
 def answer_token_counts(documents: Sequence[Document], vocab_size: int) -> np.ndarray:

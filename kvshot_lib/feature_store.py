@@ -17,7 +17,7 @@ from . import parallel
 from .corpus import Document
 from .errors import StudyError
 from .features import STATE, Features, FeatureSpec, LiveFeatures, pad_documents
-from .files import sha256, write_atomically, write_json
+from .files import read_json, sha256, write_atomically, write_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -224,17 +224,16 @@ def _done(manifest: dict) -> int:
 
 
 def _read_manifest(folder: Path) -> dict:
+    remedy = "delete that folder and run notebook 01_extract_kv_cache"
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(folder / MANIFEST, remedy)
         if manifest["schema"] != SCHEMA:
             raise StudyError(
                 f"the feature store at {folder} has schema {manifest['schema']}, this code reads {SCHEMA}; run notebook 01_extract_kv_cache anew"
             )
         return manifest
-    except (ValueError, KeyError, TypeError) as error:
-        raise StudyError(
-            f"the manifest of the feature store at {folder} is damaged; delete that folder and run notebook 01_extract_kv_cache"
-        ) from error
+    except KeyError as error:
+        raise StudyError(f"{folder / MANIFEST} is damaged; {remedy}") from error
 
 
 def _resume(folder: Path, wanted: dict, replace: bool) -> dict:
@@ -282,5 +281,5 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     if (free := shutil.disk_usage(existing).free) < needed_bytes * 1.05:
         raise StudyError(
-            f"the features need {needed_bytes / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB free; free some space or use fewer documents"
+            f"the features need {needed_bytes / 1e9:.3g} GB, {existing} has {free / 1e9:.3g} GB free; free some space or use fewer documents"
         )

@@ -1,13 +1,25 @@
-"""Writing files so that a kill or a full disk never leaves half a file behind."""
+"""Writing files so that a kill or a full disk never leaves half a file behind, and an altered one is not read as good.
 
+JSON objects carry the SHA-256 of the rest of them, checkpoints end with that of all bytes before, and listed files stand in a
+``SHA256SUMS`` beside them (`sha256sum --check` reads it too). Files of earlier versions of the study have none and are read unchecked.
+"""
+
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 from .errors import StudyError
+
+SEAL = "sha256_of_the_rest"  # key of a JSON object
+SUMS = "SHA256SUMS"
+_END = re.compile(rb"\nsha256 ([0-9a-f]{64})\n")
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -23,10 +35,12 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     StudyError : no space left, or a folder that can't be written; the old file is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{_HOST}.{os.getpid()}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
         write(temporary)
+        temporary.chmod(0o666 & ~_UMASK)  # safetensors lets nobody else read its files
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
@@ -38,27 +52,148 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
             f"could not write {path}: {reason}; free some space or choose another folder, then run again"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that can't be written can't be tidied either
+            temporary.unlink(missing_ok=True)
     return path
 
 
-def disk_trouble(error: BaseException) -> str | None:
-    """Name what is wrong with the disk, or None if ``error`` is about something else (libraries wrap OSErrors)."""
-    number, text = getattr(error, "errno", None), str(error)
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-        if number == code or os.strerror(code) in text or f"os error {code}" in text:
-            return os.strerror(code).lower()
+_HOST = re.sub(r"[^\w-]", "-", socket.gethostname())
+os.umask(_UMASK := os.umask(0))  # it can only be read by setting it
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes of this machine left of earlier attempts at this file."""
+    for left in path.parent.glob(f".{path.stem}.{_HOST}.*.tmp{path.suffix}"):
+        try:
+            os.kill(int(left.name.removeprefix(f".{path.stem}.{_HOST}.").split(".")[0]), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (ValueError, OSError):
+            pass
+
+
+def disk_trouble(error: BaseException | None) -> str | None:
+    """Name what is wrong with the disk, or None if ``error`` is about something else (libraries wrap OSErrors, or hide them)."""
+    while error is not None:
+        number, text = getattr(error, "errno", None), str(error)
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+            if number == code or os.strerror(code) in text or f"os error {code}" in text:
+                return os.strerror(code).lower()
+        error = error.__cause__ or error.__context__
     return None
 
 
 def write_json(path: str | Path, value: object) -> Path:
-    """Write ``value`` as indented JSON, atomically."""
+    """Write ``value`` as indented JSON, atomically; an object with the SHA-256 of its other keys."""
+    if isinstance(value, dict):
+        value = {**value, SEAL: _json_hash(value)}
     return write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
 
 
-def write_csv(path: str | Path, table) -> Path:
-    """Write a pandas DataFrame as CSV without its index, atomically."""
-    return write_atomically(path, lambda p: table.to_csv(p, index=False, lineterminator="\n"))
+def read_json(path: str | Path, remedy: str) -> dict:
+    """Read an object that `write_json` wrote.
+
+    Raises
+    ------
+    StudyError : not there, no JSON object, or altered; ends with ``remedy``.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise StudyError(f"{path} can't be read ({str(error).splitlines()[0]}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise StudyError(f"{path} is damaged: no JSON object; {remedy}")
+    if (seal := value.pop(SEAL, None)) is not None and seal != _json_hash(value):
+        raise StudyError(f"{path} is damaged: it is not what was written; {remedy}")
+    return value
+
+
+def _json_hash(value: dict) -> str:
+    read_back = json.loads(json.dumps({name: part for name, part in value.items() if name != SEAL}))
+    return hashlib.sha256(json.dumps(read_back, sort_keys=True).encode()).hexdigest()
+
+
+def write_csv(path: str | Path, table, *, listed: bool = False) -> Path:
+    """Write a pandas DataFrame as CSV without its index, atomically; ``listed`` in the folder's ``SHA256SUMS``, if wanted."""
+
+    def write(temporary: Path) -> None:
+        table.to_csv(temporary, index=False, lineterminator="\n")
+        if listed:
+            list_file(path, temporary)
+
+    return write_atomically(path, write)
+
+
+def list_file(path: str | Path, content: Path) -> None:
+    """Write into ``SHA256SUMS`` beside ``path`` what its bytes will be: those of ``content``.
+
+    A kill before the file itself is in place leaves a list that refuses the old one: made again it fits.
+    """
+    path = Path(path)
+    sums = path.with_name(SUMS)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        known = dict(line.split("  ")[::-1] for line in _lines(sums) if line.count("  ") == 1)
+        known[path.name] = sha256(content)
+        text = "".join(f"{digest}  {name}\n" for name, digest in sorted(known.items()))
+        write_atomically(sums, lambda p: p.write_text(text))
+    finally:
+        os.close(handle)
+
+
+def check_listed(path: str | Path, remedy: str) -> None:
+    """Refuse a file that the ``SHA256SUMS`` beside it, if there is one, does not vouch for."""
+    path = Path(path)
+    sums = path.with_name(SUMS)
+    if sums.exists() and f"{sha256(path)}  {path.name}" not in _lines(sums):
+        raise StudyError(f"{path} is damaged: its SHA-256 is not the one in {sums.name}; {remedy}")
+
+
+def _lines(sums: Path) -> list[str]:
+    return sums.read_text(encoding="utf-8", errors="replace").splitlines() if sums.exists() else []
+
+
+def write_sealed(path: str | Path, save: Callable[[object], object]) -> Path:
+    """Call ``save(handle)`` with a binary file to write to, and end the file with the SHA-256 of its bytes; atomically.
+
+    Formats that are read from an index near their end (zip, as torch writes it) don't mind the line behind it.
+    """
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as handle:
+            hashing = _Hashing(handle)
+            save(hashing)
+            handle.write(b"\nsha256 " + hashing.digest.hexdigest().encode() + b"\n")
+
+    return write_atomically(path, write)
+
+
+class _Hashing:
+    """A file that takes the SHA-256 of what is written."""
+
+    def __init__(self, handle):
+        self.handle, self.digest, self.flush = handle, hashlib.sha256(), handle.flush
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.handle.write(data)
+
+
+def check_seal(path: str | Path, remedy: str) -> None:
+    """Refuse a file of `write_sealed` that was altered; one without such an end is older and passes."""
+    with open(path, "rb") as handle:
+        length = max(0, os.fstat(handle.fileno()).st_size - len("\nsha256 \n") - 64)
+        handle.seek(length)
+        if not (end := _END.fullmatch(handle.read())):
+            return
+        handle.seek(0)
+        digest = hashlib.sha256()
+        while length and (part := handle.read(min(length, 1 << 20))):
+            digest.update(part)
+            length -= len(part)
+    if digest.hexdigest().encode() != end[1]:
+        raise StudyError(f"{path} is damaged: it is not what was written; {remedy}")
 
 
 def sha256(path: str | Path) -> str:

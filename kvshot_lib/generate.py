@@ -5,7 +5,6 @@ makes the same documents. For large corpora: ``python -m kvshot_lib.generate --h
 """
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .corpus import MIN_ANSWER_TOKENS, SPLITS, Document, prompt_key, read_documents, save_corpus, write_documents
 from .errors import StudyError
-from .files import write_atomically, write_json
+from .files import read_json, write_atomically, write_json
 from .provenance import provenance
 from .target import Target, load_target
 from .user_turns import by_split, turns_hash
@@ -250,7 +249,7 @@ def _claim(path: Path, facts: dict) -> None:
     """Remember what the parts in a folder were made with, and refuse to mix."""
     if not path.exists():
         write_json(path, facts)
-    before = json.loads(path.read_text())
+    before = read_json(path, f"delete {path.parent} and generate again")
     for name in before | facts:
         if before.get(name) != facts.get(name):
             raise StudyError(

@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from .errors import StudyError
-from .files import write_atomically
+from .files import disk_trouble, write_atomically
 from .parameters import check_parameters
 
 STRIPPED = "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution"
@@ -137,9 +137,14 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[int]:
 
     Raises
     ------
-    StudyError : another process holds it, and ``wait`` is False.
+    StudyError : another process holds it, and ``wait`` is False; or a folder that can't be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        why = disk_trouble(error) or str(error)
+        raise StudyError(f"could not write to {path.parent}: {why}; free some space or choose another folder") from error
     with open(path, "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,7 +15,7 @@ from .drafters import Drafter, DrafterConfig, build_drafter
 from .errors import StudyError
 from .evaluate import anchor_places, match_documents, outside_vocabulary
 from .feature_store import StoredFeatures
-from .files import write_csv, write_json
+from .files import check_listed, sha256, write_csv, write_json
 from .gradient_record import recorded_gradients
 from .kept_features import open_features, read_spec
 from .metrics import COUNTS, RUNS, count_axes, count_run, metrics_of
@@ -101,6 +101,7 @@ def prepare_run(
 def _answer_token_counts(path: Path, vocab_size: int) -> torch.Tensor:
     if not path.exists():
         raise StudyError(f"{path} is missing; run notebook 01_extract_kv_cache with the same results_dir")
+    check_listed(path, "run notebook 01_extract_kv_cache again")
     table, counts = pd.read_csv(path), torch.zeros(vocab_size, dtype=torch.int64)
     counts[torch.tensor(table["token"].tolist())] = torch.tensor(table["count"].tolist())
     return counts
@@ -158,9 +159,8 @@ def finish_run(
     gradients = recorded_gradients(run.folder / "checkpoint.pt", **labels)
     if gradients is not None:
         tables["gradients"] = gradients
-    for name, table in tables.items():
-        write_csv(run.folder / f"{name}.csv", table)
-    write_json(run.folder / "run.json", facts)
+    files = {path.name: sha256(path) for path in (write_csv(run.folder / f"{n}.csv", t) for n, t in tables.items())}
+    write_json(run.folder / "run.json", {**facts, "files": files})
     (run.folder / "checkpoint.pt").unlink(missing_ok=True)
     return counts, run_lengths
 

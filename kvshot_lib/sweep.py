@@ -9,7 +9,9 @@ that starts from another waits for it.
 
 import argparse
 import contextlib
+import os
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import fields
@@ -26,6 +28,7 @@ from .drafters import DrafterConfig
 from .errors import StudyError
 from .features import LiveFeatures, feature_spec
 from .files import write_csv
+from .notebooks import locked
 from .pipeline import NOTEBOOKS, Profile, check_drafters, check_profile, load_profile, parameter_defaults
 from .resident_features import ResidentFeatures
 from .runs import SPLITS, finish_run, prepare_run, run_facts
@@ -64,7 +67,9 @@ def load_features(profile: Profile, results_dir: Path) -> dict[str, ResidentFeat
     counts = answer_token_counts(load_corpus(values["corpus"], "train").documents, target.vocab_size)
     used = np.flatnonzero(counts)
     write_csv(
-        results_dir / "features" / "answer_token_counts.csv", pd.DataFrame({"token": used, "count": counts[used]})
+        results_dir / "features" / "answer_token_counts.csv",
+        pd.DataFrame({"token": used, "count": counts[used]}),
+        listed=True,
     )
     features = {}
     for split in SPLITS:
@@ -87,7 +92,7 @@ def sweep(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], work
     features = load_features(profile, results_dir)
     context = torch.multiprocessing.get_context("spawn")
     running: dict[Future, tuple[str, int]] = {}
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (features, profile, results_dir))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (features, profile, results_dir, os.getpid()))
     try:
         while (waiting or running) and time.monotonic() < deadline:
             for job in [job for job in waiting if len(running) < workers and _ready(profile, results_dir, *job)]:
@@ -117,16 +122,28 @@ def _ready(profile: Profile, results_dir: Path, variant: str, seed: int) -> bool
     return not start or _done(results_dir, start, seed)
 
 
-def _start_worker(features: dict, profile: Profile, results_dir: Path) -> None:
+def _start_worker(features: dict, profile: Profile, results_dir: Path, parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     _shared.update(features=features, profile=profile, results_dir=results_dir)
+
+
+def _end_with(parent: int) -> None:
+    """End this worker when the sweep's own process is gone, killed say: nobody would collect what it trains."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
 
 
 def _train_here(variant: str, seed: int) -> dict:
     """One run in a worker; what it prints goes to ``log.txt`` in the run's folder."""
     folder = _shared["results_dir"] / "runs" / variant / f"seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a") as log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
+    with (
+        locked(folder / ".lock", wait=True),  # a worker of a killed sweep may have a moment left
+        open(folder / "log.txt", "a") as log,
+        contextlib.redirect_stderr(log),
+        contextlib.redirect_stdout(log),
+    ):
         return train_run(_shared["profile"], _shared["results_dir"], variant, seed, _shared["features"])
 
 

@@ -8,7 +8,6 @@ CSV files, the large ones compressed (``counts.csv.gz``); pandas and spreadsheet
 
 import argparse
 import gzip
-import json
 import sys
 import zlib
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import pandas as pd
 
 from .bootstrap import acceptance_table
 from .errors import StudyError
-from .files import write_atomically, write_csv
+from .files import check_listed, read_json, sha256, write_atomically, write_csv
 from .metrics import AXES
 from .variants import VARIANTS
 
@@ -202,6 +201,8 @@ def read(tables_dir: str | Path, name: str) -> pd.DataFrame:
         "RESULTS_DIR`; `make study` does both"
     )
     if path.is_file():
+        if name not in COMPRESSED:  # gzip has checksums of its own
+            check_listed(path, remedy)
         return check(_read_csv(path, name), name, path, remedy)
     if name in OPTIONAL:
         return empty(name)
@@ -247,7 +248,7 @@ def write(tables_dir: str | Path, name: str, table: pd.DataFrame) -> Path:
     compressed = plain.with_suffix(".csv.gz")
     if name not in COMPRESSED:
         compressed.unlink(missing_ok=True)
-        return write_csv(plain, table)
+        return write_csv(plain, table, listed=True)
 
     def write_gzip(path: Path) -> None:
         with open(path, "wb") as handle, gzip.GzipFile(filename="", mode="wb", fileobj=handle, mtime=0) as packed:
@@ -311,15 +312,17 @@ def _kept_runs(tables_dir: str | Path, replaced: set[tuple[str, int]]) -> list[d
 
 def read_record(folder: Path) -> dict:
     """What ``run.json`` says of a finished run."""
-    try:
-        return json.loads((folder / "run.json").read_text())
-    except (ValueError, OSError) as error:
-        raise StudyError(f"{folder / 'run.json'} can't be read ({error}): delete {folder} and train again") from None
+    record = read_json(folder / "run.json", f"delete {folder} and train again")
+    record.pop("files", None)
+    return record
 
 
 def _read_run(folder: Path) -> dict[str, pd.DataFrame]:
     """The checked tables that one run left in ``runs/<variant>/seed<seed>/``."""
     found = {"runs": check(pd.DataFrame([read_record(folder)]), "runs", folder / "run.json")}
+    for file, digest in read_json(folder / "run.json", "").get("files", {}).items():
+        if not (folder / file).is_file() or sha256(folder / file) != digest:
+            raise StudyError(f"{folder / file} is missing or not what the run wrote: delete {folder} and train again")
     for name in OF_RUN:
         path = folder / f"{name}.csv"
         if path.is_file():

@@ -18,7 +18,7 @@ from .drafters import Drafter
 from .errors import StudyError
 from .evaluate import match_documents
 from .features import Features
-from .files import write_atomically
+from .files import check_seal, write_sealed
 from .gradient_record import branch_gradients, gate_rows, gradient_norms, matrix_rows, recorded
 from .metrics import COUNTS, count_document
 from .objective import check_objective, parameter_groups, training_loss
@@ -313,11 +313,12 @@ def save_checkpoint(
         "optimiser": optimiser.state_dict(),
         "progress": vars(progress),
     }
-    write_atomically(path, lambda p: torch.save(state, p))
+    write_sealed(path, lambda handle: torch.save(state, handle))
 
 
 def load_checkpoint(path: Path, drafter: Drafter, optimiser: torch.optim.Optimizer, identity: dict) -> Progress:
     """Restore ``drafter`` and ``optimiser``; a checkpoint of another set-up is refused by name of what differs."""
+    check_seal(path, "delete it to train from the start")
     try:
         state = torch.load(path, map_location=drafter.norm.weight.device, weights_only=True)
         found = state["identity"]

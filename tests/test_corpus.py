@@ -1,6 +1,5 @@
 """The corpus: format, split, masks, and where a greedy answer is cut."""
 
-import json
 from itertools import chain
 
 import numpy as np
@@ -21,6 +20,7 @@ from kvshot_lib.corpus import (
     save_corpus,
 )
 from kvshot_lib.errors import StudyError
+from kvshot_lib.files import read_json, write_json
 from kvshot_lib.target import load_target
 
 HEADER_TOKENS = 24  # <|im_start|>system … <|im_end|>\n<|im_start|>user\n
@@ -134,8 +134,8 @@ def test_a_corpus_without_the_split_or_of_another_format_is_refused(tmp_path):
     save_corpus(tmp_path, {"train": load_corpus("tiny", "train").documents}, {}, greedy=[])
     with pytest.raises(StudyError, match="'evaluation' split in format 1"):
         load_corpus(tmp_path, "evaluation")
-    facts = json.loads((tmp_path / "provenance.json").read_text())
-    (tmp_path / "provenance.json").write_text(json.dumps({**facts, "schema_version": 99}))
+    facts = read_json(tmp_path / "provenance.json", "")
+    write_json(tmp_path / "provenance.json", {**facts, "schema_version": 99})
     with pytest.raises(StudyError, match="format 1"):
         load_corpus(tmp_path, "train")
 

@@ -14,6 +14,7 @@ from kvshot_lib import feature_store
 from kvshot_lib.errors import StudyError
 from kvshot_lib.feature_store import MANIFEST, StoredFeatures, write_store
 from kvshot_lib.features import STATE, LiveFeatures, feature_spec
+from kvshot_lib.files import read_json, write_json
 
 FIELDS = ("tokens", "answer_mask", "documents", *STATE)
 SMALL = {"batch_documents": 2, "shard_documents": 2, "dtype": torch.float32}  # 5 documents: 3 shards
@@ -138,7 +139,7 @@ def test_a_killed_extraction_goes_on_after_the_last_whole_shard(folder, live, tm
     write_store(folder, live, **SMALL)
     assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}.items()
     whole = write_store(tmp_path / "undisturbed", live, **SMALL)
-    assert json.loads((folder / MANIFEST).read_text()) == whole
+    assert read_json(folder / MANIFEST, "") == whole
 
 
 @pytest.mark.parametrize(
@@ -203,15 +204,14 @@ def test_a_missing_or_damaged_store_is_refused(store, tmp_path):
     for text in ("{", "[]", "{}"):
         (store / MANIFEST).write_text(text)
         with pytest.raises(
-            StudyError, match="manifest of the feature store at .* is damaged; delete that folder"
+            StudyError, match=r"manifest.json (is damaged|can't be read).*; delete that folder"
         ) as error:
             StoredFeatures(store)
         one_line(error)
 
 
 def test_a_store_of_a_later_schema_is_refused(store):
-    manifest = json.loads((store / MANIFEST).read_text())
-    (store / MANIFEST).write_text(json.dumps({**manifest, "schema": 2}))
+    write_json(store / MANIFEST, {**read_json(store / MANIFEST, ""), "schema": 2})
     with pytest.raises(StudyError, match="has schema 2, this code reads 1"):
         StoredFeatures(store)
 
