@@ -103,6 +103,8 @@ def reading(draws: Draws, variant: str) -> str:
 
     ``bottleneck``     the true query gains the margin or more
     ``no_bottleneck``  neither it nor perfect re-attention does
+    ``worse``          the same, and perfect re-attention even loses against the drafter's own query: a weaker sign, for that query had all of the
+                       drafter's training and these arms only the re-training
     ``projection``     perfect re-attention does, the true query doesn't
     ``idle``           neither does, but random queries cost nothing either: the drafter makes no use of this attention that could be better
     ``open``           an interval holds the margin
@@ -112,6 +114,8 @@ def reading(draws: Draws, variant: str) -> str:
         return "bottleneck"
     if oracle == perfect == "below" and draws.contrast((1, variant, "random_gain")).verdict(0) != "below":
         return "idle"
+    if oracle == perfect == "below" and draws.contrast((1, variant, "perfect_gain")).verdict(0) == "below":
+        return "worse"
     if oracle == "below" and perfect in ("below", "above"):
         return "no_bottleneck" if perfect == "below" else "projection"
     return "open"

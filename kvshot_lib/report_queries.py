@@ -18,6 +18,11 @@ READINGS = {
         "**query estimation is not the bottleneck here**: the target's true query gains {oracle} tokens of MAT, and even perfect "
         "re-attention {perfect}, both less than {margin}"
     ),
+    "worse": (
+        "**no sign that query estimation is the bottleneck**: given the target's true query it drafts shorter ({oracle} tokens of MAT), and "
+        "with perfect re-attention too ({perfect}), after equal re-training of its output side. It has learned to read something else from "
+        "the cache than the target reads, and this much re-training doesn't make up for it; whether more would, this can't tell"
+    ),
     "projection": (
         "**looking where the target looks would help, but its query alone doesn't make it look there**: perfect re-attention gains "
         "{perfect} tokens of MAT, {margin} or more, the true query through the drafter's key projection {oracle}, less than that; what "
@@ -84,16 +89,18 @@ def _cell(own: pd.DataFrame, measure: str, step: int) -> str:
 
 
 def _above_floor(table: pd.DataFrame, last: pd.Series, step: int) -> str:
-    """Which drafters' recall lies above that of another document's row, by intervals that don't overlap."""
+    """Whose recall lies above that of another document's row, and whose below, by intervals that don't overlap."""
     rows = table[(table["measure"] == "recall") & (table["draft_step"] == step)]
-    floor = rows[rows["source"] == "other_document"]["high"].max()
+    floor = rows[rows["source"] == "other_document"].iloc[0]
     own = rows[(rows["source"] == "drafter") & (rows["layer"] == last[rows.index])].set_index("variant")
-    above = [v for v in in_order(own.index) if own.loc[v, "low"] > floor]
-    others = [v for v in in_order(own.index) if v not in above]
-    told = f"At draft step {step} the whole interval of recall lies above that of another document's row for {names(above)}" if above else (
-        f"At draft step {step} no drafter's recall lies above that of another document's row with its whole interval"
-    )  # fmt: skip
-    return told + (f"; not for {names(others)}." if above and others else ".")
+    own = own.loc[in_order(own.index)]
+    groups = {
+        "above": own.index[own["low"] > floor["high"]],
+        "below": own.index[own["high"] < floor["low"]],
+    }
+    groups["not distinguishable from"] = own.index.difference([*groups["above"], *groups["below"]], sort=False)
+    told = "; ".join(f"{word} it for {names(found)}" for word, found in groups.items() if len(found))
+    return f"Recall at draft step {step} against that of another document's row, by whole intervals: {told}."
 
 
 def probes(table: pd.DataFrame) -> str:
