@@ -17,7 +17,8 @@ import pandas as pd
 from . import tables
 from .bootstrap import Draws, draw
 from .checkpoints import DESCRIPTION, WEIGHTS, load_drafter, training_command
-from .drafters import Drafter
+from .drafter_config import READS
+from .drafters import Drafter, DrafterConfig
 from .errors import StudyError
 from .evaluate import match_documents
 from .feature_store import StoredFeatures
@@ -76,12 +77,15 @@ def card(record: dict, described: dict, draws: Draws, size_bytes: int, folder: P
         lost = draws.difference((AFTER, name, step), (BEFORE, name, step))
         rows.append([label, draws.mean(BEFORE, name, step), draws.mean(AFTER, name, step), signed(lost)])
     start = f", after starting from a trained `{record['init_from']}`" if record.get("init_from") else ""
-    told = {name: value for name, value in config.items() if name != "paradigm"}
+    told = {name: config[name] for name in READS[config["paradigm"]]}
+    spec, made = described["spec"], DrafterConfig(**config)
+    read = [f"hidden states of layers {spec['hidden_layers']}"] * (made.fuses_hidden or made.kv_control == "from_hidden")
+    read += [f"keys and values of layers {spec['kv_layers']}"] * made.reads_kv
     command = training_command(Path("results") / record["profile"] / "runs" / record["variant"] / f"seed{record['seed']}")
     facts = [
         ["target", f"{target}, weights of SHA-256 `{record['target_hash'][:16]}…` (SmolLM2's are Q4_1, dequantised)"],
         ["drafter", f"`{config['paradigm']}`, {record['parameters']:,} parameters, {record['draft_vocab_size']:,} draft tokens"],
-        ["reads", f"layers {described['spec']['hidden_layers']} (hidden states), {described['spec']['kv_layers']} (keys and values), as far as it reads them"],
+        ["reads", " and ".join(read) or "no target state"],
         ["trained on", f"{record['trained_tokens']:,} tokens of the corpus `selfgen` (documents `{record['corpus']}`){start}"],
         ["training", f"{record['train_s'] / 60:.0f} minutes on {record['device']}, {record['dtype']}, {record['date']}, seed {record['seed']}"],
         ["made by", f"git revision `{record['git_revision']}`, torch {record['torch']}, transformers {record['transformers']}"],

@@ -30,7 +30,7 @@ def small(tmp_path):
 
 
 def test_the_notebooks_are_there():
-    assert [path.name[:2] for path in COMMITTED] == ["00", "01", "02", "03", "05", "06", "08"]
+    assert [path.name[:2] for path in COMMITTED] == ["00", "01", "02", "03", "05", "06", "08", "09"]
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
