@@ -15,7 +15,6 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,11 +22,11 @@ import torch
 from torch import nn
 
 from . import tables
-from .cost import block_bytes, block_flops, prefix_bytes_per_token, prefix_flops_per_token, step_bytes, step_flops
 from .corpus import Document, load_corpus
+from .cost import block_bytes, block_flops, prefix_flops_per_token, step_bytes, step_flops
 from .drafters import Drafter, DrafterConfig, build_drafter
 from .errors import StudyError
-from .features import FeatureSpec, LiveFeatures, feature_spec
+from .features import LiveFeatures, feature_spec
 from .pipeline import NOTEBOOKS, Profile, load_profile, parameter_defaults
 from .target import Target, load_target
 from .training import TrainConfig, batches, total_steps
@@ -173,7 +172,16 @@ def _run_row(run, known: dict) -> dict:
         for config, more in ((DrafterConfig, {}), (TrainConfig, {"seed": run.seed}))
     )
     dense = drafting.paradigm != "block"
-    key = ("work", run.profile, run.seed, training.ttt_steps, training.anchor_fraction, dense, training.max_steps, training.epochs)
+    key = (
+        "work",
+        run.profile,
+        run.seed,
+        training.ttt_steps,
+        training.anchor_fraction,
+        dense,
+        training.max_steps,
+        training.epochs,
+    )
     work = _once(known, key, lambda: run_work(documents[0], training, dense_first=dense))
     if work.tokens != run.trained_tokens:
         raise StudyError(f"it saw {run.trained_tokens:,} tokens, its profile now gives {work.tokens:,}")

@@ -1,6 +1,6 @@
 """Trained drafters made small and described, for data/checkpoints: whoever clones the study can draft at once.
 
-python -m kvshot_lib.publish_checkpoint RESULTS_DIR VARIANT/seedN ... [--step .33] [--to data/checkpoints]
+python -m kvshot_lib.publish_checkpoint RESULTS_DIR VARIANT/seedN ... [--step .5] [--to data/checkpoints]
 
 For each run: its weights, rounded (`rounded_weights`), in `<to>/<variant>/drafter.safetensors`; ``drafter.json`` with config, target, hash and
 what the run recorded of its training; ``history.csv``; and ``README.md``, the card. The drafter is judged before and after rounding on the run's own
@@ -31,7 +31,13 @@ from .target import Target, load_target
 DRAFT_LENGTH = 7
 CARD = "README.md"
 BEFORE, AFTER = "as trained", "as published"
-METRICS = (("step_acceptance", 0), ("step_acceptance", DRAFT_LENGTH - 1), ("retention", None), ("expected_mat", None), ("measured_mat", None))
+METRICS = (
+    ("step_acceptance", 0),
+    ("step_acceptance", DRAFT_LENGTH - 1),
+    ("retention", None),
+    ("expected_mat", None),
+    ("measured_mat", None),
+)
 
 
 def publish(folder: Path, to: Path, target: Target, evaluation: StoredFeatures, step: float = STEP) -> Draws:
@@ -52,7 +58,9 @@ def publish(folder: Path, to: Path, target: Target, evaluation: StoredFeatures, 
     states = {BEFORE: drafter, AFTER: load_drafter(to, target)}
     draws = judged(states, evaluation)
     rows = [[name, step_, *vars(draws.mean(AFTER, name, step_)).values()] for name, step_ in METRICS]
-    measured = pd.DataFrame(rows, columns=["metric", "draft_step", "value", "low", "high"]).astype({"draft_step": "Int64"})
+    measured = pd.DataFrame(rows, columns=["metric", "draft_step", "value", "low", "high"]).astype(
+        {"draft_step": "Int64"}
+    )
     write_csv(to / "acceptance.csv", tables.rounded(measured))
     write_atomically(to / CARD, lambda p: p.write_text(card(record, described, draws, path.stat().st_size, folder)))
     return draws
@@ -79,9 +87,13 @@ def card(record: dict, described: dict, draws: Draws, size_bytes: int, folder: P
     start = f", after starting from a trained `{record['init_from']}`" if record.get("init_from") else ""
     told = {name: config[name] for name in READS[config["paradigm"]]}
     spec, made = described["spec"], DrafterConfig(**config)
-    read = [f"hidden states of layers {spec['hidden_layers']}"] * (made.fuses_hidden or made.kv_control == "from_hidden")
+    read = [f"hidden states of layers {spec['hidden_layers']}"] * (
+        made.fuses_hidden or made.kv_control == "from_hidden"
+    )
     read += [f"keys and values of layers {spec['kv_layers']}"] * made.reads_kv
-    command = training_command(Path("results") / record["profile"] / "runs" / record["variant"] / f"seed{record['seed']}")
+    command = training_command(
+        Path("results") / record["profile"] / "runs" / record["variant"] / f"seed{record['seed']}"
+    )
     facts = [
         ["target", f"{target}, weights of SHA-256 `{record['target_hash'][:16]}…` (SmolLM2's are Q4_1, dequantised)"],
         ["drafter", f"`{config['paradigm']}`, {record['parameters']:,} parameters, {record['draft_vocab_size']:,} draft tokens"],
@@ -140,7 +152,10 @@ def main(words: Iterable[str] | None = None) -> int:
             draws = publish(folder, to, target, evaluation, given.step)
             lost = draws.difference((AFTER, "measured_mat"), (BEFORE, "measured_mat"))
             size = (to / WEIGHTS).stat().st_size / 1e6
-            print(f"{to}: {size:.2f} MB; measured MAT {draws.mean(AFTER, 'measured_mat')}, by rounding {signed(lost)}", flush=True)
+            print(
+                f"{to}: {size:.2f} MB; measured MAT {draws.mean(AFTER, 'measured_mat')}, by rounding {signed(lost)}",
+                flush=True,
+            )
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

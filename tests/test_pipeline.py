@@ -265,7 +265,9 @@ def test_published_drafters_are_judged_beside_the_trained_ones(tmp_path, monkeyp
     capfd.readouterr()
     run(folder, "small", "--dry-run")
     output = "".join(capfd.readouterr())
-    assert re.search(r"^judge_kv_2_checkpoint +1$", output, re.MULTILINE) and re.search(r"^train +3$", output, re.MULTILINE), output
+    assert re.search(r"^judge_kv_2_checkpoint +1$", output, re.MULTILINE) and re.search(
+        r"^train +3$", output, re.MULTILINE
+    ), output
 
 
 def test_a_dry_run_lists_the_trainings(tmp_path):
