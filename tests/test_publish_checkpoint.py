@@ -7,13 +7,16 @@ import pandas as pd
 import pytest
 import synthetic
 import torch
+from notebook_checks import ROOT
 
 from kvshot_lib import checkpoint_run, publish_checkpoint, tables
-from kvshot_lib.checkpoints import load_drafter, save_drafter
+from kvshot_lib.bootstrap import Interval
+from kvshot_lib.checkpoints import load_drafter, read_description, save_drafter
 from kvshot_lib.errors import StudyError
 from kvshot_lib.feature_store import StoredFeatures, write_store
 from kvshot_lib.files import write_csv, write_json
 from kvshot_lib.provenance import provenance
+from kvshot_lib.rounded_weights import load_rounded
 
 VARIANT = "kv_2"
 
@@ -98,6 +101,23 @@ def test_it_becomes_a_run_of_another_study(study, monkeypatch):
         draws.mean("as published", "measured_mat").value, rel=1e-5
     )
     assert load_drafter(run, examples.target()).config == load_drafter(to, examples.target()).config
+
+
+def test_committed_checkpoints_are_what_their_cards_say():
+    """Whole by their hashes, for the default target, small together, and drafted from the same tokens."""
+    folders = sorted(path.parent for path in (ROOT / "data/checkpoints").glob("*/drafter.json"))
+    assert folders and sum(path.stat().st_size for folder in folders for path in folder.iterdir()) < 14e6
+    for folder in folders:
+        described, card = read_description(folder), (folder / "README.md").read_text()
+        assert described["variant"] == folder.name and described["spec"]["target"] == "smollm2-135m-instruct"
+        assert described["weights_sha256"] in card and f"{described['run']['trained_tokens']:,} tokens" in card
+        measured = tables_of(folder).loc["measured_mat", ["value", "low", "high"]]
+        assert str(Interval(*measured)) in card
+        assert len(load_rounded(folder / "drafter.safetensors")["draft_ids"]) == described["run"]["draft_vocab_size"]
+
+
+def tables_of(folder) -> pd.DataFrame:
+    return pd.read_csv(folder / "acceptance.csv").set_index("metric")
 
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path, study):
