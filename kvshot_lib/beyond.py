@@ -10,7 +10,15 @@ from .goals import STEPS
 from .tables import in_order
 from .variants import VARIANTS
 
-SHOWN = ("hidden", "kv_2", "kv_2_all_anchors", "block_kv_2", "block_kv_2_equal_compute", "block_hidden_2", "block_both_2")
+SHOWN = (
+    "hidden",
+    "kv_2",
+    "kv_2_all_anchors",
+    "block_kv_2",
+    "block_kv_2_equal_compute",
+    "block_hidden_2",
+    "block_both_2",
+)
 
 # Comparisons, each (a, b): a differs from b in the one point that its group is about.
 DENSE = (("hidden_all_anchors", "hidden"), ("kv_2_all_anchors", "kv_2"), ("kv_4_all_anchors", "kv_4"), ("block_kv_2_all_anchors", "block_kv_2"))  # fmt: skip
@@ -35,7 +43,9 @@ def named(groups: Mapping[str, Iterable[tuple[str, str]]]) -> list[str]:
     return in_order(name for pairs in groups.values() for pair in pairs for name in pair)
 
 
-def pair_table(draws: Draws, groups: Mapping[str, Iterable[tuple[str, str]]], metric: str = "measured_mat") -> pd.DataFrame:
+def pair_table(
+    draws: Draws, groups: Mapping[str, Iterable[tuple[str, str]]], metric: str = "measured_mat"
+) -> pd.DataFrame:
     """Each comparison's difference of ``metric`` with its interval over documents and seeds, and the fewest seeds of the two.
 
     Comparisons that lack a run are rows without numbers.
@@ -49,7 +59,11 @@ def pair_table(draws: Draws, groups: Mapping[str, Iterable[tuple[str, str]]], me
                 row |= {**vars(found), "seeds": min(draws.seeds(a), draws.seeds(b))}
             rows.append(row)
     columns = ["group", "variant", "reference", "metric", "value", "low", "high", "seeds"]
-    return pd.DataFrame(rows).reindex(columns=columns).astype({"value": float, "low": float, "high": float, "seeds": "Int64"})
+    return (
+        pd.DataFrame(rows)
+        .reindex(columns=columns)
+        .astype({"value": float, "low": float, "high": float, "seeds": "Int64"})
+    )
 
 
 def budget_table(history: pd.DataFrame, compute: pd.DataFrame) -> pd.DataFrame:
@@ -81,9 +95,12 @@ def cost_table(runs: pd.DataFrame, compute: pd.DataFrame, draws: Draws) -> pd.Da
     mat = summary_table(draws)
     mat = mat[mat["metric"] == "measured_mat"].drop(columns=["metric", "draft_step"])
     ratio = compute.assign(
-        bytes_ratio=compute["chain_bytes"] / compute["target_bytes"], flops_ratio=compute["chain_flops"] / compute["target_flops"]
+        bytes_ratio=compute["chain_bytes"] / compute["target_bytes"],
+        flops_ratio=compute["chain_flops"] / compute["target_flops"],
     )
-    means = ratio.groupby("variant")[["bytes_ratio", "flops_ratio", "training_flops", "start_flops"]].mean().reset_index()
+    means = (
+        ratio.groupby("variant")[["bytes_ratio", "flops_ratio", "training_flops", "start_flops"]].mean().reset_index()
+    )
     layers = runs.groupby("variant")[["paradigm", "num_layers"]].first().reset_index()
     table = mat.merge(means, on="variant", how="left").merge(layers, on="variant", how="left")
     table["predicted_speedup"] = table["value"] / (1 + table["bytes_ratio"])
@@ -98,7 +115,15 @@ def timed_table(decoding: pd.DataFrame) -> pd.DataFrame:
     """
     rows = decoding[(decoding["mode"] == "chain") & (decoding["category"] == "all") & decoding["verify_s"].gt(0)]
     rows = rows.assign(cost_ratio=(rows["draft_s"] + rows["project_s"]) / rows["verify_s"])
-    numbers = ["cost_ratio", "decoded_mat", "decoded_mat_low", "decoded_mat_high", "speedup", "speedup_low", "speedup_high"]
+    numbers = [
+        "cost_ratio",
+        "decoded_mat",
+        "decoded_mat_low",
+        "decoded_mat_high",
+        "speedup",
+        "speedup_low",
+        "speedup_high",
+    ]
     keys = ["device", "dtype", "variant", "plan"]
     table = rows.groupby(keys, sort=False)[numbers].mean().reset_index().sort_values("speedup", kind="stable")
     table = table.drop_duplicates(["device", "dtype", "variant"], keep="last")

@@ -172,7 +172,16 @@ def _run_row(run, known: dict) -> dict:
         for config, more in ((DrafterConfig, {}), (TrainConfig, {"seed": run.seed}))
     )
     dense = drafting.paradigm != "block"
-    key = ("work", run.profile, run.seed, training.ttt_steps, training.anchor_fraction, dense, training.max_steps, training.epochs)
+    key = (
+        "work",
+        run.profile,
+        run.seed,
+        training.ttt_steps,
+        training.anchor_fraction,
+        dense,
+        training.max_steps,
+        training.epochs,
+    )
     work = _once(known, key, lambda: run_work(documents[0], training, dense_first=dense))
     if work.tokens != run.trained_tokens:
         raise StudyError(f"it saw {run.trained_tokens:,} tokens, its profile now gives {work.tokens:,}")

@@ -13,8 +13,15 @@ from matplotlib.transforms import Bbox
 from .figures import STYLE, look
 from .tables import in_order
 
-FAMILY_LOOKS = {"kv": ("#D55E00", "s"), "block_kv": ("#CC79A7", "^"), "block_hidden": ("#5b6fb5", "v"), "block_both": ("#8064a2", "<")}
-AROUND = [(np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 16, endpoint=False)]  # directions that a label may lie in
+FAMILY_LOOKS = {
+    "kv": ("#D55E00", "s"),
+    "block_kv": ("#CC79A7", "^"),
+    "block_hidden": ("#5b6fb5", "v"),
+    "block_both": ("#8064a2", "<"),
+}
+AROUND = [
+    (np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 16, endpoint=False)
+]  # directions that a label may lie in
 DISTANCES = (6, 10, 15, 21, 28, 37, 48, 60, 75, 92, 112, 135, 160)  # from its point, in points of type
 
 
@@ -62,7 +69,9 @@ def draw_pairs(table: pd.DataFrame) -> Figure:
         colour, marker = look(row["variant"])
         axes.hlines(y, row["low"], row["high"], color=colour, lw=2.2)
         axes.plot(row["value"], y, color=colour, marker=marker, ms=6)
-        axes.annotate(f"{row['value']:+.3f} [{row['low']:.3f}, {row['high']:.3f}]".replace("-", "−"), (1.04, y), **beside)
+        axes.annotate(
+            f"{row['value']:+.3f} [{row['low']:.3f}, {row['high']:.3f}]".replace("-", "−"), (1.04, y), **beside
+        )
     axes.axvline(0, color="#222222", lw=1, ls=(0, (4, 3)))
     axes.set(ylim=(len(lines) - 0.4, -0.7), yticks=[], xlabel="difference of measured MAT, same documents")
     axes.spines["left"].set_visible(False)
@@ -109,8 +118,16 @@ def draw_plane(table: pd.DataFrame, cost: str, xlabel: str, ylabel: str) -> Figu
         colour, marker = look(row.variant)
         axes.vlines(getattr(row, cost), row.low, row.high, color=colour, lw=1.6, alpha=0.6)
         axes.plot(getattr(row, cost), row.value, color=colour, marker=marker, ms=6.5, mec="white", mew=0.5, zorder=4)
-    families = {"hidden states": "hidden", "KV cache, TTT": "kv_2", "both, gated": "hybrid", "a block at once": "block_kv_2", "control": "kv_2_zero"}
-    handles = [Line2D([], [], color=look(v)[0], marker=look(v)[1], ls="none", label=name) for name, v in families.items()]
+    families = {
+        "hidden states": "hidden",
+        "KV cache, TTT": "kv_2",
+        "both, gated": "hybrid",
+        "a block at once": "block_kv_2",
+        "control": "kv_2_zero",
+    }
+    handles = [
+        Line2D([], [], color=look(v)[0], marker=look(v)[1], ls="none", label=name) for name, v in families.items()
+    ]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), columnspacing=1.4, handletextpad=0.3)
     _place_labels(figure, axes, table, cost)
     return figure
@@ -128,11 +145,29 @@ def _iso_lines(axes: Axes, right: float, low: float, high: float) -> None:
     levels = [level for level in np.round(np.arange(0.5, 6.01, 0.1), 1) if level * (1 + right) > low and level < high]
     every = 2 if len(levels) > 12 else 1
     for level in [level for level in levels if round(10 * level) % every == 0]:
-        axes.plot([0, right], [level, level * (1 + right)], color="#b8b8b8" if level != 1 else "#555555", lw=0.9 if level != 1 else 1.4, zorder=0)
+        axes.plot(
+            [0, right],
+            [level, level * (1 + right)],
+            color="#b8b8b8" if level != 1 else "#555555",
+            lw=0.9 if level != 1 else 1.4,
+            zorder=0,
+        )
         over_top = level * (1 + right) > high
         place = ((high / level - 1), high) if over_top else (right, level * (1 + right))
-        where = {"ha": "center", "va": "bottom", "xytext": (0, 2)} if over_top else {"ha": "left", "va": "center", "xytext": (3, 0)}
-        axes.annotate(f"{level:g}×", place, textcoords="offset points", fontsize=8.5, color="#777777", annotation_clip=False, **where)
+        where = (
+            {"ha": "center", "va": "bottom", "xytext": (0, 2)}
+            if over_top
+            else {"ha": "left", "va": "center", "xytext": (3, 0)}
+        )
+        axes.annotate(
+            f"{level:g}×",
+            place,
+            textcoords="offset points",
+            fontsize=8.5,
+            color="#777777",
+            annotation_clip=False,
+            **where,
+        )
 
 
 def _place_labels(figure: Figure, axes: Axes, table: pd.DataFrame, cost: str) -> None:

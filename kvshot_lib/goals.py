@@ -22,7 +22,9 @@ from .tables import in_order
 from .variants import VARIANTS
 
 GAIN = 1.1  # ten per cent more
-STEPS = 7  # draft steps of the validation acceptance that are compared; a drafter that was validated on fewer is not chosen
+STEPS = (
+    7  # draft steps of the validation acceptance that are compared; a drafter that was validated on fewer is not chosen
+)
 ALIKE = 0.02  # token counts that differ by less are equal: other seeds draw other documents
 
 
@@ -61,7 +63,9 @@ def validation_mat(history: pd.DataFrame) -> dict[str, float]:
 def contenders(runs: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     """Every drafter that may be chosen: variant, reads, tokens, validation_mat; best first."""
     tokens, chosen_by = total_tokens(runs), validation_mat(history)
-    rows = [[v, reads(v), tokens[v], chosen_by[v]] for v in in_order(tokens) if v in chosen_by and reads(v) != "neither"]
+    rows = [
+        [v, reads(v), tokens[v], chosen_by[v]] for v in in_order(tokens) if v in chosen_by and reads(v) != "neither"
+    ]
     table = pd.DataFrame(rows, columns=["variant", "reads", "tokens", "validation_mat"]).dropna()
     return table.sort_values("validation_mat", ascending=False, kind="stable").reset_index(drop=True)
 
@@ -83,7 +87,10 @@ def _alike(tokens: pd.Series, other: float) -> pd.Series:
 def acceptance_goals(table: pd.DataFrame) -> tuple[Claim, ...]:
     """B1 about the drafters that `contenders` names: measured MAT, ten per cent over plain `hidden` (B1a) and over the best rival (B1b)."""
     best, rival = best_pair(table)
-    best, rival = best or "kv_4", rival or "hidden"  # nothing trained: named, so that the scorecard says what is missing
+    best, rival = (
+        best or "kv_4",
+        rival or "hidden",
+    )  # nothing trained: named, so that the scorecard says what is missing
     tokens = table.set_index("variant")["tokens"]
     plain = [v for v in ("hidden", "hidden_continued") if v in tokens and _alike(tokens[[v]], tokens[best]).all()]
     plain = plain[0] if plain else "hidden"
@@ -119,7 +126,9 @@ def speed_goal(prompts: pd.DataFrame, samples: int = 2000, seed: int = 0) -> tup
             keys.append([variant, run, "speedup", pd.NA, len(judging)])
             values.append(_speed(rows, variant, run, plan, judging, weights))
     table = pd.DataFrame(keys, columns=["variant", "seed", "metric", "draft_step", "prompts"])
-    draws = Draws(table.astype({"draft_step": "Int64"}), np.stack(values) if values else np.zeros((0, 1 + samples)), seed)
+    draws = Draws(
+        table.astype({"draft_step": "Int64"}), np.stack(values) if values else np.zeros((0, 1 + samples)), seed
+    )
     (_, a, chain_a), (_, b, chain_b) = best["kv"], best["hidden"]
     statement = f"`{a}`, chains of {chain_a}, gives a tenth more tokens/s than `{b}`, chains of {chain_b}"
     return Claim("B2", statement, _tenth_more(a, b, "speedup"), "above"), draws
@@ -134,7 +143,9 @@ def _one_setting(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[(rows["device"] == device) & (rows["dtype"] == dtype)]
 
 
-def _speed(rows: pd.DataFrame, variant: str, seed: int, plan: str, names: Iterable[str], weights: np.ndarray) -> np.ndarray:
+def _speed(
+    rows: pd.DataFrame, variant: str, seed: int, plan: str, names: Iterable[str], weights: np.ndarray
+) -> np.ndarray:
     """Tokens/s of a chain over those of the target alone, same run and turns, on weighted prompts: float [weights]."""
     own = rows[(rows["variant"] == variant) & (rows["seed"] == seed)]
     alone, chain = own[own["mode"] == "alone"], own[(own["mode"] == "chain") & (own["plan"] == plan)]

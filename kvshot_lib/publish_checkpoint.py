@@ -1,6 +1,6 @@
 """Trained drafters made small and described, for data/checkpoints: whoever clones the study can draft at once.
 
-python -m kvshot_lib.publish_checkpoint RESULTS_DIR VARIANT/seedN ... [--step .33] [--to data/checkpoints]
+python -m kvshot_lib.publish_checkpoint RESULTS_DIR VARIANT/seedN ... [--step .5] [--to data/checkpoints]
 
 For each run: its weights, rounded (`rounded_weights`), in `<to>/<variant>/drafter.safetensors`; ``drafter.json`` with config, target, hash and
 what the run recorded of its training; ``history.csv``; and ``README.md``, the card. The drafter is judged before and after rounding on the run's own
@@ -17,7 +17,8 @@ import pandas as pd
 from . import tables
 from .bootstrap import Draws, draw
 from .checkpoints import DESCRIPTION, WEIGHTS, load_drafter, training_command
-from .drafters import Drafter
+from .drafter_config import READS
+from .drafters import Drafter, DrafterConfig
 from .errors import StudyError
 from .evaluate import match_documents
 from .feature_store import StoredFeatures
@@ -30,7 +31,13 @@ from .target import Target, load_target
 DRAFT_LENGTH = 7
 CARD = "README.md"
 BEFORE, AFTER = "as trained", "as published"
-METRICS = (("step_acceptance", 0), ("step_acceptance", DRAFT_LENGTH - 1), ("retention", None), ("expected_mat", None), ("measured_mat", None))
+METRICS = (
+    ("step_acceptance", 0),
+    ("step_acceptance", DRAFT_LENGTH - 1),
+    ("retention", None),
+    ("expected_mat", None),
+    ("measured_mat", None),
+)
 
 
 def publish(folder: Path, to: Path, target: Target, evaluation: StoredFeatures, step: float = STEP) -> Draws:
@@ -51,7 +58,9 @@ def publish(folder: Path, to: Path, target: Target, evaluation: StoredFeatures, 
     states = {BEFORE: drafter, AFTER: load_drafter(to, target)}
     draws = judged(states, evaluation)
     rows = [[name, step_, *vars(draws.mean(AFTER, name, step_)).values()] for name, step_ in METRICS]
-    measured = pd.DataFrame(rows, columns=["metric", "draft_step", "value", "low", "high"]).astype({"draft_step": "Int64"})
+    measured = pd.DataFrame(rows, columns=["metric", "draft_step", "value", "low", "high"]).astype(
+        {"draft_step": "Int64"}
+    )
     write_csv(to / "acceptance.csv", tables.rounded(measured))
     write_atomically(to / CARD, lambda p: p.write_text(card(record, described, draws, path.stat().st_size, folder)))
     return draws
@@ -76,12 +85,19 @@ def card(record: dict, described: dict, draws: Draws, size_bytes: int, folder: P
         lost = draws.difference((AFTER, name, step), (BEFORE, name, step))
         rows.append([label, draws.mean(BEFORE, name, step), draws.mean(AFTER, name, step), signed(lost)])
     start = f", after starting from a trained `{record['init_from']}`" if record.get("init_from") else ""
-    told = {name: value for name, value in config.items() if name != "paradigm"}
-    command = training_command(Path("results") / record["profile"] / "runs" / record["variant"] / f"seed{record['seed']}")
+    told = {name: config[name] for name in READS[config["paradigm"]]}
+    spec, made = described["spec"], DrafterConfig(**config)
+    read = [f"hidden states of layers {spec['hidden_layers']}"] * (
+        made.fuses_hidden or made.kv_control == "from_hidden"
+    )
+    read += [f"keys and values of layers {spec['kv_layers']}"] * made.reads_kv
+    command = training_command(
+        Path("results") / record["profile"] / "runs" / record["variant"] / f"seed{record['seed']}"
+    )
     facts = [
         ["target", f"{target}, weights of SHA-256 `{record['target_hash'][:16]}…` (SmolLM2's are Q4_1, dequantised)"],
         ["drafter", f"`{config['paradigm']}`, {record['parameters']:,} parameters, {record['draft_vocab_size']:,} draft tokens"],
-        ["reads", f"layers {described['spec']['hidden_layers']} (hidden states), {described['spec']['kv_layers']} (keys and values), as far as it reads them"],
+        ["reads", " and ".join(read) or "no target state"],
         ["trained on", f"{record['trained_tokens']:,} tokens of the corpus `selfgen` (documents `{record['corpus']}`){start}"],
         ["training", f"{record['train_s'] / 60:.0f} minutes on {record['device']}, {record['dtype']}, {record['date']}, seed {record['seed']}"],
         ["made by", f"git revision `{record['git_revision']}`, torch {record['torch']}, transformers {record['transformers']}"],
@@ -136,7 +152,10 @@ def main(words: Iterable[str] | None = None) -> int:
             draws = publish(folder, to, target, evaluation, given.step)
             lost = draws.difference((AFTER, "measured_mat"), (BEFORE, "measured_mat"))
             size = (to / WEIGHTS).stat().st_size / 1e6
-            print(f"{to}: {size:.2f} MB; measured MAT {draws.mean(AFTER, 'measured_mat')}, by rounding {signed(lost)}", flush=True)
+            print(
+                f"{to}: {size:.2f} MB; measured MAT {draws.mean(AFTER, 'measured_mat')}, by rounding {signed(lost)}",
+                flush=True,
+            )
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -72,10 +72,21 @@ def budgets(runs: pd.DataFrame, compute: pd.DataFrame, draws: Draws, variants: I
         total = (mean["training_flops"] + mean["start_flops"]) / 1e15
         rows.append(
             [f"`{variant}`", *(f"{mean[name] / 1e6:.1f} M" for name in ("tokens", "anchors", "pairs"))]
-            + [f"{mean['training_flops'] / 1e15:.2f}", f"{total:.2f} (from `{start}`)" if isinstance(start, str) and start else "–"]
+            + [
+                f"{mean['training_flops'] / 1e15:.2f}",
+                f"{total:.2f} (from `{start}`)" if isinstance(start, str) and start else "–",
+            ]
             + [draws.mean(variant, "measured_mat")]
         )
-    header = ["variant", "tokens", "anchors, step 0", "pairs (t, k)", "training, 10¹⁵ FLOPs", "with its start", "measured MAT"]
+    header = [
+        "variant",
+        "tokens",
+        "anchors, step 0",
+        "pairs (t, k)",
+        "training, 10¹⁵ FLOPs",
+        "with its start",
+        "measured MAT",
+    ]
     return markdown_table(rows, header)
 
 
@@ -121,19 +132,36 @@ def levers(table: pd.DataFrame) -> str:
         ran = own.dropna(subset=["value"])
         words: dict[str, list[str]] = {"more": [], "less": [], "not distinguishable": []}
         for row in ran.itertuples():
-            words[_word(Interval(row.value, row.low, row.high))].append(f"`{row.variant}` over `{row.reference}` ({row.value:+.3f})")
-        told = "; ".join(f"{word}: {', '.join(found)}" for word, found in words.items() if found) or "none of them is run"
+            words[_word(Interval(row.value, row.low, row.high))].append(
+                f"`{row.variant}` over `{row.reference}` ({row.value:+.3f})"
+            )
+        told = (
+            "; ".join(f"{word}: {', '.join(found)}" for word, found in words.items() if found) or "none of them is run"
+        )
         lines.append(f"- {group}: {told}. Not run: {len(own) - len(ran)} of {len(own)}.")
-    return "\n".join(lines) + ("\n\nOne seed a drafter: intervals cover documents only." if (table["seeds"].dropna() == 1).any() else "")
+    return "\n".join(lines) + (
+        "\n\nOne seed a drafter: intervals cover documents only." if (table["seeds"].dropna() == 1).any() else ""
+    )
 
 
 def cost(table: pd.DataFrame) -> str:
     """A row a variant by predicted speedup: what a chain costs and what that makes of its measured MAT."""
     rows = [
-        [f"`{r.variant}`", r.num_layers, f"{r.bytes_ratio:.3f}", f"{r.flops_ratio:.3f}", _mat(table.loc[r.Index]), f"{r.predicted_speedup:.2f}×"]
-        for r in table.dropna(subset=["bytes_ratio"]).sort_values("predicted_speedup", ascending=False, kind="stable").itertuples()
+        [
+            f"`{r.variant}`",
+            r.num_layers,
+            f"{r.bytes_ratio:.3f}",
+            f"{r.flops_ratio:.3f}",
+            _mat(table.loc[r.Index]),
+            f"{r.predicted_speedup:.2f}×",
+        ]
+        for r in table.dropna(subset=["bytes_ratio"])
+        .sort_values("predicted_speedup", ascending=False, kind="stable")
+        .itertuples()
     ]
-    return markdown_table(rows, ["variant", "layers", "chain, bytes", "chain, FLOPs", "measured MAT", "cost model, by bytes"])
+    return markdown_table(
+        rows, ["variant", "layers", "chain, bytes", "chain, FLOPs", "measured MAT", "cost model, by bytes"]
+    )
 
 
 def timed(table: pd.DataFrame) -> str:
@@ -145,7 +173,15 @@ def timed(table: pd.DataFrame) -> str:
         + [Interval(r.speedup, r.speedup_low, r.speedup_high), f"{r.predicted_speedup:.2f}"]
         for r in table.itertuples()
     ]
-    header = ["variant", "chain", "device", "decoded MAT", "draft time / verify time", "speedup, measured", "cost model"]
+    header = [
+        "variant",
+        "chain",
+        "device",
+        "decoded MAT",
+        "draft time / verify time",
+        "speedup, measured",
+        "cost model",
+    ]
     return markdown_table(rows, header)
 
 
@@ -171,6 +207,8 @@ def choice(runs: pd.DataFrame, history: pd.DataFrame, most: int = 3) -> str:
     table, lines = contenders(runs, history), []
     for side, told in (("kv", "reuse the KV cache"), ("hidden", "read hidden states alone")):
         own = table[table["reads"] == side].head(most)
-        best = ", ".join(f"`{r.variant}` {r.validation_mat:.3f} ({r.tokens / 1e6:.1f} M tokens)" for r in own.itertuples())
+        best = ", ".join(
+            f"`{r.variant}` {r.validation_mat:.3f} ({r.tokens / 1e6:.1f} M tokens)" for r in own.itertuples()
+        )
         lines.append(f"- Of the drafters that {told}, best on validation documents: {best or 'none'}.")
     return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""Weights in less than four bits: what makes a trained drafter small enough to be tracked.
+"""Weights in about three bits: what makes a trained drafter small enough to be tracked.
 
 A matrix is rounded row by row to multiples of ``step`` standard deviations of the row, kept as int8 counts and one float16 scale a row. Small
 counts are frequent and large ones rare, and a Huffman code (zlib's, without its search for repetitions, of which there are none) gives them
-short and long words: for bell-shaped rows about log2(4.13 / step) bits a weight, 3.6 at .33 (entropy of a Gaussian less the log of the
-step). Rounding errs by step / √12 of a standard deviation, root mean square: a tenth at .33. Vectors (norms, biases) and token ids stay as
+short and long words: for bell-shaped rows about log2(4.13 / step) bits a weight, 3.1 at .5 (entropy of a Gaussian less the log of the
+step). Rounding errs by step / √12 of a standard deviation, root mean square: a seventh at .5. Vectors (norms, biases) and token ids stay as
 they are.
 """
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from .errors import StudyError
 from .files import write_atomically
 
-STEP = 0.33
+STEP = 0.5
 COUNTS, SCALES = ".counts", ".scales"
 
 

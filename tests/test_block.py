@@ -70,6 +70,23 @@ def test_reused_heads_side_by_side_equal_one_block_at_a_time():
         assert torch.allclose(parallel[document, row], naive, atol=1e-4)
 
 
+def test_five_layers_and_sixteen_slots_equal_one_block_at_a_time():
+    """DFlash's size, over both kinds of target state: every slot of two blocks of an answer that holds them whole."""
+    target = examples.target()
+    source = examples.live_of(examples.document("00" + "1" * 20))
+    config = DrafterConfig("block", 5, block_context="both", block_size=16)
+    drafter = examples.roughened(build_drafter(config, target, source.spec, DRAFT_IDS, seed=1))
+    features = source.batch([0])
+    index = torch.tensor([[1, 4]])
+    anchors = ttt.Anchors(index, torch.ones(1, 2, 15, dtype=torch.bool), torch.ones(1, 2))
+    parallel = logits_of(drafter, features, anchors)
+    assert parallel.shape[:3] == (1, 2, 15)
+    with torch.no_grad():
+        for row, anchor in enumerate((1, 4)):
+            naive = torch.stack(naive_block(drafter, features, 0, anchor))
+            assert torch.allclose(parallel[0, row], naive, atol=1e-4 * float(naive.abs().max()))
+
+
 # Leaks, all of them to the last bit
 
 

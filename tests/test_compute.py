@@ -43,13 +43,17 @@ def test_the_work_of_one_document_by_hand():
     answer = mask("000111111")
     assert document_work(answer, 3, 1.0).tolist() == [[5, 5, 5], [25, 25, 25], [5, 4, 3]]
     assert document_work(answer, 3, 0.2) == pytest.approx(np.array([[5, 1, 1], [25, 5, 5], [5, 0.8, 0.6]]))
-    assert document_work(answer, 3, 0.2, dense_first=False) == pytest.approx(np.array([[1] * 3, [5] * 3, [1, 0.8, 0.6]]))
+    assert document_work(answer, 3, 0.2, dense_first=False) == pytest.approx(
+        np.array([[1] * 3, [5] * 3, [1, 0.8, 0.6]])
+    )
     assert document_work(mask("0000"), 3, 0.2).tolist() == [[0] * 3] * 3
 
 
 def test_the_work_of_a_run_counts_every_pass():
     documents = [examples.document("000111111"), examples.document("0011111111")]
-    once, three = (run_work(documents, TrainConfig(epochs=n, batch_documents=1, ttt_steps=3, anchor_fraction=1.0)) for n in (1, 3))
+    once, three = (
+        run_work(documents, TrainConfig(epochs=n, batch_documents=1, ttt_steps=3, anchor_fraction=1.0)) for n in (1, 3)
+    )
     assert (once.tokens, once.columns, once.steps) == (19, 17, 2) and once.rows.tolist() == [12, 12, 12]
     assert (three.tokens, three.columns) == (57, 51) and three.scored.tolist() == [36, 30, 24]
 
@@ -75,7 +79,9 @@ def test_flops_are_those_that_pytorch_counts(name, monkeypatch):
     wanted = built.to_draft[features.target_argmax]
     with FlopCounterMode(display=False) as counter:
         ttt_loss(built, features, ttt_steps=steps).loss.backward()
-    each = np.stack([document_work(d.answer_mask, steps, 1.0, dense_first=built.config.paradigm != "block") for d in documents])
+    each = np.stack(
+        [document_work(d.answer_mask, steps, 1.0, dense_first=built.config.paradigm != "block") for d in documents]
+    )
     rows, _, _ = each.sum(0)
     most = max(each[:, 0, 0])
     rows = np.full(steps, 2 * most)  # padded to the longer document's anchors

@@ -10,7 +10,9 @@ from kvshot_lib import bootstrap, claims, goals, paper, tables
 
 def runs(**tokens) -> pd.DataFrame:
     starts = {"hybrid_warm": "hidden", "hidden_continued": "hidden"}
-    return pd.DataFrame({"variant": v, "seed": 0, "trained_tokens": n, "init_from": starts.get(v, "")} for v, n in tokens.items())
+    return pd.DataFrame(
+        {"variant": v, "seed": 0, "trained_tokens": n, "init_from": starts.get(v, "")} for v, n in tokens.items()
+    )
 
 
 def history(steps: int = 7, **acceptance) -> pd.DataFrame:
@@ -23,8 +25,13 @@ def history(steps: int = 7, **acceptance) -> pd.DataFrame:
 
 
 def test_what_counts_as_reuse():
-    sides = {name: goals.reads(name) for name in ("kv_4", "hybrid_warm_gate_floor", "block_both_2", "hidden_normed", "block_hidden_4")}
-    assert sides == dict.fromkeys(("kv_4", "hybrid_warm_gate_floor", "block_both_2"), "kv") | dict.fromkeys(("hidden_normed", "block_hidden_4"), "hidden")
+    sides = {
+        name: goals.reads(name)
+        for name in ("kv_4", "hybrid_warm_gate_floor", "block_both_2", "hidden_normed", "block_hidden_4")
+    }
+    assert sides == dict.fromkeys(("kv_4", "hybrid_warm_gate_floor", "block_both_2"), "kv") | dict.fromkeys(
+        ("hidden_normed", "block_hidden_4"), "hidden"
+    )
     assert goals.reads("kv_2_from_hidden") == "hidden"
     assert {goals.reads(v) for v in ("kv_2_zero", "kv_2_shuffled", "kv_2_lagged", "kv_1_none", "mine")} == {"neither"}
 
@@ -32,7 +39,9 @@ def test_what_counts_as_reuse():
 def test_the_best_of_each_side_by_validation_at_the_end():
     """1 + .5 + .25 + … + .5⁷ = 1.9921875; the controls' and the shorter validation's high numbers don't count."""
     known = {"hidden": 0.4, "hidden_normed": 0.45, "kv_2": 0.5, "kv_2_zero": 0.8}
-    table = goals.contenders(runs(**dict.fromkeys([*known, "kv_2_no_ttt"], 100)), pd.concat([history(**known), history(1, kv_2_no_ttt=0.9)]))
+    table = goals.contenders(
+        runs(**dict.fromkeys([*known, "kv_2_no_ttt"], 100)), pd.concat([history(**known), history(1, kv_2_no_ttt=0.9)])
+    )
     assert table["variant"].tolist() == ["kv_2", "hidden_normed", "hidden"]
     assert table["validation_mat"].iloc[0] == pytest.approx(1.9921875)
     assert goals.best_pair(table) == ("kv_2", "hidden_normed")
@@ -44,7 +53,12 @@ def test_the_best_of_each_side_by_validation_at_the_end():
 def test_a_warm_start_is_compared_with_one_that_had_as_many_tokens():
     known = {"hidden": 0.6, "hidden_continued": 0.4, "hybrid_warm": 0.7, "kv_1": 0.5}
     table = goals.contenders(runs(**dict.fromkeys(known, 100)), history(**known))
-    assert table.set_index("variant")["tokens"].to_dict() == {"hybrid_warm": 200, "hidden_continued": 200, "hidden": 100, "kv_1": 100}
+    assert table.set_index("variant")["tokens"].to_dict() == {
+        "hybrid_warm": 200,
+        "hidden_continued": 200,
+        "hidden": 100,
+        "kv_1": 100,
+    }
     assert goals.best_pair(table) == ("hybrid_warm", "hidden_continued")
     assert {claim.terms[1][1] for claim in goals.acceptance_goals(table)} == {"hidden_continued"}
 
@@ -64,8 +78,18 @@ def prompts(speeds: dict[tuple[str, str], list[float]]) -> pd.DataFrame:
         for number, speed in enumerate(each):
             for mode, name, seconds in (("alone", "-", 10.0), ("chain", plan, 10 / speed)):
                 row = dict.fromkeys(tables.SCHEMAS["decode_prompts"], 0.0)
-                row |= {"variant": variant, "seed": 0, "mode": mode, "plan": name, "prompt": f"p{number}", "turn": 0, "seconds": seconds}
-                rows.append(row | {"new_tokens": 10, "forwards": 5, "dtype": "float32", "device": "cpu", "category": "any"})
+                row |= {
+                    "variant": variant,
+                    "seed": 0,
+                    "mode": mode,
+                    "plan": name,
+                    "prompt": f"p{number}",
+                    "turn": 0,
+                    "seconds": seconds,
+                }
+                rows.append(
+                    row | {"new_tokens": 10, "forwards": 5, "dtype": "float32", "device": "cpu", "category": "any"}
+                )
     return pd.DataFrame(rows).drop_duplicates(["variant", "mode", "plan", "prompt"])
 
 
@@ -78,7 +102,9 @@ def test_speed_is_chosen_on_every_second_prompt_and_judged_on_the_others():
     claim, draws = goals.speed_goal(timed, 50)
     assert claim.claim == "B2" and claim.terms == ((1, "kv_1", "speedup"), (-1.1, "hidden", "speedup"))
     assert "chains of 7" in claim.statement and "chains of 4" in claim.statement
-    assert draws.mean("kv_1", "speedup").value == pytest.approx(1.0) and draws.mean("hidden", "speedup").value == pytest.approx(1.25)
+    assert draws.mean("kv_1", "speedup").value == pytest.approx(1.0) and draws.mean(
+        "hidden", "speedup"
+    ).value == pytest.approx(1.25)
     card = claims.scorecard(draws, paper.read_paper(), (claim,))
     assert card["verdict"].tolist() == ["not reached"] and card["value"].iloc[0] == pytest.approx(1 - 1.1 * 1.25)
 
@@ -94,4 +120,6 @@ def test_a_tenth_more_speed_reaches_the_goal_and_nothing_timed_is_not_run():
 
 def test_one_refuted_part_refutes_a_goal():
     assert claims.combine(["reached", "not reached"]) == "not reached"
-    assert claims.combine(["reached", "reached"]) == "reached" and claims.combine(["reached", "not run"]) == "inconclusive"
+    assert (
+        claims.combine(["reached", "reached"]) == "reached" and claims.combine(["reached", "not run"]) == "inconclusive"
+    )

@@ -263,6 +263,25 @@ def test_figures_are_redrawn_from_every_recorded_profile(tmp_path, monkeypatch, 
     assert "there are no tables in data/recorded/smal; recorded: other, small" in capsys.readouterr().err
 
 
+def test_published_drafters_are_judged_beside_the_trained_ones(tmp_path, monkeypatch, capfd):
+    """One job each, no training; other weights are judged anew, and a name that is not there is refused with those that are."""
+    folder = small_study(tmp_path)
+    monkeypatch.chdir(folder)
+    edit(folder / "notebooks/profiles/small.yaml", "drafters:", "checkpoints: [kv_2]\ndrafters:")
+    with pytest.raises(StudyError, match="checkpoints: data/checkpoints has no 'kv_2'; valid names: none"):
+        check_profile(load_profile("small"))
+    described = folder / "data/checkpoints/kv_2/drafter.json"
+    described.parent.mkdir(parents=True)
+    described.write_text('{"seed": 4, "weights_sha256": "a"}')
+    check_profile(load_profile("small"))
+    capfd.readouterr()
+    run(folder, "small", "--dry-run")
+    output = "".join(capfd.readouterr())
+    assert re.search(r"^judge_kv_2_checkpoint +1$", output, re.MULTILINE) and re.search(
+        r"^train +3$", output, re.MULTILINE
+    ), output
+
+
 def test_a_dry_run_lists_the_trainings(tmp_path):
     profile = pipeline.Profile("mine", drafters={"hidden": {}, "kv_1": {}}, seeds=[0, 1, 2])
     (tmp_path / "runs/kv_1/seed1").mkdir(parents=True)

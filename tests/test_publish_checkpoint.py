@@ -7,13 +7,16 @@ import pandas as pd
 import pytest
 import synthetic
 import torch
+from notebook_checks import ROOT
 
 from kvshot_lib import checkpoint_run, publish_checkpoint, tables
-from kvshot_lib.checkpoints import load_drafter, save_drafter
+from kvshot_lib.bootstrap import Interval
+from kvshot_lib.checkpoints import load_drafter, read_description, save_drafter
 from kvshot_lib.errors import StudyError
 from kvshot_lib.feature_store import StoredFeatures, write_store
 from kvshot_lib.files import write_csv, write_json
 from kvshot_lib.provenance import provenance
+from kvshot_lib.rounded_weights import load_rounded
 
 VARIANT = "kv_2"
 
@@ -29,7 +32,13 @@ def study(tmp_path_factory):
     drafter = examples.drafter(VARIANT)
     save_drafter(drafter, run)
     facts = {name: "x" if kind == "str" else 1 for name, kind in tables.SCHEMAS["runs"].items()} | provenance()
-    facts |= {"variant": VARIANT, "seed": 3, "paradigm": "kv", "num_layers": 2, "parameters": sum(p.numel() for p in drafter.parameters())}
+    facts |= {
+        "variant": VARIANT,
+        "seed": 3,
+        "paradigm": "kv",
+        "num_layers": 2,
+        "parameters": sum(p.numel() for p in drafter.parameters()),
+    }
     facts |= {"target": target.name, "target_hash": target.hash, "profile": "mine", "train_s": 60.0, "init_from": ""}
     write_json(run / "run.json", facts)
     history = synthetic.matrix((VARIANT,), 1, 5)["history"].assign(seed=3)
@@ -45,7 +54,7 @@ def test_the_published_drafter_is_the_trained_one_but_for_rounding(study):
     found = load_drafter(to, examples.target())
     assert found.config == drafter.config and torch.equal(found.draft_ids, drafter.draft_ids)
     for (name, mine), theirs in zip(drafter.state_dict().items(), found.state_dict().values(), strict=True):
-        bound = 0.17 * mine.std(-1, correction=0).max() if mine.dim() == 2 else 0
+        bound = 0.26 * mine.std(-1, correction=0).max() if mine.dim() == 2 else 0
         assert (mine - theirs).abs().max() <= bound, name
     assert draws.variants == ["as trained", "as published"]
 
@@ -54,10 +63,15 @@ def test_the_card_says_what_was_measured(study):
     _, to, _, draws = study
     card, described = (to / "README.md").read_text(), json.loads((to / "drafter.json").read_text())
     lost = draws.difference(("as published", "measured_mat"), ("as trained", "measured_mat"))
-    assert f"| measured MAT | {draws.mean('as trained', 'measured_mat')} | {draws.mean('as published', 'measured_mat')}" in card
+    assert (
+        f"| measured MAT | {draws.mean('as trained', 'measured_mat')} | {draws.mean('as published', 'measured_mat')}"
+        in card
+    )
     assert str(lost) in card and described["weights_sha256"] in card and described["run"]["variant"] == VARIANT
     kept = pd.read_csv(to / "acceptance.csv").set_index("metric")
-    assert kept.loc["measured_mat", "value"] == pytest.approx(draws.mean("as published", "measured_mat").value, rel=1e-5)
+    assert kept.loc["measured_mat", "value"] == pytest.approx(
+        draws.mean("as published", "measured_mat").value, rel=1e-5
+    )
 
 
 def test_altered_weights_and_another_target_are_refused(study, tmp_path):
@@ -83,8 +97,27 @@ def test_it_becomes_a_run_of_another_study(study, monkeypatch):
     collected = tables.collect(folder, [f"{VARIANT}_checkpoint/seed3"], samples=20)
     assert pd.read_csv(collected["runs"])["variant"].tolist() == [f"{VARIANT}_checkpoint"]
     acceptance = pd.read_csv(collected["acceptance"]).set_index("metric")
-    assert acceptance.loc["measured_mat", "value"] == pytest.approx(draws.mean("as published", "measured_mat").value, rel=1e-5)
+    assert acceptance.loc["measured_mat", "value"] == pytest.approx(
+        draws.mean("as published", "measured_mat").value, rel=1e-5
+    )
     assert load_drafter(run, examples.target()).config == load_drafter(to, examples.target()).config
+
+
+def test_committed_checkpoints_are_what_their_cards_say():
+    """Whole by their hashes, for the default target, small together, and drafted from the same tokens."""
+    folders = sorted(path.parent for path in (ROOT / "data/checkpoints").glob("*/drafter.json"))
+    assert folders and sum(path.stat().st_size for folder in folders for path in folder.iterdir()) < 14e6
+    for folder in folders:
+        described, card = read_description(folder), (folder / "README.md").read_text()
+        assert described["variant"] == folder.name and described["spec"]["target"] == "smollm2-135m-instruct"
+        assert described["weights_sha256"] in card and f"{described['run']['trained_tokens']:,} tokens" in card
+        measured = tables_of(folder).loc["measured_mat", ["value", "low", "high"]]
+        assert str(Interval(*measured)) in card
+        assert len(load_rounded(folder / "drafter.safetensors")["draft_ids"]) == described["run"]["draft_vocab_size"]
+
+
+def tables_of(folder) -> pd.DataFrame:
+    return pd.read_csv(folder / "acceptance.csv").set_index("metric")
 
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path, study):
