@@ -1,7 +1,9 @@
 """Extraction and training of a profile over several processes, one GPU each (or CPU cores), under Hugging Face Accelerate.
 
-accelerate launch --num_processes 8 -m kvshot_lib.data_parallel qwen3-8b extract
-accelerate launch --num_processes 8 -m kvshot_lib.data_parallel qwen3-8b train hidden/seed0 kv_1/seed0
+accelerate launch --multi_gpu --num_processes 8 -m kvshot_lib.data_parallel qwen3-8b extract
+accelerate launch --multi_gpu --num_processes 8 -m kvshot_lib.data_parallel qwen3-8b train hidden/seed0 kv_1/seed0
+
+(``--multi_gpu`` without a GPU gives that many CPU processes; ``--cpu`` would give one.)
 
 From a notebook: ``accelerate.notebook_launcher(data_parallel.main, (["qwen3-8b", "extract"],), num_processes=8)``. It writes what
 `make study` would write, in results/PROFILE; a batch is shared out, so that results are those of one process (`parallel`). Done runs are
@@ -71,6 +73,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--results-dir", type=Path, help="default: results/PROFILE")
     given = parser.parse_intermixed_args(words)
     parallel.begin()
+    if parallel.is_main():
+        print(f"{parallel.count()} process{'es' * (parallel.count() > 1)}", flush=True)
     try:
         profile = load_profile(given.profile)
         check_profile(profile)

@@ -26,7 +26,7 @@ from .benchmark import peak_memory_bytes
 from .capture import uniform_layers
 from .corpus import Document
 from .decoding import decode
-from .drafters import DrafterConfig, build_drafter
+from .drafters import DrafterConfig, build_drafter, in_dtype
 from .errors import StudyError
 from .evaluate import match_documents
 from .feature_store import write_store
@@ -162,7 +162,14 @@ def dry_run(profile: Profile, target: Target, steps: int) -> list[Stage]:
         stage.tokens = sum(few.lengths)
     for variant, parameters in profile.drafters.items():
         values = parameter_defaults(NOTEBOOKS["train"]) | profile.train | parameters
-        train_stages(target, live, variant, values, steps, stages)
+        try:
+            train_stages(target, live, variant, values, steps, stages)
+        except torch.OutOfMemoryError:
+            print(
+                f"{variant}: out of memory with batch_documents={values['batch_documents']}; set fewer in the profile",
+                flush=True,
+            )
+            torch.cuda.empty_cache()
     return stages
 
 
@@ -202,10 +209,9 @@ def train_stages(
         stage.tokens = sum(judged.lengths)
     if drafter_config.kv_control == "shuffled":
         return
-    prompt = live.documents[0].tokens[:PROMPT_TOKENS].tolist()
+    prompt, ready = live.documents[0].tokens[:PROMPT_TOKENS].tolist(), in_dtype(drafter, target.dtype).eval()
     with measured(target, f"decode {variant}", stages) as stage:
-        with torch.autocast(target.device.type, target.dtype, enabled=target.dtype != torch.float32):
-            made = decode(target, drafter, prompt, Tree(), max_new_tokens=steps + 1, eos_token_ids=())
+        made = decode(target, ready, prompt, Tree(), max_new_tokens=steps + 1, eos_token_ids=())
         stage.steps, stage.seconds = made.target_forwards, made.draft_s + made.verify_s + made.other_s
 
 

@@ -5,6 +5,7 @@ over all processes before anything is divided by it, so gradients are summed, no
 the *whole* batch and keeps its rows. Sums are in another order, so results agree up to rounding.
 """
 
+import datetime
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 
 
 def begin() -> None:
-    """Join the processes that `accelerate launch` or `notebook_launcher` has started; alone, nothing."""
+    """Join the processes that `accelerate launch` or `notebook_launcher` has started; alone, nothing.
+
+    The first one judges a trained drafter while the others wait, which may take longer than torch's usual ten minutes.
+    """
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.cuda.is_available())
+    PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(hours=24))
 
 
 def count() -> int:

@@ -77,13 +77,17 @@ def rope_parameters(config) -> dict:
 
     Raises
     ------
-    StudyError : no RoPE, one over part of each head only, or a type that the drafters don't know.
+    StudyError : no RoPE (in some layers), one over part of each head only, or a type that the drafters don't know.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
     if not rope:
         raise StudyError(
             f"a {config.model_type} target has no RoPE in its full-attention layers; choose another target"
+        )
+    if 0 in (getattr(config, "no_rope_layers", None) or ()):
+        raise StudyError(
+            f"a {config.model_type} target leaves RoPE out in some layers, drafters in none; choose another target"
         )
     if (kind := rope.get("rope_type", "default")) not in ROPE_TYPES:
         raise StudyError(

@@ -1,6 +1,9 @@
 """Two processes equal one: training for the same global batch, and one feature store from both; with gloo, on CPUs."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import examples
@@ -150,11 +153,27 @@ def test_alone_nothing_is_exchanged():
     assert features.documents.tolist() == [0, 1]
 
 
-def test_the_command_extracts_and_trains_a_profile(tmp_path, monkeypatch, capsys):
-    """One process here; under `accelerate launch` it is the same command (tried in docs/clusters.md)."""
+@pytest.mark.pipeline
+def test_accelerate_launch_starts_two_processes(tmp_path, monkeypatch, capsys):
+    """Extraction by two, as a reader would start it; then a training by this process alone, from that store."""
     monkeypatch.chdir(ROOT)
     results = tmp_path / "smoke"
-    assert data_parallel.main(["smoke", "extract", "--results-dir", str(results)]) == 0
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    launch += ["-m", "kvshot_lib.data_parallel", "smoke", "extract", "--results-dir", str(results)]
+    ended = subprocess.run(
+        launch, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "2 processes\n" in ended.stdout and "1 process\n" not in ended.stdout
     assert data_parallel.main(["smoke", "train", "hidden/seed0", "--results-dir", str(results)]) == 0
     assert "hidden/seed0: " in capsys.readouterr().out
     assert (results / "tables/acceptance.csv").exists() and (results / "runs/hidden/seed0/run.json").exists()

@@ -268,6 +268,9 @@ def test_other_kinds_of_rope_are_refused():
         StudyError, match="RoPE of type 'proportional' is not known .* longrope, llama3; choose another"
     ):
         rope_parameters(part)
+    part.no_rope_layers = [1, 0, 1]
+    with pytest.raises(StudyError, match="a llama target leaves RoPE out in some layers, drafters in none"):
+        rope_parameters(part)
     part.rope_parameters = None
     with pytest.raises(StudyError, match="a llama target has no RoPE in its full-attention layers"):
         rope_parameters(part)
