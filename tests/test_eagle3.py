@@ -152,19 +152,25 @@ def our_logits(drafter, features, steps):
 @pytest.mark.skipif(
     not SPECULATORS, reason="speculators isn't installed (an extra of its own): pip install '.[interchange]'"
 )
+@pytest.mark.filterwarnings("ignore")  # of packages that only speculators imports
 def test_speculators_compute_the_same_logits(exported, tmp_path):
-    """Through its converter, in its own model, by its own TTT loop: step by step to 1e-4."""
+    """Through its converter, in its own model, by its own TTT loop: step by step to 1e-4; and not if two norms are swapped."""
     drafter, target, folder = exported
-    difference = speculators_difference(drafter, target, folder, tmp_path, steps=4)
-    assert len(difference) == 4 and max(difference) < 1e-4
+    difference = speculators_difference(drafter, target, folder, tmp_path, steps=STEPS)
+    assert len(difference) == STEPS and max(difference) < 1e-4
+    first, second = (f"midlayer.{name}.weight" for name in ("hidden_norm", "input_layernorm"))
+    norms = load_file(folder / WEIGHTS)
+    rewrite(folder, **{first: norms[second], second: norms[first]})
+    assert min(speculators_difference(drafter, target, folder, tmp_path / "swapped", steps=2)) > 1e-2
 
 
 @torch.no_grad()
-def speculators_difference(drafter, target, folder, work, steps) -> list[float]:
+def speculators_difference(drafter, target, folder, work, steps, features=None) -> list[float]:
     """Largest absolute difference of logits at each draft step, over the valid pairs of one document."""
     from speculators.convert.eagle.eagle3_converter import Eagle3Converter
     from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
 
+    (work / "target").mkdir(parents=True)
     target.model.save_pretrained(work / "target")
     layers = list(drafter.spec.hidden_layers)
     Eagle3Converter().convert(
@@ -176,7 +182,7 @@ def speculators_difference(drafter, target, folder, work, steps) -> list[float]:
     missing, unexpected = theirs.load_state_dict(load_file(work / "converted" / WEIGHTS), strict=False)
     assert not unexpected and set(missing) <= {"embed_tokens.weight", "verifier_norm.weight", "verifier_lm_head.weight"}
     theirs.embed_tokens.weight.copy_(drafter.embedding)
-    features = examples.features(target.name, (4,))
+    features = features or examples.features(target.name, (4,))
     ours, said = our_logits(drafter, features, steps), []
     theirs.lm_head.register_forward_hook(lambda _module, _inputs, output: said.append(output[0]))
     tokens = features.tokens
