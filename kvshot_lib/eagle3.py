@@ -15,6 +15,7 @@ What must agree, and where it is easy to be wrong by one:
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from .drafters import Drafter, DrafterConfig
 from .errors import StudyError
 from .evaluate import match_documents
 from .features import LiveFeatures, feature_spec
-from .files import read_json, write_atomically, write_json
+from .files import read_json, write_atomically
 from .metrics import count_run
 from .runs import acceptance_by_step
 from .target import DEFAULT_TARGET, Target, load_target
@@ -95,7 +96,8 @@ def export_eagle3(drafter: Drafter, folder: str | Path, *, dtype: torch.dtype | 
         },
     }
     write_atomically(folder / WEIGHTS, lambda p: save_file(tensors, p, {"format": "pt"}))
-    write_json(folder / CONFIG, config)
+    text = json.dumps(config, indent=2) + "\n"  # no seal of ours: others may edit it
+    write_atomically(folder / CONFIG, lambda p: p.write_text(text))
     return folder
 
 

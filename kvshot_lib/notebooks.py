@@ -203,7 +203,9 @@ def main(words: list[str] | None = None) -> int:
                 given.notebook, given.output, parameters, cwd=given.cwd, owns=given.owns, fingerprint=given.fingerprint
             )
     except (StudyError, OSError, yaml.YAMLError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        full = isinstance(error, OSError) and disk_trouble(error)
+        remedy = "; free some space or choose another folder, then run again" if full else ""
+        print(f"error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
         return 1
     return 0
 
