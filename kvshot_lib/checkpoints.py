@@ -19,7 +19,7 @@ from .target import Target
 from .variants import VARIANTS
 
 WEIGHTS, DESCRIPTION = "drafter.safetensors", "drafter.json"
-HUGGING_FACE = {DESCRIPTION: "config.json", WEIGHTS: "model.safetensors"}  # the same two files, under the names of its layout
+HUGGING_FACE = {DESCRIPTION: "config.json", WEIGHTS: "model.safetensors"}  # the same two files, as it names them
 
 
 def save_drafter(drafter: Drafter, folder: str | Path, **facts) -> None:

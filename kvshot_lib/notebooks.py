@@ -144,7 +144,9 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[int]:
         path.touch()
     except OSError as error:
         why = disk_trouble(error) or str(error)
-        raise StudyError(f"could not write to {path.parent}: {why}; free some space or choose another folder") from error
+        raise StudyError(
+            f"could not write to {path.parent}: {why}; free some space or choose another folder"
+        ) from error
     with open(path, "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
