@@ -1,8 +1,10 @@
 """Trained drafters on disk: weights as safetensors, what they are as JSON beside them."""
 
 import hashlib
+import os
 import re
 import shlex
+import tempfile
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from .target import Target
 from .variants import VARIANTS
 
 WEIGHTS, DESCRIPTION = "drafter.safetensors", "drafter.json"
+HUGGING_FACE = {DESCRIPTION: "config.json", WEIGHTS: "model.safetensors"}  # the same two files, as it names them
 
 
 def save_drafter(drafter: Drafter, folder: str | Path, **facts) -> None:
@@ -53,6 +56,32 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
 def read_description(folder: str | Path) -> dict:
     """What a drafter's ``drafter.json`` says, its weights checked by their hash."""
     return _read(Path(folder))[0]
+
+
+def save_pretrained(drafter: Drafter, folder: str | Path, **facts) -> None:
+    """`save_drafter` in Hugging Face's layout: ``model.safetensors`` and ``config.json``."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        save_drafter(drafter, temporary, model_type="kvshot_drafter", **facts)
+        for ours, theirs in reversed(HUGGING_FACE.items()):
+            os.replace(Path(temporary) / ours, folder / theirs)
+
+
+def from_pretrained(folder: str | Path, target: Target) -> Drafter:
+    """`load_drafter` for a folder that `save_pretrained` wrote."""
+    folder = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        for ours, theirs in HUGGING_FACE.items():
+            if (folder / theirs).exists():
+                (Path(temporary) / ours).symlink_to((folder / theirs).resolve())
+        described = read_json(folder / HUGGING_FACE[DESCRIPTION], "give a folder that save_pretrained wrote")
+        if any("Eagle3" in name for name in described.get("architectures", [])):
+            raise StudyError(f"{folder} holds an EAGLE-3 checkpoint; read it with kvshot_lib.eagle3 import")
+        try:
+            return load_drafter(temporary, target)
+        except StudyError as error:
+            raise StudyError(str(error).replace(temporary, str(folder))) from error
 
 
 def warm_start(drafter: Drafter, folder: str | Path) -> list[str]:

@@ -144,7 +144,9 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[int]:
         path.touch()
     except OSError as error:
         why = disk_trouble(error) or str(error)
-        raise StudyError(f"could not write to {path.parent}: {why}; free some space or choose another folder") from error
+        raise StudyError(
+            f"could not write to {path.parent}: {why}; free some space or choose another folder"
+        ) from error
     with open(path, "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -203,7 +205,9 @@ def main(words: list[str] | None = None) -> int:
                 given.notebook, given.output, parameters, cwd=given.cwd, owns=given.owns, fingerprint=given.fingerprint
             )
     except (StudyError, OSError, yaml.YAMLError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        full = isinstance(error, OSError) and disk_trouble(error)
+        remedy = "; free some space or choose another folder, then run again" if full else ""
+        print(f"error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
         return 1
     return 0
 

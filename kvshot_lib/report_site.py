@@ -81,7 +81,8 @@ def _write_pages(source: Source, out: Path) -> None:
     for path in source.notebooks:
         body = notebook_body(path)
         title = next((strip(text) for level, _, text in HEADING.findall(body) if level == "1"), path.stem)
-        parts[f"{path.stem}.html"] = (title, body)
+        run = path.stem.partition(".")[2]  # one notebook, run for several drafters
+        parts[f"{path.stem}.html"] = (f"{title} ({run})" if run else title, body)
     for name, folder in source.figures.items():
         for picture in sorted(folder.glob("*.png")):
             (out / "figures" / name).mkdir(parents=True, exist_ok=True)

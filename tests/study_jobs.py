@@ -49,7 +49,7 @@ def training(folder: Path):
 
 def train_one(folder: Path) -> None:
     """What notebook 02 does, with a checkpoint after every optimiser step."""
-    if not (folder / "features/train/manifest.json").exists():
+    if not (folder / "features/answer_token_counts.csv").exists():  # the last of what it writes
         extract(folder)
     run = training(folder)
     history = train(run.drafter, run.features["train"], run.features["validation"], CONFIG, run.folder)

@@ -102,11 +102,12 @@ def test_a_notebook_page_folds_code_and_leaves_progress_out(tmp_path):
 def test_links_lead_to_pages_or_to_nothing(tmp_path):
     (tmp_path / "notebooks").mkdir()
     text = "# T\n\nSee [two](02_b.ipynb#x), [data](../data/README.md), [paper](https://arxiv.org), [here](#T)."
-    for name in ("01_a", "02_b"):
+    for name in ("01_a", "02_b", "02_b.kv_1.seed0"):
         nbformat.write(notebook(("markdown", text), ("code", "1")), tmp_path / f"notebooks/{name}.ipynb")
     build(Source(sorted(tmp_path.glob("notebooks/*")), {}, {}), tmp_path / "site")
     page = (tmp_path / "site/01_a.html").read_text()
     assert 'href="02_b.html#x">two</a>' in page and 'href="https://arxiv.org"' in page and 'href="#T"' in page
+    assert "<a href='02_b.kv_1.seed0.html'>T (kv_1.seed0)</a>" in page
     assert "README.md" not in page and ", data, " in page
 
 
