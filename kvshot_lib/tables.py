@@ -92,7 +92,7 @@ SCHEMAS = {
     "scorecard": _columns(
         "claim:str kind:str statement:str statistic:str paper_value:float64 value:float64 low:float64 high:float64 "
         "direction:str threshold:float64 verdict:str measured_value:float64 measured_low:float64 "
-        "measured_high:float64 measured_verdict:str seeds:Int64 missing:str"
+        "measured_high:float64 measured_verdict:str seeds:Int64 missing:str study:str"
     ),
     "attention_shift": _columns(
         "document:int64 draft_step:int64 generated_offset:int64 context_length_tokens:int64 shift:float64 "
