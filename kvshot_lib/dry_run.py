@@ -72,8 +72,8 @@ class Stage:
     def told(self) -> str:
         """Its speed, in tokens or (decoding) in steps."""
         if self.steps:
-            return f"{1000 * self.seconds / self.steps:>10,.1f} ms a step "
-        return f"{self.tokens_per_s:>10,.0f} tokens/s"
+            return f"{1000 * self.seconds / self.steps:>10,.1f} ms a step"
+        return f"{self.tokens_per_s:>10,.0f} tokens/s "
 
     @property
     def tokens_per_s(self) -> float:
