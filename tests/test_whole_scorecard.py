@@ -1,0 +1,73 @@
+"""The whole scorecard: nothing stated is left out, its order, and what another study fills in."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kvshot_lib import claims, paper, tables
+from kvshot_lib.whole_scorecard import READ, fill_in, whole_scorecard
+
+RECORDED = Path(__file__).parents[1] / "data/recorded/full"
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return whole_scorecard(RECORDED, paper.read_paper(), samples=50)
+
+
+def card(**verdicts):
+    """A row for each claim, C9a=("not run", value), say."""
+    rows = [
+        {"claim": name, "kind": "claim", "verdict": told, "value": value} for name, (told, value) in verdicts.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_every_claim_has_one_row_and_they_stand_in_order(whole):
+    table, stated = whole
+    names = table["claim"].tolist()
+    assert len(set(names)) == len(names)
+    assert {f"C{number}" for number in range(1, 19)} <= set(names)
+    assert names[0] == "C1" and names.index("C9") < names.index("C9a") < names.index("C10") < names.index("K1")
+    assert names[-1] == "B2" and names.index("K5") < names.index("H1") < names.index("B1")
+    assert [claim.claim for claim in stated] == [name for name in names if name in {claim.claim for claim in stated}]
+
+
+def test_rows_are_those_of_the_claims_on_their_own(whole):
+    """C1-C13 and the controls, judged here and by `claims.scorecard`."""
+    from kvshot_lib.bootstrap import draw
+
+    read = (tables.read(RECORDED, name) for name in ("counts", "run_lengths"))
+    own = claims.scorecard(draw(*read, samples=50, seed=0), paper.read_paper()).set_index("claim")
+    found = whole[0].set_index("claim").loc[own.index]
+    pd.testing.assert_frame_equal(found[["value", "low", "high", "verdict"]], own[["value", "low", "high", "verdict"]])
+
+
+def test_claims_without_their_tables_are_not_run(tmp_path):
+    for name in READ:
+        if name not in tables.OPTIONAL:
+            tables.write(tmp_path, name, tables.read(RECORDED, name))
+    told = whole_scorecard(tmp_path, paper.read_paper(), samples=20)[0].set_index("claim")["verdict"]
+    assert (told.loc[["C14", "C15", "C16", "C17", "H1", "B2"]] == "not run").all() and told["C1"] == "reproduced"
+
+
+def test_another_study_fills_in_whole_claims_only():
+    own = card(C1=("reproduced", 1.0), C9=("not run", 0), C9a=("not run", 0), C9b=("not run", 0), C10=("not run", 0))
+    own = pd.concat([own, card(C2=("inconclusive", 0), C2a=("reproduced", 3.0), C2b=("not run", 0))])
+    other = card(C1=("not reproduced", 2.0), C9=("reproduced", 5), C9a=("reproduced", 6.0), C9b=("not run", 0))
+    other = pd.concat([other, card(C2=("reproduced", 8), C2a=("reproduced", 8.0), C2b=("reproduced", 8.0))])
+    filled = fill_in(own.reset_index(drop=True), other.reset_index(drop=True), "laptop").set_index("claim")
+    assert filled["study"].to_dict() == {
+        "C1": "", "C2": "", "C2a": "", "C2b": "", "C9": "laptop", "C9a": "laptop", "C9b": "laptop", "C10": "",
+    }  # fmt: skip
+    assert filled.loc["C9a", "value"] == 6.0 and filled.loc["C1", "value"] == 1.0
+    assert filled.index.tolist() == ["C1", "C2", "C2a", "C2b", "C9", "C9a", "C9b", "C10"]
+
+
+def test_the_first_study_that_can_judge_a_claim_does():
+    own, first, second = (
+        card(C1=(told, value)) for told, value in (("not run", 0), ("reproduced", 1.0), ("reproduced", 2.0))
+    )
+    filled = fill_in(fill_in(own, first, "a"), second, "b")
+    assert filled["study"].tolist() == ["a"] and filled["value"].tolist() == [1.0]
