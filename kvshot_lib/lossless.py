@@ -92,7 +92,7 @@ def _work(given: tuple[Item, Path, int]) -> tuple[Item, dict]:
 
 def verify_lossless(
     results_dir: str | Path, runs: Sequence[str] = (), *, prompts: str = "study", count: int = 105, new_tokens: int = 320,
-    device: str = "auto", dtype: str = "float32", workers: int = 1, stop_after_s: float = float("inf"), keep: str | Path = "",
+    device: str = "auto", dtype: str = "float32", workers: int = 1, stop_after_s: float = float("inf"), keep: str | Path = "", out: str | Path = "",
 ) -> tuple[pd.DataFrame, bool]:  # fmt: skip
     """Measure runs (``variant/seed0`` …; all by default) and write the table; what is measured is not measured again.
 
@@ -100,6 +100,7 @@ def verify_lossless(
     ----------
     count, prompts : the first ``count`` of a set of `load_prompts`; their first turn is answered, by at most ``new_tokens`` tokens each.
     workers : processes side by side; above 1 each loads target and drafters itself and computes with one thread.
+    out : where rows and the table go; ``results_dir`` by default.
     keep : folder of tables recorded before; rows of theirs that are not measured here are taken over.
 
     Returns
@@ -110,15 +111,15 @@ def verify_lossless(
     ------
     StudyError : no such run, a target other than the one that a run was trained for, prompts longer than the context.
     """
-    deadline, results_dir = time.monotonic() + stop_after_s, Path(results_dir)
-    folders = find_runs(results_dir, runs)
+    deadline, out = time.monotonic() + stop_after_s, Path(out or results_dir)
+    folders = find_runs(Path(results_dir), runs)
     start = (folders, prompts, count, new_tokens, device, dtype)
     start_process(*start)
     target = _here["target"]
     kind = str(target.dtype).removeprefix("torch.")
     labels = {"dtype": kind, **provenance(target.device)}
     settings = f"{target.hash} {prompts} {new_tokens} {kind} {labels['device']}"
-    folder = results_dir / "lossless" / hashlib.sha256(settings.encode()).hexdigest()[:12]
+    folder = out / "lossless" / hashlib.sha256(settings.encode()).hexdigest()[:12]
     numbers = range(len(_here["prompts"]))
     rows = {name: _read(folder / f"{_file(name, folders)}.csv") for name in (ALONE, *_here["drafters"])}
     done = {(name, row["mode"], row["prompt"]) for name, known in rows.items() for row in known}
@@ -141,7 +142,7 @@ def verify_lossless(
     if keep:
         table = pd.concat([tables.read(keep, "lossless"), table], ignore_index=True)
         table = table.drop_duplicates(tables.KEYS["lossless"], keep="last", ignore_index=True)
-    tables.write(results_dir / "tables", "lossless", tables.rounded(table))
+    tables.write(out / "tables", "lossless", tables.rounded(table))
     return table, not left
 
 
@@ -193,6 +194,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", help="of target and drafters: float32 or bfloat16")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--stop-after-s", type=float, default=float("inf"), help="then leave the rest to the next call")
+    parser.add_argument("--out", default="", metavar="DIR", help="where rows and table go (RESULTS_DIR by default)")
     parser.add_argument("--keep", default="", metavar="TABLES_DIR", help="take over rows recorded there")
     given = vars(parser.parse_intermixed_args(words))
     try:
@@ -204,7 +206,8 @@ def main(words: list[str] | None = None) -> int:
     if not done:
         print("stopped early: the same command goes on from here")
     wrong = table[(table["dtype"] == "float32") & (table["mismatches"] > 0)]
-    print(f"{int(wrong['mismatches'].sum())} mismatches in float32")
+    exact = table.loc[table["dtype"] == "float32", "new_tokens"].sum()
+    print(f"{int(wrong['mismatches'].sum())} mismatches in float32, of {int(exact):,} tokens")
     return int(len(wrong) > 0)
 
 
