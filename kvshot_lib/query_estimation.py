@@ -40,7 +40,7 @@ from .metrics import axis_steps
 from .notebooks import claim
 from .pipeline import fingerprint
 from .provenance import provenance
-from .query_oracle import all_query_maps, key_moments, run_arm
+from .query_oracle import RATE, all_query_maps, key_moments, run_arm
 from .query_probe import plain_queries, probe_data, probe_rows
 from .recoverable import rotary_of
 from .target import Target, load_target
@@ -52,10 +52,13 @@ RETRAINED, MOMENTS = 96, 32  # training documents that arms are re-trained on, a
 
 
 class Study:
-    """Target, features and the target's state of one results folder; ``draft_length`` K is that of its runs."""
+    """Target, features and the target's state of one results folder; ``draft_length`` K is that of its runs.
 
-    def __init__(self, results_dir: Path, draft_length: int, documents: int):
-        self.results_dir, self.draft_length = results_dir, draft_length
+    ``documents``, ``passes``, ``rate``: how the oracle's arms are re-trained.
+    """
+
+    def __init__(self, results_dir: Path, draft_length: int, documents: int, passes: int, rate: float):
+        self.draft_length, self.passes, self.rate = draft_length, passes, rate
         self.sources = {split: StoredFeatures(results_dir / "features" / split) for split in ("train", "evaluation")}
         spec = self.sources["evaluation"].spec
         self.target: Target = load_target(spec.target, dtype="float32")
@@ -114,7 +117,9 @@ def measure_arm(study: Study, drafter, arm: str) -> pd.DataFrame:
     if arm == "oracle":
         moments = key_moments(states["train"], study.retrained[:MOMENTS])
         maps = all_query_maps(drafter, moments)
-    return run_arm(drafter, arm, sources, states, study.retrained, maps, study.draft_length)
+    return run_arm(
+        drafter, arm, sources, states, study.retrained, maps, study.draft_length, passes=study.passes, rate=study.rate
+    )
 
 
 def _documents(study: Study, drafter, told: str):
@@ -135,14 +140,15 @@ PARTS: dict[str, tuple[str, Callable]] = {
 
 
 def measure(
-    results_dir: str | Path, runs: Sequence[str] = (), documents: int = RETRAINED, keep: str | Path = ""
-) -> dict[str, Path]:
+    results_dir: str | Path, runs: Sequence[str] = (), *, documents: int = RETRAINED, passes: int = 1, rate: float = RATE,
+    keep: str | Path = "",
+) -> dict[str, Path]:  # fmt: skip
     """Measure runs (``variant/seed0`` …; by default all finished ones of ``QUERY_VARIANTS``) and write the tables.
 
     Parameters
     ----------
     runs : the references are about the layers that the first of them reuses (the study's runs all reuse the same ones).
-    documents : training documents that each arm of the oracle is re-trained on, once.
+    documents, passes, rate : training documents that each arm of the oracle is re-trained on, how often, and at what learning rate.
     keep : a folder of tables made before, on the same documents: their other runs stay.
 
     Raises
@@ -150,13 +156,14 @@ def measure(
     StudyError : no such run; a drafter whose queries can't be compared, a target whose attention can't, each by name.
     """
     started, results_dir = time.perf_counter(), Path(results_dir)
-    if documents < 1:
-        raise StudyError(f"documents={documents} must be 1 or more")
+    for name, value in (("documents", documents), ("passes", passes), ("rate", rate)):
+        if not (value > 0 if name == "rate" else value >= 1):
+            raise StudyError(f"{name}={value} must be {'above 0' if name == 'rate' else '1 or more'}")
     folders = chosen_runs(results_dir, runs)
     draft_length = int(pd.read_csv(folders[0] / "counts.csv")["draft_step"].max()) + 1
-    study = Study(results_dir, draft_length, documents)
+    study = Study(results_dir, draft_length, documents, passes, rate)
     work = results_dir / "query_estimation"
-    claim(work, fingerprint("query_estimation", {"documents": documents, "draft_length": draft_length}))
+    claim(work, fingerprint("query_estimation", {"retrained": [documents, passes, rate], "draft_length": draft_length}))
     hashes = {split: source.documents_hash[:8] for split, source in study.sources.items()}
     found = {name: [] for name, _ in PARTS.values()}
     layers = json.loads((folders[0] / "drafter.json").read_text())["spec"]["kv_layers"]
@@ -235,6 +242,7 @@ def _facts(study: Study, oracle: pd.DataFrame, seconds: float) -> pd.DataFrame:
         "documents": len(study.sources["evaluation"]),
         "documents_hash": study.sources["evaluation"].documents_hash,
         "retrained_documents": len(study.retrained), "retrained_tokens": int(oracle["trained_tokens"].max()),
+        "passes": study.passes, "learning_rate": study.rate,
         "dtype": "float32", "seconds": round(seconds, 1),
     }  # fmt: skip
     return pd.DataFrame([facts | provenance(study.target.device)])
@@ -251,12 +259,14 @@ def main(words: list[str] | None = None) -> int:
         default=RETRAINED,
         help="training documents that each arm of the oracle is re-trained on",
     )
+    parser.add_argument("--passes", type=int, default=1, help="over these documents")
+    parser.add_argument("--rate", type=float, default=RATE, help="learning rate of the re-training")
     parser.add_argument(
         "--keep", default="", metavar="TABLES_DIR", help="and the runs of these tables, if not measured again"
     )
-    given = parser.parse_intermixed_args(words)
+    given = vars(parser.parse_intermixed_args(words))
     try:
-        for path in measure(given.results_dir, given.runs, given.documents, given.keep).values():
+        for path in measure(given.pop("results_dir"), given.pop("runs"), **given).values():
             print(path)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)

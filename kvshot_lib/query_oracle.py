@@ -177,14 +177,18 @@ def working_copy(drafter: Drafter) -> Drafter:
 
 def retrain(
     drafter: Drafter, arm: str, source, states: States, documents: Sequence[int], maps: list[Tensor],
-    draft_length: int = 7, seed: int = 0,
+    draft_length: int = 7, seed: int = 0, passes: int = 1, rate: float = RATE,
 ) -> int:  # fmt: skip
-    """Re-train the output side of ``drafter`` in place, one document a step; returns the tokens passed through."""
+    """Re-train the output side of ``drafter`` in place, one document a step; returns the tokens passed through.
+
+    The learning rate falls from ``rate`` to 0 along a cosine over all ``passes``.
+    """
     for parameter in drafter.parameters():
         parameter.requires_grad_(False)
     trained = [parameter.requires_grad_() for parameter in output_side(drafter)]
-    optimiser = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    device, order = drafter.norm.weight.device, np.random.default_rng(seed).permutation(len(documents))
+    optimiser = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    device, chance = drafter.norm.weight.device, np.random.default_rng(seed)
+    order = np.concatenate([chance.permutation(len(documents)) for _ in range(passes)])
     for step, place in enumerate(tqdm(order.tolist(), desc=f"re-train {arm}", mininterval=5)):
         document = documents[place]
         features = source.batch([document], (*drafter.reads, "final_hidden", "target_argmax")).to(device, torch.float32)
@@ -195,10 +199,10 @@ def retrain(
             )
         result.loss.backward()
         nn.utils.clip_grad_norm_(trained, CLIP)
-        optimiser.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / len(order)))
+        optimiser.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / len(order)))
         optimiser.step()
         optimiser.zero_grad()
-    return sum(source.lengths[document] for document in documents)
+    return passes * sum(source.lengths[document] for document in documents)
 
 
 @torch.no_grad()
@@ -219,11 +223,13 @@ def evaluate(
 
 def run_arm(
     drafter: Drafter, arm: str, sources: dict, states: dict[str, States], documents: Sequence[int], maps: list[Tensor],
-    draft_length: int = 7, seed: int = 0,
+    draft_length: int = 7, seed: int = 0, passes: int = 1, rate: float = RATE,
 ) -> pd.DataFrame:  # fmt: skip
     """Re-train a copy of ``drafter`` as one arm (not for ``as_trained``) and evaluate it: rows of ``query_oracle`` without variant and seed."""
     copied, tokens = working_copy(drafter), 0
     if arm != "as_trained":
-        tokens = retrain(copied, arm, sources["train"], states["train"], documents, maps, draft_length, seed)
+        tokens = retrain(
+            copied, arm, sources["train"], states["train"], documents, maps, draft_length, seed, passes, rate
+        )
     found = evaluate(copied, arm, sources["evaluation"], states["evaluation"], maps, draft_length, seed)
     return found.assign(arm=arm, trained_tokens=tokens)
