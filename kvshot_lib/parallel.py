@@ -6,6 +6,7 @@ the *whole* batch and keeps its rows. Sums are in another order, so results agre
 """
 
 import datetime
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,7 +21,9 @@ def begin() -> None:
     """
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(hours=24))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "OMP_NUM_THREADS")  # accelerate tells how many threads it gives each process
+        PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(hours=24))
 
 
 def count() -> int:

@@ -27,7 +27,7 @@ def _columns(text: str) -> dict[str, str]:
     return dict(column.split(":") for column in text.split())
 
 
-# Column names and types of each table. Int64 columns may have empty cells; `runs` may have further columns.
+# Column names and types of each table. Int64 columns may have empty cells; `runs` and `scorecard` may have further columns.
 SCHEMAS = {
     "runs": _columns(
         "variant:str seed:int64 paradigm:str num_layers:int64 parameters:int64 trained_tokens:int64 train_s:float64 "
@@ -92,7 +92,7 @@ SCHEMAS = {
     "scorecard": _columns(
         "claim:str kind:str statement:str statistic:str paper_value:float64 value:float64 low:float64 high:float64 "
         "direction:str threshold:float64 verdict:str measured_value:float64 measured_low:float64 "
-        "measured_high:float64 measured_verdict:str seeds:Int64 missing:str study:str"
+        "measured_high:float64 measured_verdict:str seeds:Int64 missing:str"
     ),
     "attention_shift": _columns(
         "document:int64 draft_step:int64 generated_offset:int64 context_length_tokens:int64 shift:float64 "
@@ -174,7 +174,7 @@ def check(table: pd.DataFrame, name: str, source: str | Path, remedy: str = "") 
     """Return ``table`` with the columns and types of ``SCHEMAS[name]``; a StudyError if it does not fit them."""
     schema, remedy = SCHEMAS[name], remedy or "make it again with notebooks/02_train_drafter.ipynb"
     missing = [column for column in schema if column not in table.columns]
-    extra = [] if name == "runs" else [column for column in table.columns if column not in schema]
+    extra = [] if name in ("runs", "scorecard") else [column for column in table.columns if column not in schema]
     if missing or extra:
         told = [f"{what} {', '.join(names)}" for what, names in (("lacks", missing), ("has unknown", extra)) if names]
         raise StudyError(f"{source} {' and '.join(told)} (columns of {name}: {', '.join(schema)}): {remedy}")

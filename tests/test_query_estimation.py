@@ -78,7 +78,8 @@ def test_what_cannot_be_measured_is_refused_by_name(results, monkeypatch, capsys
     status, message = told()
     assert status == 1 and "sliding window" in message
     odd = load_target("tiny-llama", device="cpu", dtype="float32")
-    odd.model.get_decoder().layers[2].self_attn.scaling *= 3  # as a target with another temperature would
+    gated = odd.model.get_decoder().layers[2].self_attn.o_proj
+    gated.register_forward_pre_hook(lambda _module, given: (given[0] * 1.5,))  # as a target with gated outputs would
     monkeypatch.setattr(query_estimation, "load_target", lambda *_, **__: odd)
     status, message = told()
     assert status == 1 and "target tiny-llama: attention recomputed" in message
