@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .bootstrap import Draws
-from .figures import STYLE, look
+from .figures import STYLE, look, top
 from .tables import in_order
 
 REFERENCES = {
@@ -120,7 +120,7 @@ def draw_arms(table: pd.DataFrame) -> Figure:
                 lw=0,
             )
             axes.plot(own["draft_step"].astype(int), own["value"], color=colour, marker=marker, ms=5, label=name)
-        axes.set(title=variant, xlabel="draft step k", ylim=(0, None))
+        axes.set(title=variant, xlabel="draft step k", ylim=(0, top(rows)))
     figure.axes[0].set_ylabel("step acceptance")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=len(ARM_LOOKS))
     return figure

@@ -397,7 +397,7 @@ def check_foreign_runs(profile: Profile, results: Path) -> None:
 
 
 def redraw(name: str) -> None:
-    """Draw figures/<name> anew from data/recorded/<name> by notebooks 03 to 09, with the profile's parameters.
+    """Draw figures/<name> anew from data/recorded/<name> by notebooks 03 to 09: those of its profile, with its parameters.
 
     Raises
     ------
@@ -410,12 +410,12 @@ def redraw(name: str) -> None:
     known = Path(f"notebooks/profiles/{name}.yaml").exists()  # or else recorded by hand
     profile = load_profile(name) if known else Profile(name)
     for key in ("decay", "queries", "gradients", "prefix", "decode", "scorecard", "beyond"):
-        parameters, notebook = getattr(profile, key) or {}, Path(NOTEBOOKS[key])
-        if notebook.exists():
+        parameters, notebook = getattr(profile, key), Path(NOTEBOOKS[key])
+        if notebook.exists() and (parameters is not None or not known):
             folders = {"tables_dir": f"../{tables}", "figures_dir": f"../figures/{name}"}
             folders |= {"profile": name} if key == "beyond" else {}
             output = Path(f"results/{name}/notebooks/{notebook.stem}.recorded.ipynb")
-            run_notebook(notebook, output, parameters | folders)
+            run_notebook(notebook, output, (parameters or {}) | folders)
 
 
 def recorded_profiles() -> list[str]:

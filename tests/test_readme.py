@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from kvshot_lib import bootstrap, report, tables
 
 ROOT = Path(__file__).parents[1]
@@ -24,3 +26,14 @@ def test_every_file_that_the_readme_names_is_there():
     )
     missing = [name for name in named if not name.startswith("http") and not (ROOT / name).exists()]
     assert named and not missing
+
+
+@pytest.mark.needs_target
+def test_its_example_decodes(monkeypatch, capsys):
+    """The python block as it stands, but for the length of the answer."""
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    monkeypatch.chdir(ROOT)
+    exec(block.replace("tree.Chain(4))", "tree.Chain(4), max_new_tokens=24)"), {})
+    *text, accepted, told = capsys.readouterr().out.strip().splitlines()
+    assert "".join(text) and all(0 <= int(count) <= 4 for count in accepted.strip("[]").split(","))
+    assert re.fullmatch(r"\d\.\d\d tokens a forward", told)
