@@ -41,6 +41,10 @@ DIALOGUES = (
     "user_turns", "train", "validation", "evaluation", "max_length_tokens", "max_user_tokens", "temperature", "top_p", "batch_size", "seed",
     "thinking",
 )  # fmt: skip
+# The table that a notebook draws first, where not every study has it.
+DRAWN_FROM = {
+    "queries": "attention_overlap", "gradients": "gradients", "prefix": "attention_shift", "decode": "decoding", "beyond": "compute",
+}  # fmt: skip
 CHECKPOINTS = Path("data/checkpoints")
 # What a profile may say of the measuring of speed: options of `python -m kvshot_lib.speed`.
 SPEED = (
@@ -397,7 +401,7 @@ def check_foreign_runs(profile: Profile, results: Path) -> None:
 
 
 def redraw(name: str) -> None:
-    """Draw figures/<name> anew from data/recorded/<name> by notebooks 03 to 09: those of its profile, with its parameters.
+    """Draw figures/<name> anew from data/recorded/<name> by notebooks 03 to 09: those of its profile whose tables are recorded, with its parameters.
 
     Raises
     ------
@@ -411,7 +415,8 @@ def redraw(name: str) -> None:
     profile = load_profile(name) if known else Profile(name)
     for key in ("decay", "queries", "gradients", "prefix", "decode", "scorecard", "beyond"):
         parameters, notebook = getattr(profile, key), Path(NOTEBOOKS[key])
-        if notebook.exists() and (parameters is not None or not known):
+        recorded = not known or key not in DRAWN_FROM or list(tables.glob(f"{DRAWN_FROM[key]}.csv*"))
+        if notebook.exists() and recorded and (parameters is not None or not known):
             folders = {"tables_dir": f"../{tables}", "figures_dir": f"../figures/{name}"}
             folders |= {"profile": name} if key == "beyond" else {}
             output = Path(f"results/{name}/notebooks/{notebook.stem}.recorded.ipynb")

@@ -10,6 +10,7 @@ from notebook_checks import ROOT, run_here
 
 from kvshot_lib import bootstrap, figures, figures_matrix, metrics
 from kvshot_lib.errors import StudyError
+from kvshot_lib.pipeline import load_profile
 
 
 def draws_of(*variants, seeds=1):
@@ -183,7 +184,10 @@ def test_recorded_figures_are_what_their_notebook_draws(folder, tmp_path):
     """Redraw a profile's figures from its recorded tables: numbers to a thousandth, pictures to 2 grey levels (rms)."""
     drawn = tmp_path / "figures"
     folders = {"tables_dir": str(ROOT / "data/recorded" / folder.name), "figures_dir": str(drawn)}
-    run_here(ROOT / "notebooks/03_long_range_decay.ipynb", folders)
+    run_here(
+        ROOT / "notebooks/03_long_range_decay.ipynb",
+        load_profile(ROOT / f"notebooks/profiles/{folder.name}.yaml").decay | folders,
+    )
     assert {path.name for path in drawn.iterdir()} <= {path.name for path in folder.iterdir()}
     for path in sorted(drawn.glob("*.csv")):
         pd.testing.assert_frame_equal(pd.read_csv(path), pd.read_csv(folder / path.name), rtol=1e-3)
