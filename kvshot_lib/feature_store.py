@@ -43,11 +43,13 @@ def write_store(
 
     Raises
     ------
-    StudyError : the folder holds features of another target, layer choice or documents; or too little disk space.
+    StudyError : the folder holds features of another target (or the same in another number format), layer choice or documents; or too
+        little disk space.
     """
     folder = Path(folder)
     manifest = {
-        "schema": SCHEMA, "spec": asdict(live.spec), "dtype": str(dtype).removeprefix("torch."), "lengths": live.lengths,
+        "schema": SCHEMA, "spec": asdict(live.spec), "target_dtype": str(live.target.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."), "lengths": live.lengths,
         "documents_hash": live.documents_hash, "shard_documents": shard_documents, "shards": [], "complete": False,
     }  # fmt: skip
     manifest = json.loads(json.dumps(manifest))

@@ -15,6 +15,7 @@ from kvshot_lib.errors import StudyError
 from kvshot_lib.feature_store import MANIFEST, StoredFeatures, write_store
 from kvshot_lib.features import STATE, LiveFeatures, feature_spec
 from kvshot_lib.files import read_json, write_json
+from kvshot_lib.target import load_target
 
 FIELDS = ("tokens", "answer_mask", "documents", *STATE)
 SMALL = {"batch_documents": 2, "shard_documents": 2, "dtype": torch.float32}  # 5 documents: 3 shards
@@ -224,13 +225,16 @@ def other_sources():
         "target, target_hash": examples.live("tiny-qwen3"),
         "lengths, documents_hash": examples.live_of(*examples.DOCUMENTS[:4]),
         "documents_hash": examples.live_of(*examples.DOCUMENTS[:4], examples.document("011111111111111", seed=8)),
+        "target_dtype": LiveFeatures(
+            load_target("tiny-llama", device="cpu", dtype="bfloat16"), examples.DOCUMENTS, examples.live().spec
+        ),
     }
 
 
 @pytest.mark.parametrize("differs", other_sources())
 def test_a_store_of_something_else_is_refused_by_name_and_kept(store, written, differs):
     source = other_sources()[differs]
-    if "documents" not in differs:
+    if "documents" not in differs and differs != "target_dtype":
         with pytest.raises(StudyError, match=f"was made with another {differs}; run notebook 01") as error:
             StoredFeatures(store, expect=source.spec)
         one_line(error)
