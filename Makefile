@@ -38,7 +38,7 @@ $(READY): pyproject.toml requirements.txt constraints.txt
 study: $(READY)  ## the main job: extract, train, measure, draw (results/PROFILE); ARGS=-n shows what would run
 	@$(BIN)/python -m kvshot_lib.pipeline $(PROFILE) $(ARGS)
 
-# 105 prompts by a chain and by a tree, up to 320 tokens each: some 40 minutes a drafter on two cores; it goes on after a kill. Without
+# 105 prompts by a chain and by a tree, up to 320 tokens each: an hour or so a drafter on two cores (an estimate; a slice was timed); it goes on after a kill. Without
 # trained drafters of its own it takes those that come with the repository.
 LOSSLESS = $(if $(wildcard results/$(PROFILE)/runs),results/$(PROFILE),data/checkpoints --out results/checkpoints)
 verify-lossless: export OMP_NUM_THREADS = 1
