@@ -47,9 +47,7 @@ def whole_scorecard(
     claims += [*DECODE_CLAIMS, shift_claim(set(matches["variant"]))]
     card = pd.concat(found, ignore_index=True)
     card["measured_verdict"] = card["measured_verdict"].fillna("")
-    ranked = card.assign(place=card["claim"].map(_place), kind_place=card["kind"].map(KINDS.index))
-    card = card.iloc[ranked.sort_values(["kind_place", "place"], kind="stable").index].reset_index(drop=True)
-    return card, tuple(sorted(claims, key=lambda claim: (KINDS.index(claim.kind), _place(claim.claim))))
+    return _in_order(card), tuple(sorted(claims, key=lambda claim: _place(claim.kind, claim.claim)))
 
 
 def fill_in(card: pd.DataFrame, further: pd.DataFrame, study: str) -> pd.DataFrame:
@@ -63,12 +61,15 @@ def fill_in(card: pd.DataFrame, further: pd.DataFrame, study: str) -> pd.DataFra
     lacking = {name for name in whole if (card.loc[whole == name, "verdict"] == "not run").all()} & run
     parts = [card[~whole.isin(lacking)]]
     parts.append(further[further["claim"].str.rstrip("abc").isin(lacking)].assign(study=study))
-    both = pd.concat([part for part in parts if len(part)], ignore_index=True)
-    order = sorted(both.index, key=lambda i: (KINDS.index(both["kind"][i]), _place(both["claim"][i])))
-    return both.loc[order].reset_index(drop=True)
+    return _in_order(pd.concat([part for part in parts if len(part)], ignore_index=True))
 
 
-def _place(claim: str) -> tuple[int, str]:
-    """Where a claim stands among those of its kind: C9a after C9, before C10."""
+def _in_order(card: pd.DataFrame) -> pd.DataFrame:
+    places = [_place(kind, claim) for kind, claim in zip(card["kind"], card["claim"])]
+    return card.iloc[sorted(range(len(card)), key=places.__getitem__)].reset_index(drop=True)
+
+
+def _place(kind: str, claim: str) -> tuple[int, int, str]:
+    """Where a claim stands: by kind, then C9a after C9 and before C10."""
     number, part = re.fullmatch(r"[A-Z]+(\d+)([a-z]?)", claim).groups()
-    return int(number), part
+    return KINDS.index(kind), int(number), part
