@@ -5,6 +5,7 @@ A profile lists these names; what it does not say (budget, draft vocabulary, lea
 
 KV_2 = {"paradigm": "kv", "num_layers": 2}
 WARM = {"paradigm": "hybrid", "init_from": "hidden"}
+STRONG = {"paradigm": "hidden", "feedback": "post_norm", "hidden_norm": True}
 BLOCK = {"paradigm": "block"}
 
 VARIANTS: dict[str, dict] = {
@@ -43,6 +44,11 @@ VARIANTS: dict[str, dict] = {
     "hybrid_warm_lag_augment": {**WARM, "kv_lag_augment_tokens": 4},
     "hybrid_warm_kv_init": {**WARM, "kv_init": "target"},
     "hybrid_warm_all_anchors": {**WARM, "anchor_fraction": 1.0},
+    # What helped each paradigm alone, together: the strongest of each that the study knows.
+    "hidden_normed_post_norm": STRONG,
+    "hidden_normed_post_norm_continued": {**STRONG, "init_from": "hidden_normed_post_norm"},
+    "hybrid_warm_normed_post_norm": {**STRONG, "paradigm": "hybrid", "init_from": "hidden_normed_post_norm"},
+    "kv_4_unrotate_mlp": {"paradigm": "kv", "num_layers": 4, "kv_rope": "unrotate", "kv_fusion": "mlp"},
     # Block-wise. Each depth with and without the KV cache, so that depth, parallel drafting and KV reuse can be told apart; kv_*_all_anchors
     # has the dense gradients of block-wise training without its parallel drafting (see `ttt`).
     "block_kv_1": {**BLOCK, "block_context": "kv"},
