@@ -6,6 +6,7 @@ A profile lists these names; what it does not say (budget, draft vocabulary, lea
 KV_2 = {"paradigm": "kv", "num_layers": 2}
 WARM = {"paradigm": "hybrid", "init_from": "hidden"}
 STRONG = {"paradigm": "hidden", "feedback": "post_norm", "hidden_norm": True}
+STRONG_KV = {"paradigm": "kv", "num_layers": 4, "kv_rope": "unrotate", "kv_fusion": "mlp"}
 BLOCK = {"paradigm": "block"}
 
 VARIANTS: dict[str, dict] = {
@@ -48,7 +49,9 @@ VARIANTS: dict[str, dict] = {
     "hidden_normed_post_norm": STRONG,
     "hidden_normed_post_norm_continued": {**STRONG, "init_from": "hidden_normed_post_norm"},
     "hybrid_warm_normed_post_norm": {**STRONG, "paradigm": "hybrid", "init_from": "hidden_normed_post_norm"},
-    "kv_4_unrotate_mlp": {"paradigm": "kv", "num_layers": 4, "kv_rope": "unrotate", "kv_fusion": "mlp"},
+    "kv_4_unrotate_mlp": STRONG_KV,
+    "kv_4_unrotate_mlp_continued": {**STRONG_KV, "init_from": "kv_4_unrotate_mlp"},
+    "kv_2_from_hidden_continued": {**KV_2, "kv_control": "from_hidden", "init_from": "kv_2_from_hidden"},
     # Block-wise. Each depth with and without the KV cache, so that depth, parallel drafting and KV reuse can be told apart; kv_*_all_anchors
     # has the dense gradients of block-wise training without its parallel drafting (see `ttt`).
     "block_kv_1": {**BLOCK, "block_context": "kv"},
