@@ -13,7 +13,10 @@ ABLATIONS = {
         "kv_2_from_hidden", "kv_2_no_ttt", "kv_2_grad50", "kv_2_all_anchors",
     ],
     "kv_1": ["kv_1_none"],
+    "kv_4": ["kv_4_all_anchors"],
     "hidden": ["hidden_post_norm", "hidden_normed", "hidden_continued", "hidden_all_anchors"],
+    "hidden_post_norm": ["hidden_normed_post_norm"],
+    "hidden_normed_post_norm": ["hidden_normed_post_norm_continued"],
     "hybrid": ["hybrid_warm"],
     "hybrid_warm": ["cross_only_warm"],
 }  # fmt: skip

@@ -26,13 +26,23 @@ PARALLEL = (("block_kv_1", "kv_1"), ("block_kv_2", "kv_2"), ("block_kv_2_equal_c
 CONTEXT = (("block_kv_1", "block_hidden_1"), ("block_kv_2", "block_hidden_2"), ("block_kv_4", "block_hidden_4"), ("block_both_2", "block_kv_2"), ("block_both_4", "block_kv_4"))  # fmt: skip
 SIZE = (("block_kv_2_b16", "block_kv_2"),)
 STARTS = (("kv_2_kv_init", "kv_2"), ("kv_2_lag_augment", "kv_2"))
-CURES = tuple(name for name in VARIANTS if name.startswith("hybrid_warm_"))
+NORMS = (
+    ("hidden_post_norm", "hidden"), ("hidden_normed", "hidden"), ("hidden_normed_post_norm", "hidden"), ("hidden_normed_post_norm", "hidden_post_norm"),
+    ("hidden_normed_post_norm_continued", "hidden_continued"), ("hybrid_warm_normed_post_norm", "hybrid_warm"),
+)  # fmt: skip
+REUSE = (
+    ("kv_4_unrotate_mlp", "kv_4"), ("kv_4_unrotate_mlp", "hidden_normed_post_norm"), ("hybrid_warm", "hidden_continued"),
+    ("hybrid_warm_normed_post_norm", "hidden_normed_post_norm_continued"), ("hybrid_warm_normed_post_norm", "kv_2_from_hidden_continued"),
+)  # fmt: skip
+CURES = tuple(n for n, own in VARIANTS.items() if n.startswith("hybrid_warm_") and own["init_from"] == "hidden")
 LEVERS = {
     "Dense gradients: every anchor": DENSE,
     "Parallel drafting: a block": PARALLEL,
     "What a block reads": CONTEXT,
     "Sixteen slots": SIZE,
     "KV reuse without a gate": STARTS,
+    "Two norms, alone and together": NORMS,
+    "The strongest of each kind": REUSE,
 }
 REFERENCES = ("hybrid_warm", "hidden_continued")
 CURED = {f"Minus {b}": tuple((a, b) for a in ("hybrid_warm", *CURES) if a != b) for b in REFERENCES}

@@ -12,9 +12,10 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -138,8 +139,10 @@ def measured(target: Target, name: str, stages: list[Stage], passes: float = 0.0
         print(f"{name:24} {stage.told}, {stage.memory_bytes / 1e9:6.1f} GB at most", flush=True)
 
 
-def dry_run(profile: Profile, target: Target, steps: int) -> list[Stage]:
-    """All stages, in the order of a study; prints each as it ends."""
+def dry_run(
+    profile: Profile, target: Target, steps: int, keep: Callable[[list[Stage]], object] = lambda stages: None
+) -> list[Stage]:
+    """All stages, in the order of a study; prints each as it ends. ``keep`` is called with those done, before the first drafter and after each."""
     extract = parameter_defaults(NOTEBOOKS["extract"]) | profile.extract
     batch, length, stages = extract["batch_documents"], extract["max_length_tokens"], []
     asked = profile.dialogues or {}
@@ -160,6 +163,7 @@ def dry_run(profile: Profile, target: Target, steps: int) -> list[Stage]:
     with tempfile.TemporaryDirectory() as folder, measured(target, "extract into a store", stages, 1.0) as stage:
         write_store(folder, few, batch_documents=batch, shard_documents=extract["shard_documents"])
         stage.tokens = sum(few.lengths)
+    keep(stages)
     for variant, parameters in profile.drafters.items():
         values = parameter_defaults(NOTEBOOKS["train"]) | profile.train | parameters
         try:
@@ -170,6 +174,7 @@ def dry_run(profile: Profile, target: Target, steps: int) -> list[Stage]:
                 flush=True,
             )
             torch.cuda.empty_cache()
+        keep(stages)
     return stages
 
 
@@ -210,6 +215,7 @@ def train_stages(
     if drafter_config.kv_control == "shuffled":
         return
     prompt, ready = live.documents[0].tokens[:PROMPT_TOKENS].tolist(), in_dtype(drafter, target.dtype).eval()
+    decode(target, ready, prompt, Tree(), max_new_tokens=2, eos_token_ids=())  # the first call compiles and allocates
     with measured(target, f"decode {variant}", stages) as stage:
         made = decode(target, ready, prompt, Tree(), max_new_tokens=steps + 1, eos_token_ids=())
         stage.steps, stage.seconds = made.target_forwards, made.draft_s + made.verify_s + made.other_s
@@ -258,6 +264,13 @@ def report(profile: Profile, target: Target, stages: list[Stage], dialogues: int
     )
 
 
+def write_stages(path: str, target: Target, stages: list[Stage]) -> None:
+    """The stages done as a table, a row each; nothing without a ``path``."""
+    if path:
+        rows = [vars(s) | {"tokens_per_s": s.tokens_per_s, "device": device_name(target.device)} for s in stages]
+        write_csv(Path(path), pd.DataFrame(rows))
+
+
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.dry_run", description=__doc__.splitlines()[0])
     parser.add_argument("profile")
@@ -290,13 +303,8 @@ def main(words: list[str] | None = None) -> int:
             f"{device_name(target.device)}, torch {torch.__version__}, {target.name}: {parameters:,} parameters, {target.dtype}",
             flush=True,
         )
-        stages = dry_run(profile, target, given.steps)
+        stages = dry_run(profile, target, given.steps, partial(write_stages, given.out, target))
         print(report(profile, target, stages, given.dialogues))
-        if given.out:
-            table = pd.DataFrame(
-                [vars(s) | {"tokens_per_s": s.tokens_per_s, "device": device_name(target.device)} for s in stages]
-            )
-            write_csv(Path(given.out), table)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -5,9 +5,9 @@
 Three measurements of each run, of drafters that attend over a linear map of the target's own KV (kv_1 … kv_4, the hybrids):
 `attention_overlap`, `query_probe` and `query_oracle` say what they are. It writes, into RESULTS_DIR/tables,
 
-    attention_overlap.csv.gz     means over the anchors of a document, by draft step, drafter layer and target layer; references as variant "target"
-    query_probe.csv.gz           squared errors of the linear probe on a document, and those of its floor
-    query_oracle.csv.gz          counts of every arm of the oracle on a document, by draft step
+    attention_overlap.csv.xz     means over the anchors of a document, by draft step, drafter layer and target layer; references as variant "target"
+    query_probe.csv.xz           squared errors of the linear probe on a document, and those of its floor
+    query_oracle.csv.xz          counts of every arm of the oracle on a document, by draft step
     query_estimation_facts.csv   what was measured, and how
 
 Documents are taken one by one. The target's queries and keys are kept in RESULTS_DIR/target_state (3 MB a document of 370 tokens at
@@ -141,7 +141,7 @@ PARTS: dict[str, tuple[str, Callable]] = {
 
 def measure(
     results_dir: str | Path, runs: Sequence[str] = (), *, documents: int = RETRAINED, passes: int = 1, rate: float = RATE,
-    keep: str | Path = "",
+    keep: str | Path = "", oracle: bool = True,
 ) -> dict[str, Path]:  # fmt: skip
     """Measure runs (``variant/seed0`` …; by default all finished ones of ``QUERY_VARIANTS``) and write the tables.
 
@@ -150,6 +150,7 @@ def measure(
     runs : the references are about the layers that the first of them reuses (the study's runs all reuse the same ones).
     documents, passes, rate : training documents that each arm of the oracle is re-trained on, how often, and at what learning rate.
     keep : a folder of tables made before, on the same documents: their other runs stay.
+    oracle : re-train and judge the arms of the oracle too, which takes most of the time.
 
     Raises
     ------
@@ -174,13 +175,16 @@ def measure(
         _write_part(path, "attention_overlap", measure_references(study, layers))
     found["attention_overlap"].append(tables.read_one(path, "attention_overlap"))
     for folder in folders:
-        for name, table in _one_run(work, folder, study, "".join(hashes.values())):
+        for name, table in _one_run(work, folder, study, "".join(hashes.values()), oracle):
             found[name].append(table)
-    made = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
+    made = {name: pd.concat(parts or [tables.empty(name)], ignore_index=True) for name, parts in found.items()}
+    measured = [f"{folder.parent.name}/{folder.name}" for folder in folders]
+    facts = _facts(study, measured, made["query_oracle"], time.perf_counter() - started)
     if keep:
         made = {name: _kept(tables.read(keep, name), table) for name, table in made.items()}
-    seconds = time.perf_counter() - started
-    made["query_estimation_facts"] = _facts(study, made["query_oracle"], seconds)
+        before = pd.read_csv(Path(keep) / "query_estimation_facts.csv")
+        facts = pd.concat([before[before["runs"] != " ".join(measured)], facts], ignore_index=True)
+    made["query_estimation_facts"] = facts
     return {name: tables.write(results_dir / "tables", name, table) for name, table in made.items()}
 
 
@@ -204,12 +208,14 @@ def chosen_runs(results_dir: Path, runs: Sequence[str]) -> list[Path]:
     return [finished[name] for name in wanted]
 
 
-def _one_run(work: Path, folder: Path, study: Study, documents: str):
+def _one_run(work: Path, folder: Path, study: Study, documents: str, oracle: bool):
     """The parts of one run as (table, rows), from their files if its weights are those of then."""
     weights = json.loads((folder / "drafter.json").read_text())["weights_sha256"]
     stem, drafter = f"{folder.parent.name}.{folder.name}.{weights[:8]}.{documents}", None
     labels = {"variant": folder.parent.name, "seed": int(folder.name.removeprefix("seed"))}
     for part, (table, make) in PARTS.items():
+        if table == "query_oracle" and not oracle:
+            continue
         path = work / f"{stem}.{part}.csv"
         if not path.exists():
             print(f"{folder.parent.name}/{folder.name}: {part}", file=sys.stderr, flush=True)
@@ -226,23 +232,33 @@ def _write_part(path: Path, name: str, rows: pd.DataFrame) -> None:
 
 def _kept(before: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
     """The rows measured now, and those of other runs measured before, if these are about the same documents."""
-    if set(before["document"]) != set(new["document"]):
+    if len(new) and len(before) and set(before["document"]) != set(new["document"]):
         raise StudyError("the tables to keep are about other documents: leave out --keep")
     runs = set(zip(new["variant"], new["seed"], strict=True))
     others = [run not in runs for run in zip(before["variant"], before["seed"], strict=True)]
     return pd.concat([before[others], new], ignore_index=True)
 
 
-def _facts(study: Study, oracle: pd.DataFrame, seconds: float) -> pd.DataFrame:
-    """One row: what was measured, on what, by which code."""
-    runs = oracle[["variant", "seed"]].drop_duplicates()
+def _facts(study: Study, runs: Sequence[str], oracle: pd.DataFrame, seconds: float) -> pd.DataFrame:
+    """One row: what was measured, on what, by which code; how the oracle's arms were re-trained, if they were."""
     facts = {
-        "target": study.target.name, "target_hash": study.target.hash,
-        "runs": " ".join(f"{variant}/seed{seed}" for variant, seed in runs.itertuples(index=False)),
+        "target": study.target.name,
+        "target_hash": study.target.hash,
+        "runs": " ".join(runs),
         "documents": len(study.sources["evaluation"]),
         "documents_hash": study.sources["evaluation"].documents_hash,
-        "retrained_documents": len(study.retrained), "retrained_tokens": int(oracle["trained_tokens"].max()),
-        "passes": study.passes, "learning_rate": study.rate,
+    }
+    facts |= (
+        {
+            "retrained_documents": len(study.retrained),
+            "retrained_tokens": int(oracle["trained_tokens"].max()),
+            "passes": study.passes,
+            "learning_rate": study.rate,
+        }
+        if len(oracle)
+        else {}
+    )
+    facts |= {
         "dtype": "float32", "seconds": round(seconds, 1),
     }  # fmt: skip
     return pd.DataFrame([facts | provenance(study.target.device)])
@@ -261,6 +277,12 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--passes", type=int, default=1, help="over these documents")
     parser.add_argument("--rate", type=float, default=RATE, help="learning rate of the re-training")
+    parser.add_argument(
+        "--no-oracle",
+        dest="oracle",
+        action="store_false",
+        help="attention overlap and probe alone: most of the time goes to the oracle",
+    )
     parser.add_argument(
         "--keep", default="", metavar="TABLES_DIR", help="and the runs of these tables, if not measured again"
     )

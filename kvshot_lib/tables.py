@@ -3,13 +3,12 @@
 A run leaves ``run.json`` (one row of ``runs``), ``counts.csv``, ``run_lengths.csv``, ``axes.csv``, ``history.csv`` and ``gradients.csv`` in
 ``RESULTS_DIR/runs/<variant>/seed<seed>/``. ``python -m kvshot_lib.tables collect RESULTS_DIR`` merges them, in an order
 that depends on their names only, into ``RESULTS_DIR/tables`` and adds ``acceptance``: metrics and intervals. Tables are
-CSV files, the large ones compressed (``counts.csv.gz``); pandas and spreadsheets open both.
+CSV files, the large ones compressed (``counts.csv.xz``); pandas opens both.
 """
 
 import argparse
-import gzip
+import lzma
 import sys
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -190,18 +189,18 @@ def check(table: pd.DataFrame, name: str, source: str | Path, remedy: str = "") 
 
 
 def read(tables_dir: str | Path, name: str) -> pd.DataFrame:
-    """Read and check one of the collected tables, ``<name>.csv.gz`` or else ``<name>.csv``; ``name`` is a key of ``SCHEMAS``.
+    """Read and check one of the collected tables, ``<name>.csv.xz`` or else ``<name>.csv``; ``name`` is a key of ``SCHEMAS``.
 
     A table of ``OPTIONAL`` that is not there is read as an empty one.
     """
-    path = Path(tables_dir) / f"{name}.csv.gz"
+    path = Path(tables_dir) / f"{name}.csv.xz"
     path = path if path.is_file() else path.with_suffix("")
     remedy = (
         "train drafters with notebooks/02_train_drafter.ipynb, then run `python -m kvshot_lib.tables collect "
         "RESULTS_DIR`; `make study` does both"
     )
     if path.is_file():
-        if name not in COMPRESSED:  # gzip has checksums of its own
+        if name not in COMPRESSED:  # xz has checksums of its own
             check_listed(path, remedy)
         return check(_read_csv(path, name), name, path, remedy)
     if name in OPTIONAL:
@@ -233,28 +232,24 @@ _UNREADABLE = (
     pd.errors.EmptyDataError,
     pd.errors.ParserError,
     UnicodeDecodeError,
-    gzip.BadGzipFile,
-    zlib.error,
+    lzma.LZMAError,
     EOFError,
 )
 
 
 def write(tables_dir: str | Path, name: str, table: pd.DataFrame) -> Path:
-    """Write a collected table atomically, the same rows always as the same bytes; those of ``COMPRESSED`` with gzip.
+    """Write a collected table atomically, the same rows always as the same bytes; those of ``COMPRESSED`` as .xz.
 
     The table in its other form, if an earlier version left one, is removed: no folder holds two copies of a table.
     """
     plain = Path(tables_dir) / f"{name}.csv"
-    compressed = plain.with_suffix(".csv.gz")
+    compressed = plain.with_suffix(".csv.xz")
     if name not in COMPRESSED:
         compressed.unlink(missing_ok=True)
         return write_csv(plain, table, listed=True)
 
-    def write_gzip(path: Path) -> None:
-        with open(path, "wb") as handle, gzip.GzipFile(filename="", mode="wb", fileobj=handle, mtime=0) as packed:
-            packed.write(table.to_csv(index=False, lineterminator="\n").encode())
-
-    written = write_atomically(compressed, write_gzip)
+    packed = lzma.compress(table.to_csv(index=False, lineterminator="\n").encode())
+    written = write_atomically(compressed, lambda path: path.write_bytes(packed))
     plain.unlink(missing_ok=True)
     return written
 
