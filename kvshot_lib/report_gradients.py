@@ -19,15 +19,15 @@ NO_GATES = (
 )
 
 
-def recorded(runs: pd.DataFrame, flow: pd.DataFrame, gradients: pd.DataFrame, flow_runs: pd.DataFrame) -> str:
-    """Which runs have what this notebook draws; ``flow_runs`` are the runs that gradient flow was measured among."""
+def recorded(runs: pd.DataFrame, flow: pd.DataFrame, gradients: pd.DataFrame) -> str:
+    """Which runs have what this notebook draws."""
     lines = []
-    for table, among, told in (
-        (flow, flow_runs, "gradient flow of the trained drafter"),
-        (gradients, runs, "gradients recorded during training"),
+    for table, told in (
+        (flow, "gradient flow of the trained drafter"),
+        (gradients, "gradients recorded during training"),
     ):
         there = in_order(table["variant"])
-        absent = [variant for variant in in_order(among["variant"]) if variant not in there]
+        absent = [variant for variant in in_order(runs["variant"]) if variant not in there]
         lacking = f" Not recorded: {names(absent)}." if absent and there else ""
         lines.append(f"- {told.capitalize()}: {names(there)}.{lacking}")
     if len(flow):

@@ -67,7 +67,6 @@ def verdict_table(card: pd.DataFrame) -> str:
         measured = f"{_cell(row.measured_value, row.measured_low, row.measured_high)} {row.measured_verdict}".strip()
         seeds = "" if pd.isna(row.seeds) else row.seeds
         told = f"**{row.verdict}**" + (f"<br>needs {_code(row.missing.split())}" if row.verdict == "not run" else "")
-        told += f"<br>in `{row.study}`" if getattr(row, "study", "") else ""
         rows.append([name, row.statement, holds, _number(row.paper_value), found, told, measured or "–", seeds])
     header = ["claim", "statement", "holds if", "paper", "here", "verdict", "by measured MAT", "seeds"]
     return _table(rows, header)
@@ -170,8 +169,7 @@ def _draw_row(axes: Axes, place: float, row) -> None:
     """One claim: its name at the left, marker and whisker, its plain value and what the claim asks of it at the right."""
     colour, marker = LOOKS[row.verdict]
     beside = {"xycoords": axes.get_yaxis_transform(), "va": "center", "fontsize": 9.5, "annotation_clip": False}
-    study = f" [{row.study}]" if getattr(row, "study", "") else ""
-    name = textwrap.fill(row.statement.replace("`", "") + study, 46, break_on_hyphens=False)
+    name = textwrap.fill(row.statement.replace("`", ""), 46, break_on_hyphens=False)
     axes.annotate(row.claim, (-1.0, place), weight="bold", **beside)
     axes.annotate(name, (-0.87, place), linespacing=1.0, **beside)
     if row.verdict == "not run":

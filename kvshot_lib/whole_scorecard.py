@@ -50,20 +50,6 @@ def whole_scorecard(
     return _in_order(card), tuple(sorted(claims, key=lambda claim: _place(claim.kind, claim.claim)))
 
 
-def fill_in(card: pd.DataFrame, further: pd.DataFrame, study: str) -> pd.DataFrame:
-    """``card`` with the claims that were not run there taken, all their parts, from ``further`` if they were run in that ``study``.
-
-    Column ``study`` names it; it is empty for the card's own.
-    """
-    card = card if "study" in card else card.assign(study="")
-    whole = card["claim"].str.rstrip("abc")
-    run = set(further.loc[further["verdict"] != "not run", "claim"].str.rstrip("abc"))
-    lacking = {name for name in whole if (card.loc[whole == name, "verdict"] == "not run").all()} & run
-    parts = [card[~whole.isin(lacking)]]
-    parts.append(further[further["claim"].str.rstrip("abc").isin(lacking)].assign(study=study))
-    return _in_order(pd.concat([part for part in parts if len(part)], ignore_index=True))
-
-
 def _in_order(card: pd.DataFrame) -> pd.DataFrame:
     places = [_place(kind, claim) for kind, claim in zip(card["kind"], card["claim"])]
     return card.iloc[sorted(range(len(card)), key=places.__getitem__)].reset_index(drop=True)

@@ -158,10 +158,10 @@ def test_every_figure_is_drawn(tmp_path):
 
 def test_sentences_name_what_is_not_recorded():
     runs = pd.DataFrame({"variant": ["hidden", "kv_1", "hybrid_warm"]})
-    told = report_gradients.recorded(runs, flow_table(), gradients_table(), runs)
+    told = report_gradients.recorded(runs, flow_table(), gradients_table())
     assert "Gradient flow of the trained drafter: `kv_1`. Not recorded: `hidden`, `hybrid_warm`." in told
     flow, gradients = tables.read("nowhere", "gradient_flow"), tables.read("nowhere", "gradients")
-    assert "none" in report_gradients.recorded(runs, flow, gradients, runs)
+    assert "none" in report_gradients.recorded(runs, flow, gradients)
     assert statistics.gate_table(gradients).empty and statistics.training_table(gradients).empty
     assert report_gradients.final_gates(flow) == "No drafter with a gate was measured."
     assert "| `kv_1` | cross | 0.150 | 0.050 | 0.075 | 0.033 |" in report_gradients.norms(

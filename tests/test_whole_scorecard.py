@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from kvshot_lib import claims, paper, tables
-from kvshot_lib.whole_scorecard import READ, fill_in, whole_scorecard
+from kvshot_lib.whole_scorecard import READ, whole_scorecard
 
 RECORDED = Path(__file__).parents[1] / "data/recorded/full"
 
@@ -50,24 +50,3 @@ def test_claims_without_their_tables_are_not_run(tmp_path):
             tables.write(tmp_path, name, tables.read(RECORDED, name))
     told = whole_scorecard(tmp_path, paper.read_paper(), samples=20)[0].set_index("claim")["verdict"]
     assert (told.loc[["C14", "C15", "C16", "C17", "H1", "B2"]] == "not run").all() and told["C1"] == "reproduced"
-
-
-def test_another_study_fills_in_whole_claims_only():
-    own = card(C1=("reproduced", 1.0), C9=("not run", 0), C9a=("not run", 0), C9b=("not run", 0), C10=("not run", 0))
-    own = pd.concat([own, card(C2=("inconclusive", 0), C2a=("reproduced", 3.0), C2b=("not run", 0))])
-    other = card(C1=("not reproduced", 2.0), C9=("reproduced", 5), C9a=("reproduced", 6.0), C9b=("not run", 0))
-    other = pd.concat([other, card(C2=("reproduced", 8), C2a=("reproduced", 8.0), C2b=("reproduced", 8.0))])
-    filled = fill_in(own.reset_index(drop=True), other.reset_index(drop=True), "laptop").set_index("claim")
-    assert filled["study"].to_dict() == {
-        "C1": "", "C2": "", "C2a": "", "C2b": "", "C9": "laptop", "C9a": "laptop", "C9b": "laptop", "C10": "",
-    }  # fmt: skip
-    assert filled.loc["C9a", "value"] == 6.0 and filled.loc["C1", "value"] == 1.0
-    assert filled.index.tolist() == ["C1", "C2", "C2a", "C2b", "C9", "C9a", "C9b", "C10"]
-
-
-def test_the_first_study_that_can_judge_a_claim_does():
-    own, first, second = (
-        card(C1=(told, value)) for told, value in (("not run", 0), ("reproduced", 1.0), ("reproduced", 2.0))
-    )
-    filled = fill_in(fill_in(own, first, "a"), second, "b")
-    assert filled["study"].tolist() == ["a"] and filled["value"].tolist() == [1.0]
