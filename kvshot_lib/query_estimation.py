@@ -150,7 +150,7 @@ def measure(
     runs : the references are about the layers that the first of them reuses (the study's runs all reuse the same ones).
     documents, passes, rate : training documents that each arm of the oracle is re-trained on, how often, and at what learning rate.
     keep : a folder of tables made before, on the same documents: their other runs stay.
-    oracle : re-train and judge the arms of the oracle too, which takes most of the time.
+    oracle : re-train and judge the arms of the oracle too, which takes most of the time; without, the drafters as trained are its only arm.
 
     Raises
     ------
@@ -214,7 +214,7 @@ def _one_run(work: Path, folder: Path, study: Study, documents: str, oracle: boo
     stem, drafter = f"{folder.parent.name}.{folder.name}.{weights[:8]}.{documents}", None
     labels = {"variant": folder.parent.name, "seed": int(folder.name.removeprefix("seed"))}
     for part, (table, make) in PARTS.items():
-        if table == "query_oracle" and not oracle:
+        if table == "query_oracle" and not oracle and part != "oracle_as_trained":
             continue
         path = work / f"{stem}.{part}.csv"
         if not path.exists():
@@ -255,7 +255,7 @@ def _facts(study: Study, runs: Sequence[str], oracle: pd.DataFrame, seconds: flo
             "passes": study.passes,
             "learning_rate": study.rate,
         }
-        if len(oracle)
+        if set(oracle["arm"]) > {"as_trained"}
         else {}
     )
     facts |= {

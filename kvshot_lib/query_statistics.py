@@ -84,9 +84,12 @@ def query_draws(overlap: pd.DataFrame, oracle: pd.DataFrame, samples: int = 2000
             add(variant, run, "overlap_recall", row)
     arms = oracle_metrics(oracle, samples, seed)
     for variant, run in dict.fromkeys((v, s) for v, s, _ in arms):
-        mat = {arm: arms[variant, run, arm]["expected_mat"] for arm in QUERY_ARMS}
-        last = {arm: arms[variant, run, arm]["step_acceptance"][:, -1] for arm in QUERY_ARMS}
+        there = [arm for arm in QUERY_ARMS if (variant, run, arm) in arms]
+        mat = {arm: arms[variant, run, arm]["expected_mat"] for arm in there}
+        last = {arm: arms[variant, run, arm]["step_acceptance"][:, -1] for arm in there}
         add(variant, run, "mat_as_trained", mat["as_trained"])
+        if len(there) < len(QUERY_ARMS):
+            continue  # measured without the oracle
         add(variant, run, "own_gain", mat["own"] - mat["as_trained"])
         for arm in ("oracle", "perfect", "random"):
             add(variant, run, f"{arm}_gain", mat[arm] - mat["own"])

@@ -140,7 +140,9 @@ def levers(table: pd.DataFrame) -> str:
         )
         lines.append(f"- {group}: {told}. Not run: {len(own) - len(ran)} of {len(own)}.")
     return "\n".join(lines) + (
-        "\n\nWhere a drafter has one seed, the interval covers documents only." if (table["seeds"].dropna() == 1).any() else ""
+        "\n\nWhere a drafter has one seed, the interval covers documents only."
+        if (table["seeds"].dropna() == 1).any()
+        else ""
     )
 
 
