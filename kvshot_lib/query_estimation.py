@@ -183,7 +183,7 @@ def measure(
     if keep:
         made = {name: _kept(tables.read(keep, name), table) for name, table in made.items()}
         before = pd.read_csv(Path(keep) / "query_estimation_facts.csv")
-        facts = pd.concat([before[before["runs"] != " ".join(measured)], facts], ignore_index=True)
+        facts = pd.concat([facts, before[before["runs"] != " ".join(measured)]], ignore_index=True)
     made["query_estimation_facts"] = facts
     return {name: tables.write(results_dir / "tables", name, table) for name, table in made.items()}
 
