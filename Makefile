@@ -74,6 +74,7 @@ publish:  ## copy tables and figures of results/PROFILE to data/recorded/PROFILE
 	@mkdir -p data/recorded/$(PROFILE) figures/$(PROFILE)
 	for table in results/$(PROFILE)/tables/*.csv.xz; do rm -f "data/recorded/$(PROFILE)/$$(basename "$$table" .xz)"; done  # one form of a table
 	cp results/$(PROFILE)/tables/*.csv results/$(PROFILE)/tables/*.csv.xz data/recorded/$(PROFILE)/
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m kvshot_lib.tables thin data/recorded/$(PROFILE)
 	cp results/$(PROFILE)/figures/* figures/$(PROFILE)/
 	rm -f figures/$(PROFILE)/training_*_seed*  # training.png shows them together
 

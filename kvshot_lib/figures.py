@@ -20,10 +20,10 @@ from PIL import Image
 from .errors import StudyError
 from .files import write_atomically, write_csv
 from .tables import in_order, rounded
+from .variants import MAIN_VARIANTS
 
 LEAST_ANCHORS = 50
 MOST_LINES = 7  # more lines than this in one panel can't be told apart
-MAIN_VARIANTS = ("hidden", "kv_1", "kv_2", "kv_4", "hybrid", "hybrid_warm", "kv_1_none")
 STEP_METRICS = ("step_acceptance", "chain_acceptance")
 
 STYLE = sns.axes_style("ticks") | {

@@ -19,7 +19,7 @@ from .bootstrap import acceptance_table
 from .errors import StudyError
 from .files import check_listed, read_json, sha256, write_atomically, write_csv
 from .metrics import AXES
-from .variants import VARIANTS
+from .variants import MAIN_VARIANTS, VARIANTS
 
 
 def _columns(text: str) -> dict[str, str]:
@@ -375,17 +375,29 @@ def rounded(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{name: [float(f"{x:.6g}") for x in table[name]] for name in floats})
 
 
+def thin(tables_dir: str | Path) -> Path:
+    """Keep of ``axes``, the largest of the recorded tables, the main drafters alone (all, if none is): only those are drawn along the text."""
+    table = read(tables_dir, "axes")
+    main_ones = table[table["variant"].isin(MAIN_VARIANTS)]
+    return write(tables_dir, "axes", main_ones if len(main_ones) else table)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.tables", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="collect")
+    commands = parser.add_subparsers(required=True, metavar="collect|thin")
     command = commands.add_parser("collect", help="merge the runs of RESULTS_DIR into RESULTS_DIR/tables/*.csv")
     command.add_argument("results_dir", metavar="RESULTS_DIR")
     command.add_argument("runs", nargs="*", metavar="VARIANT/seedN", help="only these (all finished ones by default)")
     command.add_argument(
         "--keep", default="", metavar="TABLES_DIR", help="and the runs of these tables, if not trained again"
     )
+    command = commands.add_parser("thin", help=thin.__doc__)
+    command.add_argument("tables_dir", metavar="TABLES_DIR")
     given = parser.parse_args(arguments)
     try:
+        if "tables_dir" in given:
+            print(thin(given.tables_dir))
+            return
         for path in collect(given.results_dir, given.runs, keep=given.keep).values():
             print(path)
     except StudyError as error:

@@ -68,6 +68,8 @@ VARIANTS: dict[str, dict] = {
     "block_kv_2_b16": {**BLOCK, "block_context": "kv", "num_layers": 2, "block_size": 16, "ttt_steps": 15},
 }
 
+# Those that line figures show where more than seven were trained.
+MAIN_VARIANTS = ("hidden", "kv_1", "kv_2", "kv_4", "hybrid", "hybrid_warm", "kv_1_none")
 # Those that `query_estimation` measures by default: plain reuse of the KV cache at every depth, and with hidden states.
 QUERY_VARIANTS = ("kv_1", "kv_2", "kv_3", "kv_4", "hybrid", "hybrid_warm")
 QUERY_ARMS = ("as_trained", "own", "oracle", "perfect", "random")  # of the oracle (`query_oracle` explains them)

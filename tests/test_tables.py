@@ -242,3 +242,12 @@ def test_command_line(tmp_path, capsys):
     assert str(tmp_path / "tables/acceptance.csv") in capsys.readouterr().out
     with pytest.raises(SystemExit, match="^StudyError: no finished run in .*02_train_drafter"):
         tables.main(["collect", str(tmp_path / "elsewhere")])
+
+
+def test_recorded_counts_along_the_text_are_those_of_the_main_drafters(tmp_path):
+    for variant in ("kv_2", "kv_2_heads"):
+        write_run(tmp_path, variant)
+    tables.collect(tmp_path, samples=5)
+    tables.main(["thin", str(tmp_path / "tables")])
+    assert set(tables.read(tmp_path / "tables", "axes")["variant"]) == {"kv_2"}
+    assert set(tables.read(tmp_path / "tables", "counts")["variant"]) == {"kv_2", "kv_2_heads"}
