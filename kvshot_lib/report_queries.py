@@ -43,9 +43,13 @@ def facts(overlap: pd.DataFrame, told: dict) -> str:
     one = [v for v in in_order(seeds.index) if seeds[v] == 1]
     text = (
         f"Measured on {told['documents']} evaluation documents of {told['target']} ({told['device']}, {told['dtype']}, {told['date']}, "
-        f"revision {told['git_revision']}): {names(in_order(seeds.index))}. Each arm of the oracle was re-trained on "
-        f"{told['retrained_documents']} training documents, {told['retrained_tokens']:,} tokens."
+        f"revision {told['git_revision']}): {names(in_order(seeds.index))}."
     )
+    if told.get("retrained_documents", 0) > 0:
+        text += (
+            f" Each arm of the oracle ({names(told['runs'].split())}) was re-trained on {told['retrained_documents']:.0f} training documents, "
+            f"{told['retrained_tokens']:,.0f} tokens."
+        )
     return text + (f" One seed of {names(one)}: their intervals cover documents only." if one else "")
 
 

@@ -172,5 +172,6 @@ def test_figures_and_sentences_tell_the_tables(tmp_path):
         "date": "today",
         "git_revision": "abc",
     }
-    told = report.facts(overlap, facts | {"retrained_documents": 5, "retrained_tokens": 12345})
+    told = report.facts(overlap, facts | {"runs": "kv_1/seed0", "retrained_documents": 5, "retrained_tokens": 12345})
+    assert "re-trained" not in report.facts(overlap, facts)
     assert "12,345 tokens" in told and "One seed of `kv_1`, `kv_2`" in told and "`target`" not in told

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-MAIN = ("hidden", "hidden_post_norm", "hidden_continued", "kv_1_none", "kv_1", "kv_2", "kv_4", "hybrid", "hybrid_warm")
+MAIN = (
+    "hidden", "hidden_post_norm", "hidden_continued", "kv_1_none", "kv_1", "kv_2", "kv_4", "kv_2_from_hidden", "hybrid", "hybrid_warm",
+    "hidden_normed_post_norm", "hidden_normed_post_norm_continued", "hybrid_warm_normed_post_norm",
+)  # fmt: skip
 
 
 def test_the_result_table_is_the_recorded_one():
