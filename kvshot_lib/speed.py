@@ -83,10 +83,11 @@ class Record:
 def find_runs(results_dir: Path, runs: Sequence[str]) -> dict[str, Path]:
     """``variant/seed0`` -> folder with its weights: those of ``runs``, or all (weights suffice, a finished run isn't needed).
 
-    A folder of checkpoints, a drafter in each of its folders, will do as well; they count as seed 0.
+    A folder of checkpoints, a drafter in each of its folders, will do as well; their descriptions name the seed.
     """
     found = {f"{p.parents[1].name}/{p.parent.name}": p.parent for p in results_dir.glob(f"runs/*/seed*/{DESCRIPTION}")}
-    found |= {f"{path.parent.name}/seed0": path.parent for path in results_dir.glob(f"*/{DESCRIPTION}")}
+    for path in results_dir.glob(f"*/{DESCRIPTION}"):
+        found[f"{path.parent.name}/seed{json.loads(path.read_text()).get('seed', 0)}"] = path.parent
     if unknown := [name for name in runs if name not in found]:
         raise StudyError(
             f"{', '.join(unknown)}: no trained drafter in {results_dir / 'runs'}; there: {', '.join(sorted(found)) or 'none'}"
