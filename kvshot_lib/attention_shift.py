@@ -35,7 +35,7 @@ from . import tables
 from .capture import attention_rows, capture, uniform_layers
 from .checkpoints import load_drafter
 from .controls import ShuffledKV
-from .errors import StudyError
+from .errors import StudyError, one_line_errors
 from .evaluate import anchor_places, match_documents
 from .feature_store import StoredFeatures
 from .files import write_csv
@@ -304,6 +304,7 @@ def _kept(keep: str | Path, made: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.concat([before[others], new], ignore_index=True)
 
 
+@one_line_errors
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.attention_shift", description=__doc__.splitlines()[0])
     parser.add_argument("results_dir", metavar="RESULTS_DIR")
@@ -312,12 +313,8 @@ def main(words: list[str] | None = None) -> int:
         "--keep", default="", metavar="TABLES_DIR", help="and the runs of these tables, if not measured again"
     )
     given = parser.parse_args(words)
-    try:
-        for path in measure(given.results_dir, given.runs, given.keep).values():
-            print(path)
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for path in measure(given.results_dir, given.runs, given.keep).values():
+        print(path)
     return 0
 
 

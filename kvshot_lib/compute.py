@@ -25,7 +25,7 @@ from . import tables
 from .corpus import Document, load_corpus
 from .cost import block_bytes, block_flops, prefix_flops_per_token, step_bytes, step_flops
 from .drafters import Drafter, DrafterConfig, build_drafter
-from .errors import StudyError
+from .errors import StudyError, one_line_errors
 from .features import LiveFeatures, feature_spec
 from .pipeline import NOTEBOOKS, Profile, load_profile, parameter_defaults
 from .target import Target, load_target
@@ -221,19 +221,16 @@ def _text(row, name: str) -> str:
     return found if isinstance(found, str) else ""
 
 
+@one_line_errors
 def main(words: Iterable[str] | None = None) -> int:
     """Count the runs of a folder of tables; says which could not be counted."""
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.compute", description=__doc__.split("\n")[0])
     parser.add_argument("tables_dir", metavar="TABLES_DIR")
     given = parser.parse_args(words)
-    try:
-        table, untold = compute_table(tables.read(given.tables_dir, "runs"))
-        for line in untold:
-            print(f"not counted: {line}", file=sys.stderr)
-        print(tables.write(given.tables_dir, "compute", tables.rounded(table)))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    table, untold = compute_table(tables.read(given.tables_dir, "runs"))
+    for line in untold:
+        print(f"not counted: {line}", file=sys.stderr)
+    print(tables.write(given.tables_dir, "compute", tables.rounded(table)))
     return 0
 
 

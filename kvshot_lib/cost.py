@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .drafters import Drafter, DrafterConfig, build_drafter
-from .errors import StudyError
+from .errors import one_line_errors
 from .features import Features, feature_spec
 from .provenance import device_name
 from .target import DEFAULT_TARGET, load_target
@@ -225,6 +225,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@one_line_errors
 def main(words: list[str] | None = None) -> int:
     """Print device and costs of every drafter that the study names, untrained: neither weights nor training matter to the cost."""
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.cost", description=__doc__.split("\n")[0])
@@ -232,27 +233,23 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--vocabulary", type=int, default=8192, help="draft_vocab_size")
     given = parser.parse_args(words)
     known, shown = {field.name for field in fields(DrafterConfig)}, set()
-    try:
-        target = load_target(given.target)
-        draft_ids = torch.arange(min(given.vocabulary, target.vocab_size))
-        print(f"{device_name(target.device)}, {target.dtype}, torch {torch.__version__}, target {target.name}")
-        print(
-            f"{'variant':18} {'parameters':>12} {'FLOPs/step':>14} {'FLOPs/token':>12} {'bytes/token':>11} {'ms/step':>8}"
-        )
-        for variant, values in VARIANTS.items():
-            config = DrafterConfig(**{name: value for name, value in values.items() if name in known})
-            if config not in shown:  # variants that differ in their training alone cost the same
-                drafter = build_drafter(config, target, feature_spec(target, config.kv_layers), draft_ids)
-                parameters = sum(p.numel() for p in drafter.parameters())
-                found = drafting_cost(drafter)
-                counts = [parameters, found["drafting_flops"], found["prefix_flops_per_token"]]
-                numbers = " ".join(f"{count:>{width},}" for count, width in zip(counts, (12, 14, 12), strict=True))
-                seconds = 1000 * draft_step_s(drafter, found["draft_context_tokens"], 7, dtype=target.dtype)
-                print(f"{variant:18} {numbers} {found['prefix_bytes_per_token']:>11,} {seconds:>8.2f}", flush=True)
-            shown.add(config)
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    target = load_target(given.target)
+    draft_ids = torch.arange(min(given.vocabulary, target.vocab_size))
+    print(f"{device_name(target.device)}, {target.dtype}, torch {torch.__version__}, target {target.name}")
+    print(
+        f"{'variant':18} {'parameters':>12} {'FLOPs/step':>14} {'FLOPs/token':>12} {'bytes/token':>11} {'ms/step':>8}"
+    )
+    for variant, values in VARIANTS.items():
+        config = DrafterConfig(**{name: value for name, value in values.items() if name in known})
+        if config not in shown:  # variants that differ in their training alone cost the same
+            drafter = build_drafter(config, target, feature_spec(target, config.kv_layers), draft_ids)
+            parameters = sum(p.numel() for p in drafter.parameters())
+            found = drafting_cost(drafter)
+            counts = [parameters, found["drafting_flops"], found["prefix_flops_per_token"]]
+            numbers = " ".join(f"{count:>{width},}" for count, width in zip(counts, (12, 14, 12), strict=True))
+            seconds = 1000 * draft_step_s(drafter, found["draft_context_tokens"], 7, dtype=target.dtype)
+            print(f"{variant:18} {numbers} {found['prefix_bytes_per_token']:>11,} {seconds:>8.2f}", flush=True)
+        shown.add(config)
     return 0
 
 

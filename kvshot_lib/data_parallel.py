@@ -19,7 +19,7 @@ import pandas as pd
 
 from . import parallel
 from .corpus import answer_token_counts, load_corpus
-from .errors import StudyError
+from .errors import StudyError, one_line_errors
 from .features import LiveFeatures, feature_spec
 from .files import write_csv
 from .kept_features import keep_features
@@ -65,6 +65,7 @@ def train_all(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]]) 
         collect(results_dir)
 
 
+@one_line_errors
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.data_parallel", description=__doc__.splitlines()[0])
     parser.add_argument("profile")
@@ -75,23 +76,17 @@ def main(words: list[str] | None = None) -> int:
     parallel.begin()
     if parallel.is_main():
         print(f"{parallel.count()} process{'es' * (parallel.count() > 1)}", flush=True)
-    try:
-        profile = load_profile(given.profile)
-        check_profile(profile)
-        check_drafters(profile)
-        results_dir = given.results_dir or Path("results") / profile.name
-        known = {f"{variant}/seed{seed}": (variant, seed) for seed in profile.seeds for variant in profile.drafters}
-        if unknown := [name for name in given.runs if name not in known]:
-            raise StudyError(
-                f"{', '.join(unknown)}: not among the runs of {profile.name}, which are {', '.join(known)}"
-            )
-        if given.what == "extract":
-            extract(profile, results_dir)
-        else:
-            train_all(profile, results_dir, [known[name] for name in given.runs] or list(known.values()))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    profile = load_profile(given.profile)
+    check_profile(profile)
+    check_drafters(profile)
+    results_dir = given.results_dir or Path("results") / profile.name
+    known = {f"{variant}/seed{seed}": (variant, seed) for seed in profile.seeds for variant in profile.drafters}
+    if unknown := [name for name in given.runs if name not in known]:
+        raise StudyError(f"{', '.join(unknown)}: not among the runs of {profile.name}, which are {', '.join(known)}")
+    if given.what == "extract":
+        extract(profile, results_dir)
+    else:
+        train_all(profile, results_dir, [known[name] for name in given.runs] or list(known.values()))
     return 0
 
 

@@ -28,7 +28,7 @@ from .capture import uniform_layers
 from .corpus import Document
 from .decoding import decode
 from .drafters import DrafterConfig, build_drafter, in_dtype
-from .errors import StudyError
+from .errors import StudyError, one_line_errors
 from .evaluate import match_documents
 from .feature_store import write_store
 from .features import FeatureSpec, LiveFeatures, feature_spec
@@ -271,6 +271,7 @@ def write_stages(path: str, target: Target, stages: list[Stage]) -> None:
         write_csv(Path(path), pd.DataFrame(rows))
 
 
+@one_line_errors
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.dry_run", description=__doc__.splitlines()[0])
     parser.add_argument("profile")
@@ -286,28 +287,24 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", metavar="FILE.csv", help="keep the stages as a table")
     given = parser.parse_args(words)
-    try:
-        profile = load_profile(given.profile)
-        check_profile(profile)
-        check_drafters(profile)
-        if unknown := set(given.drafters or ()) - set(profile.drafters):
-            raise StudyError(
-                f"{', '.join(sorted(unknown))}: not among the drafters of {profile.name}, {', '.join(profile.drafters)}"
-            )
-        extract = profile.extract | ({"max_length_tokens": given.length} if given.length else {})
-        drafters = {name: own for name, own in profile.drafters.items() if name in (given.drafters or profile.drafters)}
-        profile = replace(profile, extract=extract, drafters=drafters)
-        target = random_target(profile, given.layers, given.narrow, given.device, given.dtype)
-        parameters = sum(p.numel() for p in target.model.parameters())
-        print(
-            f"{device_name(target.device)}, torch {torch.__version__}, {target.name}: {parameters:,} parameters, {target.dtype}",
-            flush=True,
+    profile = load_profile(given.profile)
+    check_profile(profile)
+    check_drafters(profile)
+    if unknown := set(given.drafters or ()) - set(profile.drafters):
+        raise StudyError(
+            f"{', '.join(sorted(unknown))}: not among the drafters of {profile.name}, {', '.join(profile.drafters)}"
         )
-        stages = dry_run(profile, target, given.steps, partial(write_stages, given.out, target))
-        print(report(profile, target, stages, given.dialogues))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    extract = profile.extract | ({"max_length_tokens": given.length} if given.length else {})
+    drafters = {name: own for name, own in profile.drafters.items() if name in (given.drafters or profile.drafters)}
+    profile = replace(profile, extract=extract, drafters=drafters)
+    target = random_target(profile, given.layers, given.narrow, given.device, given.dtype)
+    parameters = sum(p.numel() for p in target.model.parameters())
+    print(
+        f"{device_name(target.device)}, torch {torch.__version__}, {target.name}: {parameters:,} parameters, {target.dtype}",
+        flush=True,
+    )
+    stages = dry_run(profile, target, given.steps, partial(write_stages, given.out, target))
+    print(report(profile, target, stages, given.dialogues))
     return 0
 
 

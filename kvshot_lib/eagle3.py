@@ -28,7 +28,7 @@ from .capture import hidden_layers
 from .checkpoints import load_drafter
 from .corpus import load_corpus
 from .drafters import Drafter, DrafterConfig
-from .errors import StudyError
+from .errors import StudyError, one_line_errors
 from .evaluate import match_documents
 from .features import LiveFeatures, feature_spec
 from .files import read_json, write_atomically
@@ -195,6 +195,7 @@ def measure(drafter: Drafter, target: Target, corpus: str, documents: int, draft
     )
 
 
+@one_line_errors
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.eagle3", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -209,15 +210,11 @@ def main(words: list[str] | None = None) -> int:
     for command in (export, reading):
         command.add_argument("--target", default=DEFAULT_TARGET, help="a name of the study, a hub id or a model folder")
     given = parser.parse_args(words)
-    try:
-        target = load_target(given.target, dtype="float32")
-        if given.command == "export":
-            print(export_eagle3(load_drafter(given.run, target), given.out, dtype=getattr(torch, given.dtype)))
-        else:
-            print(measure(import_eagle3(given.folder, target), target, given.corpus, given.documents))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    target = load_target(given.target, dtype="float32")
+    if given.command == "export":
+        print(export_eagle3(load_drafter(given.run, target), given.out, dtype=getattr(torch, given.dtype)))
+    else:
+        print(measure(import_eagle3(given.folder, target), target, given.corpus, given.documents))
     return 0
 
 

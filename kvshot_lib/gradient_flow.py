@@ -36,7 +36,7 @@ from .checkpoints import load_drafter
 from .controls import ShuffledKV
 from .corpus import Document, load_corpus
 from .drafters import Drafter
-from .errors import StudyError
+from .errors import StudyError, one_line_errors
 from .features import Features, LiveFeatures
 from .files import write_csv
 from .gradient_record import branch_of, gate_statistics, watched_mixing
@@ -353,6 +353,7 @@ def long_features(
     return ResidentFeatures(live, target.device, batch_documents=1), usable
 
 
+@one_line_errors
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.gradient_flow", description=__doc__.splitlines()[0])
     parser.add_argument("results_dir", metavar="RESULTS_DIR")
@@ -363,11 +364,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--fingerprint", default="", help=argparse.SUPPRESS)
     given = vars(parser.parse_intermixed_args(words))
-    try:
-        print(gradient_flow(given.pop("results_dir"), given.pop("runs"), **given))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    print(gradient_flow(given.pop("results_dir"), given.pop("runs"), **given))
     return 0
 
 

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from . import attention, tables
 from .block_drafts import slot_logits
 from .drafters import Drafter, DrafterConfig, drafter_sizes, in_dtype
-from .errors import StudyError
+from .errors import StudyError, one_line_errors
 from .features import Features, feature_spec
 from .layers import View
 from .plain_target import Kernels, PlainTarget, over_prefix
@@ -284,6 +284,7 @@ def write_as_they_come(rows: Iterator[dict], folder: Path) -> Path:
     return path
 
 
+@one_line_errors
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.latency", description=__doc__.splitlines()[0])
     parser.add_argument("--keep", required=True, metavar="TABLES_DIR", help="where step_latency.csv goes")
@@ -296,22 +297,18 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--no-graphs", action="store_true", help="launch kernels from Python")
     parser.add_argument("--no-compile", action="store_true", help="don't fuse small operations")
     given = parser.parse_args(words)
-    try:
-        device = resolve_device(given.device)
-        if device.type != "cuda" and given.architecture != "tiny":
-            raise StudyError(
-                f"{given.architecture} needs a GPU, and there is none here; --architecture tiny tries the command out"
-            )
-        machine = machine_for(device, given.replays, not given.no_graphs, not given.no_compile)
-        print(
-            f"{device_name(device)}, torch {torch.__version__}, {given.architecture} architecture, random weights, {machine.method}",
-            flush=True,
+    device = resolve_device(given.device)
+    if device.type != "cuda" and given.architecture != "tiny":
+        raise StudyError(
+            f"{given.architecture} needs a GPU, and there is none here; --architecture tiny tries the command out"
         )
-        rows = measure(given.architecture, machine, given.prefix, given.drafters, given.vocabulary)
-        print(write_as_they_come(rows, Path(given.keep)))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    machine = machine_for(device, given.replays, not given.no_graphs, not given.no_compile)
+    print(
+        f"{device_name(device)}, torch {torch.__version__}, {given.architecture} architecture, random weights, {machine.method}",
+        flush=True,
+    )
+    rows = measure(given.architecture, machine, given.prefix, given.drafters, given.vocabulary)
+    print(write_as_they_come(rows, Path(given.keep)))
     return 0
 
 

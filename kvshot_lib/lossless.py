@@ -26,7 +26,7 @@ from tqdm import tqdm
 from . import tables
 from .checkpoints import DESCRIPTION
 from .decoding import decode
-from .errors import StudyError
+from .errors import StudyError, one_line_errors
 from .files import write_csv, write_json
 from .prompts import encode_turn, load_prompts
 from .provenance import provenance
@@ -183,6 +183,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     ).reset_index()  # fmt: skip
 
 
+@one_line_errors
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.lossless", description=__doc__.splitlines()[0])
     parser.add_argument("results_dir", metavar="RESULTS_DIR")
@@ -197,11 +198,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--out", default="", metavar="DIR", help="where rows and table go (RESULTS_DIR by default)")
     parser.add_argument("--keep", default="", metavar="TABLES_DIR", help="take over rows recorded there")
     given = vars(parser.parse_intermixed_args(words))
-    try:
-        table, done = verify_lossless(given.pop("results_dir"), given.pop("runs"), **given)
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    table, done = verify_lossless(given.pop("results_dir"), given.pop("runs"), **given)
     print(summary(table).to_string(index=False))
     if not done:
         print("stopped early: the same command goes on from here")

@@ -19,7 +19,7 @@ from .bootstrap import Draws, draw
 from .checkpoints import DESCRIPTION, WEIGHTS, load_drafter, training_command
 from .drafter_config import READS
 from .drafters import Drafter, DrafterConfig
-from .errors import StudyError
+from .errors import StudyError, one_line_errors
 from .evaluate import match_documents
 from .feature_store import StoredFeatures
 from .files import sha256, write_atomically, write_csv, write_json
@@ -136,6 +136,7 @@ def _left(rows: Iterable[Iterable], header: list[str]) -> str:
     return markdown_table(rows, header).replace("--:", ":--")
 
 
+@one_line_errors
 def main(words: Iterable[str] | None = None) -> int:
     """Publish runs; prints each one's size and what rounding changed."""
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.publish_checkpoint", description=__doc__.split("\n")[0])
@@ -144,21 +145,17 @@ def main(words: Iterable[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, default=Path("data/checkpoints"))
     parser.add_argument("--step", type=float, default=STEP, help="of rounding, in standard deviations of a row")
     given = parser.parse_args(words)
-    try:
-        evaluation = StoredFeatures(given.results_dir / "features" / "evaluation")
-        target = load_target(evaluation.spec.target, device="cpu", dtype="float32")
-        for run in given.runs:
-            folder, to = given.results_dir / "runs" / run, given.to / run.split("/")[0]
-            draws = publish(folder, to, target, evaluation, given.step)
-            lost = draws.difference((AFTER, "measured_mat"), (BEFORE, "measured_mat"))
-            size = (to / WEIGHTS).stat().st_size / 1e6
-            print(
-                f"{to}: {size:.2f} MB; measured MAT {draws.mean(AFTER, 'measured_mat')}, by rounding {signed(lost)}",
-                flush=True,
-            )
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    evaluation = StoredFeatures(given.results_dir / "features" / "evaluation")
+    target = load_target(evaluation.spec.target, device="cpu", dtype="float32")
+    for run in given.runs:
+        folder, to = given.results_dir / "runs" / run, given.to / run.split("/")[0]
+        draws = publish(folder, to, target, evaluation, given.step)
+        lost = draws.difference((AFTER, "measured_mat"), (BEFORE, "measured_mat"))
+        size = (to / WEIGHTS).stat().st_size / 1e6
+        print(
+            f"{to}: {size:.2f} MB; measured MAT {draws.mean(AFTER, 'measured_mat')}, by rounding {signed(lost)}",
+            flush=True,
+        )
     return 0
 
 

@@ -32,7 +32,7 @@ from .attention_shift import check_rows
 from .checkpoints import load_drafter
 from .controls import ShuffledKV
 from .drafter_config import DrafterConfig
-from .errors import StudyError
+from .errors import StudyError, one_line_errors
 from .feature_store import StoredFeatures
 from .files import write_csv
 from .kv_attention import check_drafter, read_state
@@ -264,6 +264,7 @@ def _facts(study: Study, runs: Sequence[str], oracle: pd.DataFrame, seconds: flo
     return pd.DataFrame([facts | provenance(study.target.device)])
 
 
+@one_line_errors
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.query_estimation", description=__doc__.splitlines()[0])
     parser.add_argument("results_dir", metavar="RESULTS_DIR")
@@ -287,12 +288,8 @@ def main(words: list[str] | None = None) -> int:
         "--keep", default="", metavar="TABLES_DIR", help="and the runs of these tables, if not measured again"
     )
     given = vars(parser.parse_intermixed_args(words))
-    try:
-        for path in measure(given.pop("results_dir"), given.pop("runs"), **given).values():
-            print(path)
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for path in measure(given.pop("results_dir"), given.pop("runs"), **given).values():
+        print(path)
     return 0
 
 

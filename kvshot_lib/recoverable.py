@@ -35,7 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from . import tables
 from .capture import uniform_layers
-from .errors import StudyError
+from .errors import StudyError, one_line_errors
 from .files import write_csv
 from .kept_features import open_features, read_spec
 from .layers import rotated
@@ -274,6 +274,7 @@ def rotary_of(target: Target, spec) -> LlamaRotaryEmbedding:
     return LlamaRotaryEmbedding(sizes).to(target.device)
 
 
+@one_line_errors
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.recoverable", description=__doc__.splitlines()[0])
     parser.add_argument("results_dir", metavar="RESULTS_DIR")
@@ -284,12 +285,8 @@ def main(words: list[str] | None = None) -> int:
         help="of training; by default 600 on a CPU, 4,000 on a GPU, fewer for few documents",
     )
     given = parser.parse_args(words)
-    try:
-        for path in measure(given.results_dir, given.steps).values():
-            print(path)
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for path in measure(given.results_dir, given.steps).values():
+        print(path)
     return 0
 
 

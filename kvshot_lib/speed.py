@@ -28,7 +28,7 @@ from .checkpoints import DESCRIPTION, load_drafter
 from .decode_tables import decoding_table
 from .decoding import decode
 from .drafters import Drafter, in_dtype
-from .errors import StudyError
+from .errors import StudyError, one_line_errors
 from .files import write_csv
 from .notebooks import claim
 from .peers import peers
@@ -235,6 +235,7 @@ def _check(
             raise StudyError(f"--{name} is too small: new-tokens and step-tokens start at 2, everything else at 1")
 
 
+@one_line_errors
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.speed", description=__doc__.splitlines()[0])
     parser.add_argument("results_dir", metavar="RESULTS_DIR")
@@ -265,16 +266,12 @@ def main(words: list[str] | None = None) -> int:
     if (threads := given.pop("threads")) > 0:
         torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()  # `generate` remarks on itself
-    try:
-        chain, tree, prefix = (_numbers(given.pop(name), name) for name in ("chain", "tree", "prefix"))
-        if tree and len(tree) != 3:
-            raise StudyError("--tree takes depth,top_k,total, such as 8,10,60, or none")
-        settings = Settings(given.pop("new_tokens"), given.pop("repeats"))
-        plans = {"chains": chain, "tree": Tree(*tree) if tree else None, "prefixes": prefix}
-        written, done = measure(given.pop("results_dir"), given.pop("runs"), settings=settings, **plans, **given)
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    chain, tree, prefix = (_numbers(given.pop(name), name) for name in ("chain", "tree", "prefix"))
+    if tree and len(tree) != 3:
+        raise StudyError("--tree takes depth,top_k,total, such as 8,10,60, or none")
+    settings = Settings(given.pop("new_tokens"), given.pop("repeats"))
+    plans = {"chains": chain, "tree": Tree(*tree) if tree else None, "prefixes": prefix}
+    written, done = measure(given.pop("results_dir"), given.pop("runs"), settings=settings, **plans, **given)
     print("\n".join(map(str, written)))
     if not done:
         print("stopped early: the same command goes on from here")

@@ -25,7 +25,7 @@ from . import parallel
 from .checkpoints import save_drafter
 from .corpus import answer_token_counts, load_corpus
 from .drafters import DrafterConfig
-from .errors import StudyError
+from .errors import StudyError, one_line_errors
 from .features import LiveFeatures, feature_spec
 from .files import write_csv
 from .notebooks import locked
@@ -156,6 +156,7 @@ def _tell(job: tuple[str, int], future: Future) -> None:
         print(f"{name}: {facts['trained_tokens']:,} tokens in {facts['train_s']:.0f} s", flush=True)
 
 
+@one_line_errors
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("profile")
@@ -164,24 +165,18 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=4, help="trainings side by side")
     parser.add_argument("--stop-after-s", type=float, default=1e8, help="then leave the rest for the next call")
     given = parser.parse_intermixed_args(words)
-    try:
-        profile = load_profile(given.profile)
-        check_profile(profile)
-        check_drafters(profile)
-        results_dir = given.results_dir or Path("results") / profile.name
-        jobs = [(variant, seed) for seed in profile.seeds for variant in profile.drafters]
-        known = {f"{variant}/seed{seed}": (variant, seed) for variant, seed in jobs}
-        if unknown := [name for name in given.runs if name not in known]:
-            raise StudyError(
-                f"{', '.join(unknown)}: not among the runs of {profile.name}, which are {', '.join(known)}"
-            )
-        jobs = [known[name] for name in given.runs] or jobs
-        left = sweep(profile, results_dir, jobs, given.workers, given.stop_after_s)
-        if left < len(jobs):
-            collect(results_dir, [name for name, job in known.items() if _done(results_dir, *job)])
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    profile = load_profile(given.profile)
+    check_profile(profile)
+    check_drafters(profile)
+    results_dir = given.results_dir or Path("results") / profile.name
+    jobs = [(variant, seed) for seed in profile.seeds for variant in profile.drafters]
+    known = {f"{variant}/seed{seed}": (variant, seed) for variant, seed in jobs}
+    if unknown := [name for name in given.runs if name not in known]:
+        raise StudyError(f"{', '.join(unknown)}: not among the runs of {profile.name}, which are {', '.join(known)}")
+    jobs = [known[name] for name in given.runs] or jobs
+    left = sweep(profile, results_dir, jobs, given.workers, given.stop_after_s)
+    if left < len(jobs):
+        collect(results_dir, [name for name, job in known.items() if _done(results_dir, *job)])
     print(f"{left} runs are left: the same command goes on with them" if left else "all runs are done")
     return bool(left)
 
