@@ -180,7 +180,7 @@ def measure_target(source, target: Target, draft_length: int, layers: Sequence[i
     if not found:
         raise StudyError("no anchors in the evaluation documents: extract documents with longer answers")
     table = pd.concat(found, ignore_index=True)
-    return table.assign(**{name: [float(f"{x:.4g}") for x in table[name]] for name in MEASURES})
+    return table.assign(**{name: [float(f"{x:.3g}") for x in table[name]] for name in MEASURES})
 
 
 def entropy(target: Target, final_hidden: Tensor, rows: int = 512) -> Tensor:

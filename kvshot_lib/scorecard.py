@@ -149,8 +149,9 @@ def draw_scorecard(card: pd.DataFrame) -> Figure:
     Right of the line the claim holds. The plain value stands at the right, with what the claim asks of it.
     """
     rows = card[card["direction"] != ""].reset_index(drop=True)
-    kinds_apart = 0.6 * rows["kind"].ne(rows["kind"].shift()).cumsum().sub(1)
-    places = rows.index.to_numpy() + kinds_apart.to_numpy()
+    lines = rows["statement"].map(lambda statement: _label(statement).count("\n") + 1).to_numpy()
+    heights = np.maximum(1, 0.45 * lines) + 0.6 * rows["kind"].ne(rows["kind"].shift()).to_numpy()
+    places = heights.cumsum() - heights[0]
     height = 1.5 + 0.4 * (places[-1] + 1)
     figure = Figure(figsize=(10.6, height))
     axes = figure.add_axes((0.36, 0.8 / height, 0.35, 1 - 1.5 / height))
@@ -165,11 +166,15 @@ def draw_scorecard(card: pd.DataFrame) -> Figure:
     return figure
 
 
+def _label(statement: str) -> str:
+    return textwrap.fill(statement.replace("`", ""), 46, break_on_hyphens=False)
+
+
 def _draw_row(axes: Axes, place: float, row) -> None:
     """One claim: its name at the left, marker and whisker, its plain value and what the claim asks of it at the right."""
     colour, marker = LOOKS[row.verdict]
     beside = {"xycoords": axes.get_yaxis_transform(), "va": "center", "fontsize": 9.5, "annotation_clip": False}
-    name = textwrap.fill(row.statement.replace("`", ""), 46, break_on_hyphens=False)
+    name = _label(row.statement)
     axes.annotate(row.claim, (-1.0, place), weight="bold", **beside)
     axes.annotate(name, (-0.87, place), linespacing=1.0, **beside)
     if row.verdict == "not run":
