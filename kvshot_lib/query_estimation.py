@@ -242,25 +242,13 @@ def _kept(before: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
 def _facts(study: Study, runs: Sequence[str], oracle: pd.DataFrame, seconds: float) -> pd.DataFrame:
     """One row: what was measured, on what, by which code; how the oracle's arms were re-trained, if they were."""
     facts = {
-        "target": study.target.name,
-        "target_hash": study.target.hash,
-        "runs": " ".join(runs),
-        "documents": len(study.sources["evaluation"]),
-        "documents_hash": study.sources["evaluation"].documents_hash,
-    }
-    facts |= (
-        {
-            "retrained_documents": len(study.retrained),
-            "retrained_tokens": int(oracle["trained_tokens"].max()),
-            "passes": study.passes,
-            "learning_rate": study.rate,
-        }
-        if set(oracle["arm"]) > {"as_trained"}
-        else {}
-    )
-    facts |= {
-        "dtype": "float32", "seconds": round(seconds, 1),
+        "target": study.target.name, "target_hash": study.target.hash, "runs": " ".join(runs),
+        "documents": len(study.sources["evaluation"]), "documents_hash": study.sources["evaluation"].documents_hash,
     }  # fmt: skip
+    if set(oracle["arm"]) > {"as_trained"}:
+        facts |= {"retrained_documents": len(study.retrained), "retrained_tokens": int(oracle["trained_tokens"].max())}
+        facts |= {"passes": study.passes, "learning_rate": study.rate}
+    facts |= {"dtype": "float32", "seconds": round(seconds, 1)}
     return pd.DataFrame([facts | provenance(study.target.device)])
 
 

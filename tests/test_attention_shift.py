@@ -169,11 +169,11 @@ def test_tables_hold_every_valid_anchor_and_the_runs_own_matches(results, monkey
     assert shift["shift"].dropna().between(0, math.log(2)).all() and shift["new_mass"].between(0, 1).all()
     assert shift["shift"].isna().sum() == (shift["context_length_tokens"] == 1).sum()
 
-    again = {path.name: path.read_bytes() for path in (results / "tables").glob("*.gz")}
+    again = {path.name: path.read_bytes() for path in (results / "tables").glob("*.xz")}
     monkeypatch.setattr(attention_shift, "measure_target", None)  # measured already
     monkeypatch.setattr(attention_shift, "measure_run", None)
     measure(results)
-    assert {path.name: path.read_bytes() for path in (results / "tables").glob("*.gz")} == again
+    assert again and {path.name: path.read_bytes() for path in (results / "tables").glob("*.xz")} == again
     measure(results, ["kv_1/seed0"], keep=results / "tables")
     assert set(tables.read(results / "tables", "attention_matches")["variant"]) == {"hidden", "kv_1"}
 
@@ -204,3 +204,14 @@ def test_a_retrained_run_is_measured_again_and_one_of_other_documents_is_refused
     assert attention_shift.main([str(results)]) == 1
     assert "was evaluated on other documents or anchors" in capsys.readouterr().err
     assert attention_shift.main([str(results), "kv_9/seed0"]) == 1
+
+
+def test_fewer_documents_than_the_run_was_judged_on_will_do(tmp_path):
+    counts = pd.DataFrame({"document": [0, 1], "draft_step": [0, 0], "anchors": [2, 3], "matches": [1, 2]})
+    counts.to_csv(tmp_path / "counts.csv", index=False)
+    rows = pd.DataFrame([{"document": 0, "draft_step": 0, "matches": "10"}])
+    attention_shift._check_counts(rows, tmp_path, 1)
+    with pytest.raises(StudyError, match="was evaluated on other documents"):
+        attention_shift._check_counts(rows, tmp_path, 2)
+    with pytest.raises(StudyError, match="of its matches are not those"):
+        attention_shift._check_counts(rows.assign(matches="11"), tmp_path, 1)

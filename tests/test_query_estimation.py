@@ -55,14 +55,28 @@ def test_tables_are_made_resumed_and_kept(results, monkeypatch):
     again = load_drafter(results / "runs/kv_2/seed0", target()).state_dict()
     assert all(torch.equal(again[name], weights[name]) for name in weights)
 
-    first = {path.name: path.read_bytes() for path in (results / "tables").glob("*.gz")}
+    first = {path.name: path.read_bytes() for path in (results / "tables").glob("*.xz")}
     for name in ("measure_references", "load_drafter"):  # measured already
         monkeypatch.setattr(query_estimation, name, None)
     measure(results, documents=3)
-    assert {path.name: path.read_bytes() for path in (results / "tables").glob("*.gz")} == first
+    assert first and {path.name: path.read_bytes() for path in (results / "tables").glob("*.xz")} == first
     measure(results, ["kv_1/seed0"], documents=3, keep=results / "tables")
     assert set(tables.read(results / "tables", "query_oracle")["variant"]) == {"kv_1", "kv_2"}
     assert "target" in set(tables.read(results / "tables", "attention_overlap")["variant"])
+
+
+def test_without_the_oracle_drafters_are_judged_as_trained_and_kept_arms_stay(results):
+    measure(results, ["kv_1/seed0"], documents=3)
+    measure(results, ["kv_2/seed0"], documents=3, oracle=False, keep=results / "tables")
+    oracle = tables.read(results / "tables", "query_oracle")
+    arms = oracle.groupby("variant")["arm"].unique().map(set).to_dict()
+    assert arms == {"kv_1": {"as_trained", "own", "oracle", "perfect", "random"}, "kv_2": {"as_trained"}}
+    assert {"kv_1", "kv_2"} <= set(tables.read(results / "tables", "attention_overlap")["variant"])
+    facts = pd.read_csv(results / "tables/query_estimation_facts.csv")
+    assert facts["runs"].tolist() == ["kv_2/seed0", "kv_1/seed0"] and facts["retrained_documents"].isna().tolist() == [
+        True,
+        False,
+    ]
 
 
 def test_what_cannot_be_measured_is_refused_by_name(results, monkeypatch, capsys):

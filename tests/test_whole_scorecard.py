@@ -1,4 +1,4 @@
-"""The whole scorecard: nothing stated is left out, its order, and what another study fills in."""
+"""The whole scorecard: nothing stated is left out, and its order."""
 
 from pathlib import Path
 
@@ -14,14 +14,6 @@ RECORDED = Path(__file__).parents[1] / "data/recorded/full"
 @pytest.fixture(scope="module")
 def whole():
     return whole_scorecard(RECORDED, paper.read_paper(), samples=50)
-
-
-def card(**verdicts):
-    """A row for each claim, C9a=("not run", value), say."""
-    rows = [
-        {"claim": name, "kind": "claim", "verdict": told, "value": value} for name, (told, value) in verdicts.items()
-    ]
-    return pd.DataFrame(rows)
 
 
 def test_every_claim_has_one_row_and_they_stand_in_order(whole):
