@@ -37,13 +37,14 @@ VARIANTS: dict[str, dict] = {
     "hybrid": {"paradigm": "hybrid"},
     "hybrid_warm": WARM,
     "cross_only_warm": {**WARM, "cross_only": True},
-    # Cures for a cross branch that starves behind its gate, one parameter each.
+    # Cures for a cross branch that starves behind its gate, one change each.
     "hybrid_warm_gate_floor": {**WARM, "gate_floor": 0.3},
     "hybrid_warm_branch_warmup": {**WARM, "branch_warmup_steps": 130},
     "hybrid_warm_branch_loss": {**WARM, "branch_loss_weight": 0.5},
     "hybrid_warm_branch_rate": {**WARM, "branch_learning_rate_scale": 3.0},
     "hybrid_warm_lag_augment": {**WARM, "kv_lag_augment_tokens": 4},
     "hybrid_warm_kv_init": {**WARM, "kv_init": "target"},
+    "hybrid_warm_unrotate_mlp": {**WARM, "kv_rope": "unrotate", "kv_fusion": "mlp"},
     "hybrid_warm_all_anchors": {**WARM, "anchor_fraction": 1.0},
     # What helped each paradigm alone, together: the strongest of each that the study knows.
     "hidden_normed_post_norm": STRONG,
