@@ -8,7 +8,7 @@ import pandas as pd
 from .bootstrap import Draws, summary_table
 from .goals import STEPS
 from .tables import in_order
-from .variants import VARIANTS
+from .variants import CURES
 
 SHOWN = (
     "hidden",
@@ -33,8 +33,9 @@ NORMS = (
 REUSE = (
     ("kv_4_unrotate_mlp", "kv_4"), ("kv_4_unrotate_mlp", "hidden_normed_post_norm"), ("hybrid_warm", "hidden_continued"),
     ("hybrid_warm_normed_post_norm", "hidden_normed_post_norm_continued"), ("hybrid_warm_normed_post_norm", "kv_2_from_hidden_continued"),
+    ("hybrid_warm_normed_post_norm_combined", "hybrid_warm_normed_post_norm"), ("kv_4_unrotate_mlp_continued", "hidden_normed_post_norm_continued"),
+    ("kv_4_unrotate_mlp_continued", "hybrid_warm_normed_post_norm"), ("kv_4_unrotate_mlp_continued", "kv_2_from_hidden_continued"),
 )  # fmt: skip
-CURES = tuple(n for n, own in VARIANTS.items() if n.startswith("hybrid_warm_") and own["init_from"] == "hidden")
 LEVERS = {
     "Dense gradients: every anchor": DENSE,
     "Parallel drafting: a block": PARALLEL,

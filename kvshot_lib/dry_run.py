@@ -214,8 +214,10 @@ def train_stages(
         stage.tokens = sum(judged.lengths)
     if drafter_config.kv_control == "shuffled":
         return
-    prompt, ready = live.documents[0].tokens[:PROMPT_TOKENS].tolist(), in_dtype(drafter, target.dtype).eval()
-    decode(target, ready, prompt, Tree(), max_new_tokens=2, eos_token_ids=())  # the first call compiles and allocates
+    # A drafter that isn't compiled, as decoding has it: a compiled one would be compiled anew for one length of the prefix after another.
+    ready = in_dtype(build_drafter(drafter_config, target, source.spec, draft_ids), target.dtype).eval()
+    prompt = live.documents[0].tokens[:PROMPT_TOKENS].tolist()
+    decode(target, ready, prompt, Tree(), max_new_tokens=2, eos_token_ids=())  # the first call allocates
     with measured(target, f"decode {variant}", stages) as stage:
         made = decode(target, ready, prompt, Tree(), max_new_tokens=steps + 1, eos_token_ids=())
         stage.steps, stage.seconds = made.target_forwards, made.draft_s + made.verify_s + made.other_s

@@ -50,6 +50,7 @@ LOOKS = {
     "kv_3": ("#a34700", "s"),
     "kv_4": ("#6e3000", "s"),
     "kv_4_unrotate_mlp": ("#3d1a00", "P"),
+    "kv_4_unrotate_mlp_continued": ("#1f0d00", "p"),
     "hybrid": ("#009E73", "D"),
     "hybrid_warm_normed_post_norm": ("#00382a", "d"),
     "hybrid_warm": ("#005c43", "D"),
@@ -80,9 +81,27 @@ def save_figure(figure: Figure, table: pd.DataFrame, figures_dir: str | Path, na
     """
     path, drawn = Path(figures_dir) / f"{name}.png", io.BytesIO()
     write_csv(path.with_suffix(".csv"), rounded(table))
-    figure.savefig(drawn, dpi=160)
-    picture = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    figure.savefig(drawn, dpi=112)
+    picture = _in_256_colours(Image.open(drawn).convert("RGB"))
     return write_atomically(path, lambda p: picture.save(p, optimize=True))
+
+
+def _in_256_colours(picture: Image.Image) -> Image.Image:
+    """The picture with the 128 colours that most of its pixels have (pale bands, say), 128 that are far apart (thin lines), and the nearest of these."""
+    packed = np.asarray(picture).astype(np.int64) @ (1 << 16, 1 << 8, 1)
+    colours, place, pixels = np.unique(packed, return_inverse=True, return_counts=True)
+    colours = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], axis=-1)
+    apart = picture.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).getpalette()
+    palette = np.concatenate([colours[np.argsort(-pixels, kind="stable")[:128]], np.reshape(apart, (-1, 3))])
+    nearest = np.concatenate(
+        [
+            ((part[:, None] - palette) ** 2).sum(-1).argmin(1)
+            for part in np.array_split(colours, 1 + len(colours) // 4096)
+        ]
+    )
+    found = Image.fromarray(nearest[place].astype(np.uint8).reshape(packed.shape), "P")
+    found.putpalette(palette.astype(np.uint8).tobytes())
+    return found
 
 
 def main_variants(measured: Iterable[str], wanted: Iterable[str] = MAIN_VARIANTS, reference: str = "") -> list[str]:

@@ -12,6 +12,7 @@ from matplotlib.transforms import Bbox
 
 from .figures import STYLE, look
 from .tables import in_order
+from .variants import CURES
 
 FAMILY_LOOKS = {
     "kv": ("#D55E00", "s"),
@@ -105,7 +106,8 @@ def draw_depth(table: pd.DataFrame) -> Figure:
 def draw_plane(table: pd.DataFrame, cost: str, xlabel: str, ylabel: str) -> Figure:
     """Every drafter in the plane of drafting cost and tokens per target forward, over lines of equal speedup = MAT / (1 + cost).
 
-    ``table`` has variant, value, low, high and the column ``cost``: the cost of a chain over that of one target forward.
+    ``table`` has variant, value, low, high and the column ``cost``: the cost of a chain over that of one target forward. Cures of the warm hybrid
+    lie around it and are not named.
     """
     figure = Figure(figsize=(9.6, 8.2), layout="constrained")
     FigureCanvasAgg(figure)  # labels are placed by their size in pixels
@@ -125,6 +127,8 @@ def draw_plane(table: pd.DataFrame, cost: str, xlabel: str, ylabel: str) -> Figu
         "a block at once": "block_kv_2",
         "control": "kv_2_zero",
     }
+    if cures := [v for v in table["variant"] if v in CURES]:
+        families[f"{len(cures)} cures of hybrid_warm, unnamed"] = cures[0]
     handles = [
         Line2D([], [], color=look(v)[0], marker=look(v)[1], ls="none", label=name) for name, v in families.items()
     ]
@@ -171,7 +175,7 @@ def _iso_lines(axes: Axes, right: float, low: float, high: float) -> None:
 
 
 def _place_labels(figure: Figure, axes: Axes, table: pd.DataFrame, cost: str) -> None:
-    """Write each point's name at the nearest free place around it; a thread leads to a name that is not beside its point.
+    """Write each point's name (but a cure's) at the nearest free place around it; a thread leads to a name that is not beside its point.
 
     Free is what no other name, no point and no edge of the plane covers. Points that have least room come first.
     """
@@ -185,7 +189,7 @@ def _place_labels(figure: Figure, axes: Axes, table: pd.DataFrame, cost: str) ->
         taken.append(Bbox(ends).padded(dot))
     crowd = {v: sum(np.hypot(*(spot - other)) < 45 * dot for other in spots.values()) for v, spot in spots.items()}
     to_data = axes.transData.inverted()
-    for variant in sorted(spots, key=lambda v: (-crowd[v], spots[v][1])):
+    for variant in sorted((v for v in spots if v not in CURES), key=lambda v: (-crowd[v], spots[v][1])):
         colour, spot = look(variant)[0], spots[variant]
         text = axes.text(0, 0, variant, fontsize=8, color=colour, weight="bold", va="bottom", zorder=6)
         text.set_path_effects([withStroke(linewidth=2, foreground="white")])

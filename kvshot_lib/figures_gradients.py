@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -12,6 +13,7 @@ from matplotlib.lines import Line2D
 from .figures import STYLE, look
 from .gradient_statistics import CLAIM_AT
 from .tables import in_order
+from .variants import CURES
 
 # Places of the norm figure: (matrix, side) and what it is called.
 PLACES = {
@@ -186,25 +188,37 @@ def draw_scaling(table: pd.DataFrame, scale: float = 50.0) -> Figure:
 
 @mpl.rc_context(STYLE)
 def draw_gates(table: pd.DataFrame) -> Figure:
-    """The gate and the gradient ratio of the branches over the share of training; ``table`` is `gradient_statistics.gate_table`."""
-    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharex=True)
-    for variant in in_order(table["variant"]):
+    """The gate and the gradient ratio of the branches over the share of training; ``table`` is `gradient_statistics.gate_table`.
+
+    Cures of the warm hybrid have a row of their own, beside the hybrid that they should cure.
+    """
+    variants = in_order(table["variant"])
+    groups = [[v for v in variants if v not in CURES], [v for v in variants if v in ("hybrid_warm", *CURES)]]
+    groups = [group for group in groups if set(group) - {"hybrid_warm"}] or [variants]
+    figure = Figure(figsize=(9.6, 4.2 * len(groups)), layout="constrained")
+    for pair, group in zip(figure.subplots(len(groups), 2, squeeze=False), groups):
+        cures = [v for v in group if v in CURES]
+        hues = dict(zip(cures, sns.color_palette("tab10", len(cures))))
+        _draw_gates(*pair, table, {v: (hues[v], "") if v in hues else look(v) for v in group})
+    return figure
+
+
+def _draw_gates(left: Axes, right: Axes, table: pd.DataFrame, looks: dict[str, tuple]) -> None:
+    for variant, (colour, marker) in looks.items():
         own = table[table["variant"] == variant]
-        colour, marker = look(variant)
         whole = own["step"].max()
         mean, spread = (own[own["quantity"] == name].sort_values("step") for name in ("gate_mean", "gate_spread"))
         x, half = (mean["step"] / whole).to_numpy(), spread["value"].to_numpy()
-        left.fill_between(x, mean["value"] - half, mean["value"] + half, color=colour, alpha=0.12, lw=0)
+        if len(looks) <= 4:
+            left.fill_between(x, mean["value"] - half, mean["value"] + half, color=colour, alpha=0.12, lw=0)
         left.vlines(x, mean["low"], mean["high"], color=colour, lw=3, alpha=0.6)
         left.plot(x, mean["value"], color=colour, marker=marker, ms=4, label=variant)
         ratio = own[own["quantity"] == "branch_ratio"].sort_values("step")
         right.plot(ratio["step"] / whole, ratio["value"], color=colour, marker=marker, ms=4)
     left.axvline(CLAIM_AT, color="#999999", lw=1, ls=(0, (1, 2)))
     left.plot([CLAIM_AT], [0.2], color="#222222", marker="_", ms=14, ls="none")
-    left.set(
-        title="Gate: mean, and ± one standard deviation over\nanchors and channels (dash: .2 at a tenth)", ylim=(0, 1)
-    )
+    told = "Gate: mean, and ± one standard deviation over\nanchors and channels" if len(looks) <= 4 else "Gate: mean"
+    left.set(title=f"{told} (dash: .2 at a tenth)", ylim=(0, 1))
     right.axhline(1, color="#222222", lw=1, ls=(0, (4, 3)))
     right.set(title="Gradient at the cross branch's output\nover that at the self branch's", yscale="log")
     low, high = right.dataLim.intervaly
@@ -213,8 +227,7 @@ def draw_gates(table: pd.DataFrame) -> Figure:
     right.yaxis.set_minor_formatter("{x:g}")
     for axes in (left, right):
         axes.set_xlabel("share of training")
-    left.legend()
-    return figure
+    left.legend(ncols=1 + (len(looks) > 6), fontsize=8)
 
 
 def _band(axes: Axes, line: pd.DataFrame, x: str, variant: str, branch: str) -> None:

@@ -53,7 +53,7 @@ def draw_mat(table: pd.DataFrame) -> Figure:
     ``table`` is ``pick(summary, "expected_mat", "measured_mat")``.
     """
     variants = in_order(table["variant"])
-    figure = Figure(figsize=(7.6, 1.5 + 1.2 * _row_height(variants) * len(variants)), layout="constrained")
+    figure = Figure(figsize=(9.6, 1.5 + 1.2 * _row_height(variants) * len(variants)), layout="constrained")
     axes = figure.subplots()
     for metric, offset in (("expected_mat", -0.14), ("measured_mat", 0.14)):
         rows = table[table["metric"] == metric].set_index("variant").reindex(variants)

@@ -105,8 +105,9 @@ def draw_probe(table: pd.DataFrame) -> Figure:
 
 @mpl.rc_context(STYLE)
 def draw_arms(table: pd.DataFrame) -> Figure:
-    """Step acceptance by draft step of every arm, a panel a drafter."""
-    rows, variants = table[table["metric"] == "step_acceptance"], in_order(table["variant"])
+    """Step acceptance by draft step of every arm, a panel a drafter; drafters without further arms are left out where another has them."""
+    rows = table[table["metric"] == "step_acceptance"]
+    variants = in_order(rows.loc[rows["arm"] != "as_trained", "variant"]) or in_order(rows["variant"])
     figure = Figure(figsize=(9.6, 4.0), layout="constrained")
     for axes, variant in zip(np.atleast_1d(figure.subplots(1, len(variants), sharey=True)), variants):
         for arm, (colour, marker, name) in ARM_LOOKS.items():

@@ -140,8 +140,11 @@ def training_table(gradients: pd.DataFrame) -> pd.DataFrame:
 def gate_table(gradients: pd.DataFrame, samples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Over the training: ``gate_mean`` and ``gate_spread`` with intervals over documents, and ``branch_ratio`` = ‖∂L/∂c‖ / ‖∂L/∂s‖ without.
 
-    Means over draft steps; the ratio takes the norms of all draft steps together.
+    Means over draft steps and seeds (of ``trained_tokens`` too, as seeds draw other documents); the ratio takes the norms of all draft steps
+    together.
     """
+    tokens = gradients.groupby(["variant", "step"])["trained_tokens"].transform("mean")
+    gradients = gradients.assign(trained_tokens=tokens.round().astype("int64"))
     by = ["variant", "quantity", "step", "trained_tokens"]
     rows = gradients[gradients["quantity"].isin(["gate_mean", "gate_spread"])]
     made = [intervals(*bootstrapped(rows.assign(top=rows["value"], bottom=1.0), by, samples, seed))]

@@ -81,6 +81,21 @@ def limits(runs: pd.DataFrame, draws: Draws, reference: str) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+def trained_again(run_lengths: pd.DataFrame, again: pd.DataFrame) -> str:
+    """How far a training lands from itself: measured MAT of runs trained a second time with the same seed; empty if none was."""
+    key = ["variant", "seed"]
+    first, second = (table.groupby(key)[["accepted", "anchors"]].sum() for table in (run_lengths, again))
+    moved = (second["accepted"] / second["anchors"] - first["accepted"] / first["anchors"]).dropna()
+    if moved.empty:
+        return ""
+    return (
+        f"**The same training twice**: {len(moved)} runs were trained again from scratch with their own seed, on the same kind of "
+        f"card. Arithmetic on a GPU does not come out the same twice, and measured MAT moved by {moved.min():+.3f} to "
+        f"{moved.max():+.3f} (root mean square {np.sqrt((moved**2).mean()):.3f}). A smaller difference between two single trainings says nothing, "
+        "whatever its interval over documents."
+    )
+
+
 def _target(name: str) -> str:
     """The target's name; the default target's weights went through a 4-bit format, which readers must know."""
     return f"`{name}`" + (" (weights Q4_1, dequantised)" if name.startswith("smollm2") else "")

@@ -39,6 +39,7 @@ SCHEMAS = {
         "chain_matches:int64"
     ),
     "run_lengths": _columns("variant:str seed:int64 document:int64 anchors:int64 accepted:int64"),
+    "retrained": _columns("variant:str seed:int64 document:int64 anchors:int64 accepted:int64"),  # same seed, once more
     "axes": _columns(
         "variant:str seed:int64 document:int64 axis:str bin_low:int64 draft_step:int64 anchors:int64 matches:int64"
     ),
@@ -116,6 +117,7 @@ KEYS = {
     "runs": ["variant", "seed"],
     "counts": ["variant", "seed", "document", "draft_step"],
     "run_lengths": ["variant", "seed", "document"],
+    "retrained": ["variant", "seed", "document"],
     "axes": ["variant", "seed", "document", "axis", "bin_low", "draft_step"],
     "history": ["variant", "seed", "step", "split", "draft_step"],
     "gradients": ["variant", "seed", "step", "layer", "branch", "matrix", "draft_step", "document", "quantity"],
@@ -145,6 +147,7 @@ DIAGNOSTICS = {"attention_shift", "attention_matches", "recoverable", *QUERIES} 
 COMPRESSED = {
     "counts",
     "run_lengths",
+    "retrained",
     "axes",
     "history",
     "gradients",
@@ -156,6 +159,7 @@ COMPRESSED = {
 # Studies recorded before there was such a table have none.
 OPTIONAL = {
     "axes",
+    "retrained",
     "compute",
     "gradients",
     "gradient_flow",
@@ -376,10 +380,16 @@ def rounded(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def thin(tables_dir: str | Path) -> Path:
-    """Keep of ``axes``, the largest of the recorded tables, the main drafters alone (all, if none is): only those are drawn along the text."""
+    """Make the largest of the recorded tables smaller by what is not drawn of them.
+
+    ``axes`` keeps the main drafters (all, if none is there); ``gradients`` attention's projections, the fusion's maps and the gates, to four digits.
+    """
     table = read(tables_dir, "axes")
     main_ones = table[table["variant"].isin(MAIN_VARIANTS)]
-    return write(tables_dir, "axes", main_ones if len(main_ones) else table)
+    write(tables_dir, "axes", main_ones if len(main_ones) else table)
+    table = read(tables_dir, "gradients")
+    table = table[table["matrix"].str.contains(r"_proj$|^fusion\.|^gate$|^output$")]
+    return write(tables_dir, "gradients", table.assign(value=table["value"].map(lambda x: float(f"{x:.4g}"))))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ KV_2 = {"paradigm": "kv", "num_layers": 2}
 WARM = {"paradigm": "hybrid", "init_from": "hidden"}
 STRONG = {"paradigm": "hidden", "feedback": "post_norm", "hidden_norm": True}
 STRONG_KV = {"paradigm": "kv", "num_layers": 4, "kv_rope": "unrotate", "kv_fusion": "mlp"}
+COMBINED = {"gate_floor": 0.3, "kv_rope": "unrotate", "kv_fusion": "mlp"}
 BLOCK = {"paradigm": "block"}
 
 VARIANTS: dict[str, dict] = {
@@ -46,10 +47,18 @@ VARIANTS: dict[str, dict] = {
     "hybrid_warm_kv_init": {**WARM, "kv_init": "target"},
     "hybrid_warm_unrotate_mlp": {**WARM, "kv_rope": "unrotate", "kv_fusion": "mlp"},
     "hybrid_warm_all_anchors": {**WARM, "anchor_fraction": 1.0},
+    # Together: every cure above the uncured hybrid on validation documents (seed 0), of two that exclude each other the better one.
+    "hybrid_warm_combined": {**WARM, **COMBINED},
     # What helped each paradigm alone, together: the strongest of each that the study knows.
     "hidden_normed_post_norm": STRONG,
     "hidden_normed_post_norm_continued": {**STRONG, "init_from": "hidden_normed_post_norm"},
     "hybrid_warm_normed_post_norm": {**STRONG, "paradigm": "hybrid", "init_from": "hidden_normed_post_norm"},
+    "hybrid_warm_normed_post_norm_combined": {
+        **STRONG,
+        **COMBINED,
+        "paradigm": "hybrid",
+        "init_from": "hidden_normed_post_norm",
+    },
     "kv_4_unrotate_mlp": STRONG_KV,
     "kv_4_unrotate_mlp_continued": {**STRONG_KV, "init_from": "kv_4_unrotate_mlp"},
     "kv_2_from_hidden_continued": {**KV_2, "kv_control": "from_hidden", "init_from": "kv_2_from_hidden"},
@@ -69,6 +78,8 @@ VARIANTS: dict[str, dict] = {
     "block_kv_2_b16": {**BLOCK, "block_context": "kv", "num_layers": 2, "block_size": 16, "ttt_steps": 15},
 }
 
+# The warm hybrid with something done for its cross branch.
+CURES = tuple(n for n, own in VARIANTS.items() if n.startswith("hybrid_warm_") and own["init_from"] == "hidden")
 # Those that line figures show where more than seven were trained.
 MAIN_VARIANTS = ("hidden", "kv_1", "kv_2", "kv_4", "hybrid", "hybrid_warm", "kv_1_none")
 # Those that `query_estimation` measures by default: plain reuse of the KV cache at every depth, and with hidden states.

@@ -7,7 +7,7 @@ import synthetic
 from matplotlib.transforms import Bbox
 
 from kvshot_lib import beyond, bootstrap, claims, figures_beyond, goals, paper, report_beyond, tables
-from kvshot_lib.variants import VARIANTS
+from kvshot_lib.variants import CURES, VARIANTS
 
 
 def history(variant: str, points: dict[int, float], steps: int = 7) -> pd.DataFrame:
@@ -66,7 +66,8 @@ def test_every_comparison_is_of_the_studys_variants_and_changes_what_it_says():
     for name in beyond.CURES:
         own, start = VARIANTS[name], VARIANTS["hybrid_warm"]
         changed = own.keys() - start.keys()
-        assert (len(changed) == 1 or changed == {"kv_rope", "kv_fusion"}) and own.items() >= start.items()
+        assert len(changed) == 1 or name in ("hybrid_warm_unrotate_mlp", "hybrid_warm_combined")
+        assert own.items() >= start.items()
     assert VARIANTS["block_kv_2_equal_compute"].items() - VARIANTS["block_kv_2"].items() == {("anchor_fraction", 0.285)}
 
 
@@ -116,7 +117,7 @@ def test_labels_of_the_plane_overlap_neither_one_another_nor_the_points(whole):
         for text in axes.texts
         if text.get_text() in set(table["variant"])
     }
-    assert set(labels) == set(table["variant"])
+    assert set(labels) == set(table["variant"]) - set(CURES)
     points = axes.transData.transform(table[["bytes_ratio", "value"]].to_numpy())
     boxes, frame = list(labels.values()), axes.get_window_extent().padded(1)
     overlaps = sum(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.testing.compare import compare_images
 from notebook_checks import ROOT, run_here
+from PIL import Image
 
 from kvshot_lib import bootstrap, figures, figures_matrix, metrics
 from kvshot_lib.errors import StudyError
@@ -167,6 +168,17 @@ def test_nothing_in_the_chain_figure_is_cut_off():
     table = figures.pick(bootstrap.summary_table(draws_of("hidden", "kv_2")), *figures.STEP_METRICS)
     for panel in figures.draw_chain(table).axes[:2]:
         assert panel.get_ylim()[0] == 0 and panel.get_ylim()[1] > table["high"].max()
+
+
+def test_colours_survive_the_palette():
+    """A pale band over half of the picture, a line of one pixel and 2,000 greys: band and line as they were, greys to within a few levels."""
+    pixels = np.full((100, 100, 3), 255, dtype=np.uint8)
+    pixels[:50], pixels[60] = (225, 240, 235), (200, 30, 90)
+    pixels[70:90] = np.linspace(0, 255, 2000).astype(np.uint8).reshape(20, 100, 1) * (1, 1, 0) + np.array(
+        (0, 0, 7), np.uint8
+    )
+    found = np.asarray(figures._in_256_colours(Image.fromarray(pixels)).convert("RGB")).astype(int)
+    assert (found[:61] == pixels[:61]).all() and np.abs(found - pixels).max() < 16
 
 
 def test_nothing_to_draw_is_told():

@@ -123,6 +123,14 @@ def test_gates_and_branches_over_the_training():
     assert table["branch_ratio"].tolist() == pytest.approx([1, 3 / 7, 1 / 9])
 
 
+def test_gates_of_seeds_are_means_though_their_token_counts_differ():
+    other = gradients_table(gates=(0.7, 0.5, 0.3)).assign(seed=1)
+    both = pd.concat([gradients_table(), other.assign(trained_tokens=other["trained_tokens"] + 8)], ignore_index=True)
+    table = statistics.gate_table(both, 50)
+    mean = table[table["quantity"] == "gate_mean"]
+    assert mean["seeds"].tolist() == [2, 2, 2] and mean["value"].tolist() == pytest.approx([0.61, 0.41, 0.21])
+
+
 def test_adam_steps_and_scaling():
     """Gradients 50 times as large, Adam steps the same: 50 and 1 for keys and values, 1 and 1 for queries."""
     both = pd.concat([gradients_table("kv_2"), gradients_table("kv_2_grad50", scale=50.0)], ignore_index=True)

@@ -136,6 +136,15 @@ def test_limits_of_many_drafters_are_counted_not_listed():
     assert "**Few seeds**: 3 for a drafter." in text and "warm starts**: `kv_1` went on" in text
 
 
+def test_runs_trained_again_by_hand():
+    """1 + 60/100 accepted against 1 + 57/100 and 1 + 62/100; a run that was trained once only doesn't count."""
+    made = lambda *rows: pd.DataFrame(rows, columns=["variant", "seed", "document", "anchors", "accepted"])
+    first = made(("hidden", 0, 0, 40, 30), ("hidden", 0, 1, 60, 30), ("kv_1", 0, 0, 100, 60), ("kv_2", 0, 0, 100, 9))
+    text = report_limits.trained_again(first, made(("hidden", 0, 0, 100, 57), ("kv_1", 0, 0, 100, 62)))
+    assert "2 runs were" in text and "-0.030 to +0.020 (root mean square 0.025)" in text
+    assert report_limits.trained_again(first, first.iloc[:0]) == ""
+
+
 def test_absolute_values_are_of_another_target():
     told = report_limits.absolute(runs_of("hidden", target="smollm2-135m-instruct"))
     assert "differ from the paper's by design" in told and "`smollm2-135m-instruct` (weights Q4_1, dequantised)" in told

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kvshot_lib import metrics, tables
+from kvshot_lib import gradient_statistics, metrics, tables
 from kvshot_lib.bootstrap import acceptance_table
 from kvshot_lib.errors import StudyError
 
@@ -251,3 +251,26 @@ def test_recorded_counts_along_the_text_are_those_of_the_main_drafters(tmp_path)
     tables.main(["thin", str(tmp_path / "tables")])
     assert set(tables.read(tmp_path / "tables", "axes")["variant"]) == {"kv_2"}
     assert set(tables.read(tmp_path / "tables", "counts")["variant"]) == {"kv_2", "kv_2_heads"}
+
+
+def test_thinned_gradients_draw_the_same(tmp_path):
+    write_run(tmp_path, "kv_2")
+    tables.collect(tmp_path, samples=5)
+    row = {"variant": "kv_2", "seed": 0, "step": 1, "trained_tokens": 9, "layer": 0, "branch": "layer"}
+    parts = [
+        ("q_proj", "grad_norm", 1.23456),
+        ("q_proj", "adam_step_norm", 2.0),
+        ("q_proj", "weight_norm", 3.0),
+        ("q_proj", "numel", 4.0),
+    ]
+    parts += [("norms", "grad_norm", 5.0), ("gate", "gate_mean", 0.5), ("output", "grad_norm", 6.0)]
+    made = pd.DataFrame(
+        [row | {"matrix": m, "draft_step": pd.NA, "document": pd.NA, "quantity": q, "value": v} for m, q, v in parts]
+    )
+    tables.write(tmp_path / "tables", "gradients", made[list(tables.SCHEMAS["gradients"])])
+    whole = gradient_statistics.training_table(tables.read(tmp_path / "tables", "gradients"))
+    tables.main(["thin", str(tmp_path / "tables")])
+    thinned = tables.read(tmp_path / "tables", "gradients")
+    assert thinned["matrix"].tolist() == ["q_proj"] * 4 + ["gate", "output"] and thinned["value"][0] == 1.235
+    numbers = ["gradient", "adam_step", "relative_step"]
+    assert np.allclose(gradient_statistics.training_table(thinned)[numbers], whole[numbers], rtol=1e-3)
