@@ -128,7 +128,7 @@ def draw_plane(table: pd.DataFrame, cost: str, xlabel: str, ylabel: str) -> Figu
         "control": "kv_2_zero",
     }
     if cures := [v for v in table["variant"] if v in CURES]:
-        families[f"{len(cures)} cures of hybrid_warm, unnamed"] = cures[0]
+        families[f"{len(cures)} cures, unnamed"] = cures[0]
     handles = [
         Line2D([], [], color=look(v)[0], marker=look(v)[1], ls="none", label=name) for name, v in families.items()
     ]
