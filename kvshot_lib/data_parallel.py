@@ -19,11 +19,11 @@ import pandas as pd
 
 from . import parallel
 from .corpus import answer_token_counts, load_corpus
-from .errors import StudyError, one_line_errors
+from .errors import one_line_errors
 from .features import LiveFeatures, feature_spec
 from .files import write_csv
 from .kept_features import keep_features
-from .pipeline import NOTEBOOKS, Profile, check_drafters, check_profile, load_profile, parameter_defaults
+from .pipeline import NOTEBOOKS, Profile, check_drafters, check_profile, load_profile, named_runs, parameter_defaults
 from .runs import SPLITS
 from .sweep import train_run
 from .tables import collect
@@ -80,13 +80,11 @@ def main(words: list[str] | None = None) -> int:
     check_profile(profile)
     check_drafters(profile)
     results_dir = given.results_dir or Path("results") / profile.name
-    known = {f"{variant}/seed{seed}": (variant, seed) for seed in profile.seeds for variant in profile.drafters}
-    if unknown := [name for name in given.runs if name not in known]:
-        raise StudyError(f"{', '.join(unknown)}: not among the runs of {profile.name}, which are {', '.join(known)}")
+    runs = named_runs(profile, given.runs)
     if given.what == "extract":
         extract(profile, results_dir)
     else:
-        train_all(profile, results_dir, [known[name] for name in given.runs] or list(known.values()))
+        train_all(profile, results_dir, runs)
     return 0
 
 

@@ -21,6 +21,7 @@ PART_COLOURS = {
     "rest": "#cccccc",
     "other": "#666666",
 }
+LEGEND = {"loc": "outside upper left", "ncols": 3, "fontsize": 9}  # of variants, whose names are long
 MODES = {"alone": "target alone", "chain": "chain", "tree": "tree"}
 
 
@@ -50,7 +51,7 @@ def draw_mat(table: pd.DataFrame) -> Figure:
         for edge in np.arange(len(categories) - 1) + 0.5:
             axes.axvline(edge, color="#eeeeee", lw=1, zorder=0)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=6)
+    figure.legend(handles, labels, **LEGEND)
     return figure
 
 
@@ -112,19 +113,20 @@ def draw_parts(table: pd.DataFrame) -> Figure:
 
 @mpl.rc_context(STYLE)
 def draw_steps(table: pd.DataFrame) -> Figure:
-    """Milliseconds of one step by part against the prefix length, a column a drafter; ``table`` is `decode_costs.step_parts`."""
+    """Milliseconds of one step against the prefix length: a row a mode, a column a part; ``table`` is `decode_costs.step_parts`."""
     variants, prefixes = in_order(table["variant"]), sorted(table["prefix_tokens"].unique())
     modes = [mode for mode in ("alone", "chain", "tree") if (table["mode"] == mode).any()]
-    figure = Figure(figsize=(max(9.6, 2.2 * len(variants)), 0.8 + 2.0 * len(modes)), layout="constrained")
-    panels = figure.subplots(len(modes), len(variants), sharex=True, sharey="row", squeeze=False)
+    figure = Figure(figsize=(9.6, 1.2 + 2.0 * len(modes)), layout="constrained")
+    panels = figure.subplots(len(modes), len(STEP_PARTS), sharex=True, sharey="row", squeeze=False)
     for line, mode in zip(panels, modes):
-        for axes, variant in zip(line, variants):
-            own = table[(table["variant"] == variant) & (table["mode"] == mode)]
-            for part in STEP_PARTS:
-                points = own[own["part"] == part].sort_values("prefix_tokens")
+        rows = table[table["mode"] == mode]
+        for axes, part in zip(line, STEP_PARTS):
+            for variant in variants:
+                points = rows[(rows["variant"] == variant) & (rows["part"] == part)].sort_values("prefix_tokens")
                 if points["milliseconds"].sum() > 0:
+                    colour, marker = look(variant)
                     axes.plot(
-                        points["prefix_tokens"], points["milliseconds"], color=PART_COLOURS[part], marker="o", ms=4
+                        points["prefix_tokens"], points["milliseconds"], color=colour, marker=marker, ms=4, lw=1.3
                     )
             axes.set_xscale("log", base=2)
             axes.set_xticks(prefixes, [f"{n:,}" for n in prefixes], fontsize=8.5)
@@ -132,12 +134,12 @@ def draw_steps(table: pd.DataFrame) -> Figure:
             axes.minorticks_off()
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
-            plan = "" if own.empty or mode == "alone" else f" {own['plan'].iloc[0]}"
-            axes.set_title(f"{variant}\n{MODES[mode]}{plan}", fontsize=9.5)
-        line[0].set_ylabel("ms a step")
+            if mode == modes[0]:
+                axes.set_title(part)
+        plans = [] if mode == "alone" else rows["plan"].unique()
+        line[0].set_ylabel(" ".join([MODES[mode], *plans]) + "\nms a step")
     figure.supxlabel("prefix, tokens", fontsize=10)
-    handles = [Line2D([], [], color=PART_COLOURS[part], marker="o", ms=4, label=part) for part in STEP_PARTS]
-    figure.legend(handles=handles, loc="outside upper left", ncols=4)
+    figure.legend(handles=[_handle(variant) for variant in variants], **LEGEND)
     return figure
 
 
@@ -165,7 +167,7 @@ def draw_model(model: pd.DataFrame) -> Figure:
     figure.axes[0].set_ylabel("measured speedup")
     handles = [_handle(variant) for variant in in_order(model["variant"])]
     handles.append(Line2D([], [], color="#555555", marker="o", ls="none", ms=6, mfc="white", label="tree"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=6)
+    figure.legend(handles=handles, **LEGEND)
     return figure
 
 
@@ -189,7 +191,7 @@ def draw_break_even(curves: pd.DataFrame, costs: pd.DataFrame) -> Figure:
     axes.minorticks_off()
     axes.set(xlabel="one pass of the drafter, in verifications", ylabel="predicted speedup", xlim=(ticks[0], ticks[-1]))
     axes.set_ylim(0, None)
-    figure.legend(handles=[_handle(v) for v in in_order(curves["variant"])], loc="outside upper left", ncols=6)
+    figure.legend(handles=[_handle(v) for v in in_order(curves["variant"])], **LEGEND)
     return figure
 
 

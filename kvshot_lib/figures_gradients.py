@@ -140,7 +140,7 @@ def draw_mass(table: pd.DataFrame) -> Figure:
 
 @mpl.rc_context(STYLE)
 def draw_training(table: pd.DataFrame) -> Figure:
-    """Gradient and Adam step per parameter over the training, a column a variant (six at most); thin lines are seeds.
+    """Gradient and Adam step per parameter over the training, a column a variant (six at most); of the last seed of each.
 
     ``table`` is `gradient_statistics.training_table`.
     """
@@ -150,9 +150,10 @@ def draw_training(table: pd.DataFrame) -> Figure:
     titles = {"gradient": "gradient per parameter", "adam_step": "Adam step per parameter"}
     for column, variant in enumerate(variants):
         own = table[table["variant"] == variant]
-        for row, (quantity, told) in enumerate(titles.items()):
+        own = own[own["seed"] == own["seed"].max()]
+        for row, quantity in enumerate(titles):
             axes = panels[row, column]
-            for (matrix, branch, _), line in own.groupby(["matrix", "branch", "seed"], sort=False):
+            for (matrix, branch), line in own.groupby(["matrix", "branch"], sort=False):
                 _, colour = PROJECTIONS[matrix]
                 axes.plot(line["trained_tokens"] / 1000, line[quantity], color=colour, ls=LINES[branch], lw=1.3)
             axes.set_yscale("log")

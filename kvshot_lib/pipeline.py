@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -242,6 +243,19 @@ def check_start(profile: Profile, variant: str) -> None:
                 f"profile {profile.name}: '{variant}' starts from itself, by {' from '.join([*passed, start])}"
             )
         here = start
+
+
+def named_runs(profile: Profile, names: Sequence[str] = ()) -> list[tuple[str, int]]:
+    """The profile's runs as (variant, seed): those that ``names`` calls VARIANT/seedN, in that order, or all, seed by seed.
+
+    Raises
+    ------
+    StudyError : a name that is none of them.
+    """
+    known = {f"{variant}/seed{seed}": (variant, seed) for seed in profile.seeds for variant in profile.drafters}
+    if unknown := [name for name in names if name not in known]:
+        raise StudyError(f"{', '.join(unknown)}: not among the runs of {profile.name}, which are {', '.join(known)}")
+    return [known[name] for name in names] or list(known.values())
 
 
 def check_drafters(profile: Profile) -> None:

@@ -25,11 +25,11 @@ from . import parallel
 from .checkpoints import save_drafter
 from .corpus import answer_token_counts, load_corpus
 from .drafters import DrafterConfig
-from .errors import StudyError, one_line_errors
+from .errors import one_line_errors
 from .features import LiveFeatures, feature_spec
 from .files import write_csv
 from .notebooks import locked
-from .pipeline import NOTEBOOKS, Profile, check_drafters, check_profile, load_profile, parameter_defaults
+from .pipeline import NOTEBOOKS, Profile, check_drafters, check_profile, load_profile, named_runs, parameter_defaults
 from .resident_features import ResidentFeatures
 from .runs import SPLITS, finish_run, prepare_run, run_facts
 from .tables import collect
@@ -169,14 +169,13 @@ def main(words: list[str] | None = None) -> int:
     check_profile(profile)
     check_drafters(profile)
     results_dir = given.results_dir or Path("results") / profile.name
-    jobs = [(variant, seed) for seed in profile.seeds for variant in profile.drafters]
-    known = {f"{variant}/seed{seed}": (variant, seed) for variant, seed in jobs}
-    if unknown := [name for name in given.runs if name not in known]:
-        raise StudyError(f"{', '.join(unknown)}: not among the runs of {profile.name}, which are {', '.join(known)}")
-    jobs = [known[name] for name in given.runs] or jobs
+    jobs = named_runs(profile, given.runs)
     left = sweep(profile, results_dir, jobs, given.workers, given.stop_after_s)
     if left < len(jobs):
-        collect(results_dir, [name for name, job in known.items() if _done(results_dir, *job)])
+        collect(
+            results_dir,
+            [f"{variant}/seed{seed}" for variant, seed in named_runs(profile) if _done(results_dir, variant, seed)],
+        )
     print(f"{left} runs are left: the same command goes on with them" if left else "all runs are done")
     return bool(left)
 
