@@ -16,12 +16,13 @@ import pandas as pd
 import pytest
 from notebook_checks import ROOT, write_notebook
 
-from kvshot_lib import pipeline
+from kvshot_lib import paper, pipeline
 from kvshot_lib.capture import uniform_layers
 from kvshot_lib.errors import StudyError
 from kvshot_lib.notebooks import claim
 from kvshot_lib.pipeline import check_drafters, check_profile, fingerprint, load_profile
 from kvshot_lib.variants import VARIANTS
+from kvshot_lib.whole_scorecard import whole_scorecard
 
 EXTRACT = """from pathlib import Path
 store = Path(results_dir) / "features"
@@ -381,6 +382,10 @@ def test_smoke_study_from_end_to_end(tmp_path, capfd):
     assert set(pd.read_csv(results / "tables/decoding.csv").variant) == {*drafters, "transformers"}
     assert len(list(results.glob("notebooks/02*.ipynb"))) == len(drafters)
     assert list(results.glob("figures/*.png")) and list(results.glob("figures/*.csv"))
+    card = pd.read_csv(results / "figures/scorecard.csv")
+    again, _ = whole_scorecard(results / "tables", paper.read_paper(ROOT / "data/paper/results.csv"), samples=20)
+    assert card["claim"].tolist() == again["claim"].tolist(), "the scorecard saw every table that the study makes"
+    assert ((card["verdict"] == "not run") == (again["verdict"] == "not run")).all()
     run(tmp_path, "smoke", "--dry-run")
     assert "Nothing to be done" in "".join(capfd.readouterr())
 
