@@ -36,8 +36,8 @@ def drafters(runs: pd.DataFrame) -> str:
         own = runs[runs["variant"] == variant]
         one = own.iloc[0]
         size, seconds = f"{one['parameters'] / 1e6:.2f} M", f"{own['train_s'].mean():.0f} s"
-        seeds, device = ", ".join(str(seed) for seed in sorted(own["seed"])), f"{one['device']}, {one['dtype']}"
-        tokens = span(own["trained_tokens"])
+        seeds = ", ".join(str(seed) for seed in sorted(own["seed"]))
+        tokens, device = span(own["trained_tokens"]), f"{' and '.join(dict.fromkeys(own['device']))}, {one['dtype']}"
         rows.append([f"`{variant}`", one["paradigm"], one["num_layers"], size, tokens, seconds, seeds, device])
     header = ["variant", "paradigm", "layers", "parameters", "trained tokens", "training", "seeds", "device"]
     absent = [f"`{variant}`" for variant in VARIANTS if variant not in set(runs["variant"])]

@@ -107,6 +107,8 @@ def test_variants_found_and_not_run():
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert rows[0] == "| `hidden` | kv | 2 | 5.31 M | 245,760 | 187 s | 0, 1 | cpu, float32 |"
     assert [row.split("`")[1] for row in rows] == ["hidden", "kv_2", "mine"]
+    mixed = runs_of("hidden", seeds=(0, 1)).assign(device=["H200", "H100"])
+    assert "| 0, 1 | H200 and H100, float32 |" in report.drafters(mixed)
     absent = text.splitlines()[-1]
     assert absent.startswith("Not run here: ") and "`kv_1`" in absent and "`kv_2`," not in absent
 
