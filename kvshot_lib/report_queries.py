@@ -36,19 +36,25 @@ READINGS = {
 }
 
 
-def facts(overlap: pd.DataFrame, told: dict) -> str:
-    """What was measured, and what the intervals cover."""
+def facts(overlap: pd.DataFrame, table: pd.DataFrame) -> str:
+    """What was measured, and what the intervals cover; ``table`` is ``query_estimation_facts``, a row a measurement."""
+    told = table.iloc[0]
     runs = overlap.loc[overlap["source"] == "drafter", ["variant", "seed"]].drop_duplicates()
     seeds = runs.groupby("variant")["seed"].nunique()
     one = [v for v in in_order(seeds.index) if seeds[v] == 1]
     text = (
         f"Measured on {told['documents']} evaluation documents of {told['target']} ({told['device']}, {told['dtype']}, {told['date']}, "
-        f"revision {told['git_revision']}): {names(in_order(seeds.index))}."
+        f"revision {', '.join(dict.fromkeys(table['git_revision']))}): {names(in_order(seeds.index))}."
     )
-    if told.get("retrained_documents", 0) > 0:
+    trained = table[table["retrained_documents"] > 0]
+    if len(trained):
+        documents, tokens = (
+            " or ".join(f"{n:,.0f}" for n in trained[name].unique())
+            for name in ("retrained_documents", "retrained_tokens")
+        )
         text += (
-            f" Each arm of the oracle ({names(told['runs'].split())}) was re-trained on {told['retrained_documents']:.0f} training documents, "
-            f"{told['retrained_tokens']:,.0f} tokens."
+            f" Each arm of the oracle ({names(' '.join(trained['runs']).split())}) was re-trained on {documents} training documents, "
+            f"{tokens} tokens."
         )
     return text + (f" One seed of {names(one)}: their intervals cover documents only." if one else "")
 

@@ -172,6 +172,11 @@ def test_figures_and_sentences_tell_the_tables(tmp_path):
         "date": "today",
         "git_revision": "abc",
     }
-    told = report.facts(overlap, facts | {"runs": "kv_1/seed0", "retrained_documents": 5, "retrained_tokens": 12345})
-    assert "re-trained" not in report.facts(overlap, facts)
+    trained = [
+        facts | {"runs": f"{name}/seed0", "retrained_documents": 5, "retrained_tokens": 12345}
+        for name in ("kv_1", "kv_2")
+    ]
+    told = report.facts(overlap, pd.DataFrame(trained))
+    assert "(`kv_1/seed0`, `kv_2/seed0`) was re-trained on 5 training documents, 12,345 tokens" in told
+    assert "re-trained" not in report.facts(overlap, pd.DataFrame([facts | {"retrained_documents": None}]))
     assert "12,345 tokens" in told and "One seed of `kv_1`, `kv_2`" in told and "`target`" not in told
