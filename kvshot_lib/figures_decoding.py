@@ -19,7 +19,6 @@ PART_COLOURS = {
     "bookkeeping": "#444444",
     "sampling": "#888888",
     "rest": "#cccccc",
-    "other": "#666666",
 }
 LEGEND = {"loc": "outside upper left", "ncols": 3, "fontsize": 9}  # of variants, whose names are long
 MODES = {"alone": "target alone", "chain": "chain", "tree": "tree"}

@@ -205,12 +205,14 @@ def draw_gates(table: pd.DataFrame) -> Figure:
 
 
 def _draw_gates(left: Axes, right: Axes, table: pd.DataFrame, looks: dict[str, tuple]) -> None:
+    """One row of `draw_gates`: variants with their (colour, marker); the spread is drawn of a few only."""
+    few = len(looks) <= 4
     for variant, (colour, marker) in looks.items():
         own = table[table["variant"] == variant]
         whole = own["step"].max()
         mean, spread = (own[own["quantity"] == name].sort_values("step") for name in ("gate_mean", "gate_spread"))
         x, half = (mean["step"] / whole).to_numpy(), spread["value"].to_numpy()
-        if len(looks) <= 4:
+        if few:
             left.fill_between(x, mean["value"] - half, mean["value"] + half, color=colour, alpha=0.12, lw=0)
         left.vlines(x, mean["low"], mean["high"], color=colour, lw=3, alpha=0.6)
         left.plot(x, mean["value"], color=colour, marker=marker, ms=4, label=variant)
@@ -218,7 +220,7 @@ def _draw_gates(left: Axes, right: Axes, table: pd.DataFrame, looks: dict[str, t
         right.plot(ratio["step"] / whole, ratio["value"], color=colour, marker=marker, ms=4)
     left.axvline(CLAIM_AT, color="#999999", lw=1, ls=(0, (1, 2)))
     left.plot([CLAIM_AT], [0.2], color="#222222", marker="_", ms=14, ls="none")
-    told = "Gate: mean, and ± one standard deviation over\nanchors and channels" if len(looks) <= 4 else "Gate: mean"
+    told = "Gate: mean, and ± one standard deviation over\nanchors and channels" if few else "Gate: mean"
     left.set(title=f"{told} (dash: .2 at a tenth)", ylim=(0, 1))
     right.axhline(1, color="#222222", lw=1, ls=(0, (4, 3)))
     right.set(title="Gradient at the cross branch's output\nover that at the self branch's", yscale="log")

@@ -379,17 +379,17 @@ def rounded(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{name: [float(f"{x:.6g}") for x in table[name]] for name in floats})
 
 
-def thin(tables_dir: str | Path) -> Path:
+def thin(tables_dir: str | Path) -> list[Path]:
     """Make the largest of the recorded tables smaller by what is not drawn of them.
 
     ``axes`` keeps the main drafters (all, if none is there); ``gradients`` attention's projections, the fusion's maps and the gates, to four digits.
     """
-    table = read(tables_dir, "axes")
-    main_ones = table[table["variant"].isin(MAIN_VARIANTS)]
-    write(tables_dir, "axes", main_ones if len(main_ones) else table)
-    table = read(tables_dir, "gradients")
-    table = table[table["matrix"].str.contains(r"_proj$|^fusion\.|^gate$|^output$")]
-    return write(tables_dir, "gradients", table.assign(value=table["value"].map(lambda x: float(f"{x:.4g}"))))
+    axes, gradients = read(tables_dir, "axes"), read(tables_dir, "gradients")
+    main_ones = axes[axes["variant"].isin(MAIN_VARIANTS)]
+    gradients = gradients[gradients["matrix"].str.contains(r"_proj$|^fusion\.|^gate$|^output$")]
+    gradients = gradients.assign(value=gradients["value"].map(lambda x: float(f"{x:.4g}")))
+    made = {"axes": main_ones if len(main_ones) else axes, "gradients": gradients}
+    return [write(tables_dir, name, table) for name, table in made.items()]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -406,7 +406,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         if "tables_dir" in given:
-            print(thin(given.tables_dir))
+            print(*thin(given.tables_dir), sep="\n")
             return
         for path in collect(given.results_dir, given.runs, keep=given.keep).values():
             print(path)

@@ -6,8 +6,10 @@ A profile lists these names; what it does not say (budget, draft vocabulary, lea
 KV_2 = {"paradigm": "kv", "num_layers": 2}
 WARM = {"paradigm": "hybrid", "init_from": "hidden"}
 STRONG = {"paradigm": "hidden", "feedback": "post_norm", "hidden_norm": True}
-STRONG_KV = {"paradigm": "kv", "num_layers": 4, "kv_rope": "unrotate", "kv_fusion": "mlp"}
-COMBINED = {"gate_floor": 0.3, "kv_rope": "unrotate", "kv_fusion": "mlp"}
+STRONG_WARM = {**STRONG, "paradigm": "hybrid", "init_from": "hidden_normed_post_norm"}
+UNROTATE_MLP = {"kv_rope": "unrotate", "kv_fusion": "mlp"}
+STRONG_KV = {"paradigm": "kv", "num_layers": 4, **UNROTATE_MLP}
+COMBINED = {"gate_floor": 0.3, **UNROTATE_MLP}
 BLOCK = {"paradigm": "block"}
 
 VARIANTS: dict[str, dict] = {
@@ -45,20 +47,15 @@ VARIANTS: dict[str, dict] = {
     "hybrid_warm_branch_rate": {**WARM, "branch_learning_rate_scale": 3.0},
     "hybrid_warm_lag_augment": {**WARM, "kv_lag_augment_tokens": 4},
     "hybrid_warm_kv_init": {**WARM, "kv_init": "target"},
-    "hybrid_warm_unrotate_mlp": {**WARM, "kv_rope": "unrotate", "kv_fusion": "mlp"},
+    "hybrid_warm_unrotate_mlp": {**WARM, **UNROTATE_MLP},
     "hybrid_warm_all_anchors": {**WARM, "anchor_fraction": 1.0},
     # Together: every cure above the uncured hybrid on validation documents (seed 0), of two that exclude each other the better one.
     "hybrid_warm_combined": {**WARM, **COMBINED},
     # What helped each paradigm alone, together: the strongest of each that the study knows.
     "hidden_normed_post_norm": STRONG,
     "hidden_normed_post_norm_continued": {**STRONG, "init_from": "hidden_normed_post_norm"},
-    "hybrid_warm_normed_post_norm": {**STRONG, "paradigm": "hybrid", "init_from": "hidden_normed_post_norm"},
-    "hybrid_warm_normed_post_norm_combined": {
-        **STRONG,
-        **COMBINED,
-        "paradigm": "hybrid",
-        "init_from": "hidden_normed_post_norm",
-    },
+    "hybrid_warm_normed_post_norm": STRONG_WARM,
+    "hybrid_warm_normed_post_norm_combined": {**STRONG_WARM, **COMBINED},
     "kv_4_unrotate_mlp": STRONG_KV,
     "kv_4_unrotate_mlp_continued": {**STRONG_KV, "init_from": "kv_4_unrotate_mlp"},
     "kv_2_from_hidden_continued": {**KV_2, "kv_control": "from_hidden", "init_from": "kv_2_from_hidden"},

@@ -131,6 +131,15 @@ def test_gates_of_seeds_are_means_though_their_token_counts_differ():
     assert mean["seeds"].tolist() == [2, 2, 2] and mean["value"].tolist() == pytest.approx([0.61, 0.41, 0.21])
 
 
+def test_cures_have_a_row_beside_the_hybrid_that_they_should_cure():
+    names = ("hybrid", "hybrid_warm", "hybrid_warm_gate_floor", "hybrid_warm_kv_init")
+    table = statistics.gate_table(pd.concat([gradients_table(name) for name in names], ignore_index=True), 20)
+    drawn = [axes.get_legend_handles_labels()[1] for axes in figures_gradients.draw_gates(table).axes[::2]]
+    assert drawn == [["hybrid", "hybrid_warm"], ["hybrid_warm", "hybrid_warm_gate_floor", "hybrid_warm_kv_init"]]
+    for alone in ("hybrid_warm", "hybrid_warm_kv_init"):
+        assert len(figures_gradients.draw_gates(table[table["variant"] == alone]).axes) == 2
+
+
 def test_adam_steps_and_scaling():
     """Gradients 50 times as large, Adam steps the same: 50 and 1 for keys and values, 1 and 1 for queries."""
     both = pd.concat([gradients_table("kv_2"), gradients_table("kv_2_grad50", scale=50.0)], ignore_index=True)

@@ -160,6 +160,11 @@ def test_figures_and_sentences_tell_the_tables(tmp_path):
     assert set(table["variant"]) == {"kv_1", "kv_2"} and isinstance(draw.draw_gains(table, 0.05), Figure)
     table = statistics.arm_table(oracle, 100)
     assert len(table) == 2 * 5 * (STEPS + 2) and isinstance(draw.draw_arms(table), Figure)
+    some = table[(table["variant"] == "kv_1") | (table["arm"] == "as_trained")]
+    assert [axes.get_title("left") for axes in draw.draw_arms(some).axes] == ["kv_1"], (
+        "no panel for a drafter without arms"
+    )
+    assert len(draw.draw_arms(table[table["arm"] == "as_trained"]).axes) == 2, "unless none has any"
     assert "no gap to close" not in report.arms(draws)
     flat = statistics.query_draws(overlap, oracle_rows(), 100)
     assert report.arms(flat).count("no gap to close") + report.arms(flat).count("]") >= 2
