@@ -22,6 +22,7 @@ READS = {
         "kv_fusion",
         "kv_rope",
         "kv_control",
+        "kv_with_hidden",
         "kv_lag_tokens",
         "kv_grad_scale",
         "kv_init",
@@ -63,6 +64,7 @@ class DrafterConfig:
     kv_rope : map keys as cached (``raw``), or undo their RoPE, map them, and rotate again (``unrotate``).
     kv_control : what stands in for the target's KV: nothing but the drafter's own prefix (``none``), zeros, another document's
         KV (``shuffled``), KV older by ``kv_lag_tokens`` (``lagged``), or keys and values made from hidden states (``from_hidden``).
+    kv_with_hidden : add to keys and values made from the target's KV those made from its hidden states: one entry of both a position.
     kv_grad_scale : multiplies the gradient of the draft-side key and value projections.
     kv_init : how the draft-side key and value projections start: ``random``, or from the ``target``'s own (`kv_init`).
     cross_only : a hybrid without its self-attention branch.
@@ -84,6 +86,7 @@ class DrafterConfig:
     kv_fusion: str = "linear"
     kv_rope: str = "raw"
     kv_control: str = ""
+    kv_with_hidden: bool = False
     kv_lag_tokens: int = 4
     kv_grad_scale: float = 1.0
     cross_only: bool = False
@@ -146,6 +149,8 @@ class DrafterConfig:
             ("kv_control", "none", "num_layers", (1,)),
             ("kv_control", "none", "kv_grad_scale", (1.0,)),
             ("kv_fusion", "heads", "kv_rope", ("raw",)),
+            ("kv_with_hidden", True, "kv_fusion", ("linear", "mlp")),
+            ("kv_with_hidden", True, "kv_control", ("",)),
             ("cross_only", True, "gate_bias", (0.0,)),
             ("cross_only", True, "gate_floor", (0.0,)),
             ("kv_init", "target", "kv_control", ("", "shuffled", "lagged")),

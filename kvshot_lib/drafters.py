@@ -84,7 +84,8 @@ class Drafter(nn.Module):
         """Fields of `Features` that its prefix is made from."""
         if self.config.kv_control in ("none", "from_hidden"):
             return () if self.config.kv_control == "none" else ("hidden_states",)
-        return ("hidden_states",) * self.config.fuses_hidden + ("keys", "values") * self.config.reads_kv
+        hidden = self.config.fuses_hidden or self.config.kv_with_hidden
+        return ("hidden_states",) * hidden + ("keys", "values") * self.config.reads_kv
 
     def prefix(self, features: Features, first: int = 0) -> tuple[list[dict[str, Entries]], Tensor | None]:
         """Turn target state into what every anchor's attention shares.

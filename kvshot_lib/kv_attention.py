@@ -92,6 +92,7 @@ def attending(drafter: Drafter, attend: Attend) -> Iterator[None]:
 def reuses_kv(config) -> bool:
     """Whether a drafter (its `DrafterConfig`) attends over a linear map of the target's own, rotated KV: kv_1 … kv_4 and the hybrids."""
     plain = config.kv_control == "" and config.kv_fusion == "linear" and config.kv_rope == "raw"
+    plain = plain and not config.kv_with_hidden
     return config.paradigm in ("kv", "hybrid") and plain
 
 

@@ -71,26 +71,38 @@ def extend(chain: Entries | None, own: list[Tensor]) -> Entries:
 
 
 class KVFusion(nn.Module):
-    """Target state at positions s -> keys and values of one drafter layer (``kv_fusion``, ``kv_rope``, ``kv_control``)."""
+    """Target state at positions s -> keys and values of one drafter layer (``kv_fusion``, ``kv_rope``, ``kv_control``, ``kv_with_hidden``)."""
 
     def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
         super().__init__()
         self.config, self.head_dim = config, spec.head_dim
         width, reused = spec.num_kv_heads * spec.head_dim, len(spec.kv_layers)
         self.groups = spec.num_kv_heads * (reused if config.kv_fusion == "heads" else 1)
-        from_hidden = config.kv_control == "from_hidden"
-        read = len(spec.hidden_layers) * spec.hidden_size if from_hidden else reused * width
-        if from_hidden:  # a few of their channels are hundreds of times the others
+        from_hidden, states = config.kv_control == "from_hidden", len(spec.hidden_layers) * spec.hidden_size
+        if from_hidden or config.kv_with_hidden:  # a few of their channels are hundreds of times the others
             self.norm = LlamaRMSNorm(spec.hidden_size, sizes.rms_norm_eps)
         for name in ("keys", "values"):
-            setattr(self, name, _fusion(config.kv_fusion, read, width))
+            setattr(self, name, _fusion(config.kv_fusion, states if from_hidden else reused * width, width))
+            if config.kv_with_hidden:
+                setattr(self, f"hidden_{name}", nn.Linear(states, width, bias=False))
 
     def forward(self, features: Features, rotary: Entries) -> Entries:
         """[B, n, S, G, D] of S layers, rotary at s = 0 … n-1 -> [B, G', n, D] each; keys have the RoPE of their position."""
         if self.config.kv_control == "from_hidden":
-            read = self.norm(features.hidden_states).flatten(2)
-            return rotated(self.heads(self.keys(read)), rotary), self.heads(self.values(read))
-        keys, values = features.keys, features.values
+            return self.of_hidden(features.hidden_states, rotary, self.keys, self.values)
+        cached = self.of_cache(features.keys, features.values, rotary)
+        if not self.config.kv_with_hidden:
+            return cached
+        made = self.of_hidden(features.hidden_states, rotary, self.hidden_keys, self.hidden_values)
+        return cached[0] + made[0], cached[1] + made[1]
+
+    def of_hidden(self, states: Tensor, rotary: Entries, keys: nn.Module, values: nn.Module) -> Entries:
+        """[B, n, S, d] through two maps -> [B, G, n, D] each"""
+        read = self.norm(states).flatten(2)
+        return rotated(self.heads(keys(read)), rotary), self.heads(values(read))
+
+    def of_cache(self, keys: Tensor, values: Tensor, rotary: Entries) -> Entries:
+        """[B, n, S, G, D] of keys and values -> [B, G', n, D] each"""
         if self.config.kv_control == "zero":
             keys, values = torch.zeros_like(keys), torch.zeros_like(values)
         if self.config.kv_rope == "raw":

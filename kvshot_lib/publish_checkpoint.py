@@ -88,7 +88,7 @@ def card(record: dict, described: dict, draws: Draws, size_bytes: int, folder: P
     told = {name: config[name] for name in READS[config["paradigm"]]}
     spec, made = described["spec"], DrafterConfig(**config)
     read = [f"hidden states of layers {spec['hidden_layers']}"] * (
-        made.fuses_hidden or made.kv_control == "from_hidden"
+        made.fuses_hidden or made.kv_with_hidden or made.kv_control == "from_hidden"
     )
     read += [f"keys and values of layers {spec['kv_layers']}"] * made.reads_kv
     command = training_command(

@@ -9,6 +9,7 @@ that starts from another waits for it.
 
 import argparse
 import contextlib
+import gc
 import os
 import sys
 import threading
@@ -144,7 +145,11 @@ def _train_here(variant: str, seed: int) -> dict:
         contextlib.redirect_stderr(log),
         contextlib.redirect_stdout(log),
     ):
-        return train_run(_shared["profile"], _shared["results_dir"], variant, seed, _shared["features"])
+        try:
+            return train_run(_shared["profile"], _shared["results_dir"], variant, seed, _shared["features"])
+        finally:  # what this training held is for the next one, in whichever worker
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def _tell(job: tuple[str, int], future: Future) -> None:

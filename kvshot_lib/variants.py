@@ -8,7 +8,10 @@ WARM = {"paradigm": "hybrid", "init_from": "hidden"}
 STRONG = {"paradigm": "hidden", "feedback": "post_norm", "hidden_norm": True}
 STRONG_WARM = {**STRONG, "paradigm": "hybrid", "init_from": "hidden_normed_post_norm"}
 UNROTATE_MLP = {"kv_rope": "unrotate", "kv_fusion": "mlp"}
-STRONG_KV = {"paradigm": "kv", "num_layers": 4, **UNROTATE_MLP}
+KV_4 = {"paradigm": "kv", "num_layers": 4}
+STRONG_KV = {**KV_4, **UNROTATE_MLP}
+WITH_HIDDEN = {"kv_with_hidden": True, "kv_rope": "unrotate"}
+KV_4_FROM_HIDDEN, KV_4_WITH_HIDDEN = {**KV_4, "kv_control": "from_hidden"}, {**KV_4, **WITH_HIDDEN}
 COMBINED = {"gate_floor": 0.3, **UNROTATE_MLP}
 BLOCK = {"paradigm": "block"}
 
@@ -21,7 +24,7 @@ VARIANTS: dict[str, dict] = {
     "kv_1": {"paradigm": "kv"},
     "kv_2": KV_2,
     "kv_3": {"paradigm": "kv", "num_layers": 3},
-    "kv_4": {"paradigm": "kv", "num_layers": 4},
+    "kv_4": KV_4,
     "kv_2_heads": {**KV_2, "kv_fusion": "heads"},
     "kv_2_mlp": {**KV_2, "kv_fusion": "mlp"},
     "kv_2_unrotate": {**KV_2, "kv_rope": "unrotate"},
@@ -34,7 +37,7 @@ VARIANTS: dict[str, dict] = {
     "kv_2_no_ttt": {**KV_2, "ttt_steps": 1},
     "kv_2_grad50": {**KV_2, "kv_grad_scale": 50.0},
     "kv_2_all_anchors": {**KV_2, "anchor_fraction": 1.0},
-    "kv_4_all_anchors": {"paradigm": "kv", "num_layers": 4, "anchor_fraction": 1.0},
+    "kv_4_all_anchors": {**KV_4, "anchor_fraction": 1.0},
     "kv_2_kv_init": {**KV_2, "kv_init": "target"},
     "kv_2_lag_augment": {**KV_2, "kv_lag_augment_tokens": 4},
     "hybrid": {"paradigm": "hybrid"},
@@ -59,6 +62,12 @@ VARIANTS: dict[str, dict] = {
     "kv_4_unrotate_mlp": STRONG_KV,
     "kv_4_unrotate_mlp_continued": {**STRONG_KV, "init_from": "kv_4_unrotate_mlp"},
     "kv_2_from_hidden_continued": {**KV_2, "kv_control": "from_hidden", "init_from": "kv_2_from_hidden"},
+    # Is it depth or the cache that makes the deepest kv strong? Equal depth and training: entries from hidden states, and from both.
+    "kv_4_from_hidden": KV_4_FROM_HIDDEN,
+    "kv_4_from_hidden_continued": {**KV_4_FROM_HIDDEN, "init_from": "kv_4_from_hidden"},
+    "kv_2_with_hidden": {**KV_2, **WITH_HIDDEN},
+    "kv_4_with_hidden": KV_4_WITH_HIDDEN,
+    "kv_4_with_hidden_continued": {**KV_4_WITH_HIDDEN, "init_from": "kv_4_with_hidden"},
     # Block-wise. Each depth with and without the KV cache, so that depth, parallel drafting and KV reuse can be told apart; kv_*_all_anchors
     # has the dense gradients of block-wise training without its parallel drafting (see `ttt`).
     "block_kv_1": {**BLOCK, "block_context": "kv"},

@@ -29,6 +29,8 @@ VARIANTS = {
     "kv_1_zero": DrafterConfig("kv", kv_control="zero"),
     "kv_2_lagged": DrafterConfig("kv", 2, kv_control="lagged", kv_lag_tokens=2),
     "kv_2_from_hidden": DrafterConfig("kv", 2, kv_control="from_hidden"),
+    "kv_2_with_hidden": DrafterConfig("kv", 2, kv_with_hidden=True),
+    "kv_1_with_hidden_unrotate": DrafterConfig("kv", kv_rope="unrotate", kv_with_hidden=True),
     "kv_1_grad50": DrafterConfig("kv", kv_grad_scale=50.0),
 }
 

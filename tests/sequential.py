@@ -93,10 +93,7 @@ def fused_entry(drafter, weights, layer: str, features, document: int, position:
     config, size, name = drafter.config, drafter.sizes.head_dim, f"{layer}.fusion"
     base = drafter.sizes.rope_parameters["rope_theta"]
     if config.kv_control == "from_hidden":
-        state = features.hidden_states[document, position]  # [S, d], each layer normed by itself
-        state = rms_norm(state, weights[f"{name}.norm.weight"], drafter.sizes.rms_norm_eps).reshape(-1)
-        key, value = (weights[f"{name}.{part}.weight"] @ state for part in ("keys", "values"))
-        return rotate(key.view(-1, size), position, base), value.view(-1, size)
+        return entry_from_hidden(drafter, weights, name, ("keys", "values"), features, document, position)
     keys, values = features.keys[document, position], features.values[document, position]  # [S, G, D]
     if config.kv_control == "zero":
         keys, values = 0 * keys, 0 * values
@@ -106,7 +103,21 @@ def fused_entry(drafter, weights, layer: str, features, document: int, position:
         fuse(weights, f"{name}.{part}", config.kv_fusion, x).view(-1, size)
         for part, x in (("keys", keys.reshape(-1)), ("values", values.reshape(-1)))
     )
-    return (rotate(key, position, base) if config.kv_rope == "unrotate" else key), value
+    key = rotate(key, position, base) if config.kv_rope == "unrotate" else key
+    if config.kv_with_hidden:
+        parts = ("hidden_keys", "hidden_values")
+        added = entry_from_hidden(drafter, weights, name, parts, features, document, position)
+        key, value = key + added[0], value + added[1]
+    return key, value
+
+
+def entry_from_hidden(drafter, weights, name: str, parts, features, document: int, position: int):
+    """Key and value of one position, made from its hidden states."""
+    size, base = drafter.sizes.head_dim, drafter.sizes.rope_parameters["rope_theta"]
+    state = features.hidden_states[document, position]  # [S, d], each layer normed by itself
+    state = rms_norm(state, weights[f"{name}.norm.weight"], drafter.sizes.rms_norm_eps).reshape(-1)
+    key, value = (weights[f"{name}.{part}.weight"] @ state for part in parts)
+    return rotate(key.view(-1, size), position, base), value.view(-1, size)
 
 
 def fuse(weights, name: str, kind: str, x):

@@ -21,6 +21,7 @@ KINDS = {
     "kv_2": DrafterConfig("kv", 2),
     "kv_2_mlp": DrafterConfig("kv", 2, kv_fusion="mlp"),
     "kv_2_from_hidden": DrafterConfig("kv", 2, kv_control="from_hidden"),
+    "kv_2_with_hidden": DrafterConfig("kv", 2, kv_rope="unrotate", kv_with_hidden=True),
     "hybrid": DrafterConfig("hybrid"),
     "block_kv_2": DrafterConfig("block", 2),
     "block_hidden_1": DrafterConfig("block", block_context="hidden"),

@@ -33,6 +33,7 @@ def test_what_counts_as_reuse():
         ("hidden_normed", "block_hidden_4"), "hidden"
     )
     assert goals.reads("kv_2_from_hidden") == "hidden"
+    assert goals.reads("kv_4_with_hidden") == "kv"
     assert {goals.reads(v) for v in ("kv_2_zero", "kv_2_shuffled", "kv_2_lagged", "kv_1_none", "mine")} == {"neither"}
 
 
