@@ -72,8 +72,8 @@ report: $(READY)  ## one web site of notebooks, figures, scorecard and runs, to 
 publish:  ## copy tables and figures of results/PROFILE to data/recorded/PROFILE and figures/PROFILE
 	@test -d results/$(PROFILE)/tables || { echo "results/$(PROFILE)/tables isn't there; make it with: make study PROFILE=$(PROFILE)" >&2; exit 1; }
 	@mkdir -p data/recorded/$(PROFILE) figures/$(PROFILE)
-	for table in results/$(PROFILE)/tables/*.csv.xz; do rm -f "data/recorded/$(PROFILE)/$$(basename "$$table" .xz)"; done  # one form of a table
-	cp results/$(PROFILE)/tables/*.csv results/$(PROFILE)/tables/*.csv.xz data/recorded/$(PROFILE)/
+	for table in results/$(PROFILE)/tables/*.columns.xz; do rm -f "data/recorded/$(PROFILE)/$$(basename "$$table" .columns.xz)".csv*; done  # one form of a table
+	cp results/$(PROFILE)/tables/*.csv results/$(PROFILE)/tables/*.columns.xz data/recorded/$(PROFILE)/
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m kvshot_lib.tables thin data/recorded/$(PROFILE)
 	cp results/$(PROFILE)/figures/* figures/$(PROFILE)/
 	rm -f figures/$(PROFILE)/training_*_seed*  # training.png shows them together

@@ -14,8 +14,8 @@ whether a head reads at all, without it *where* it reads. The price is that head
 secondary measures: ``shift_with_sink``, the same over all s ≤ t; and ``new_mass`` = Σ_{1 ≤ s ≤ t} max(0, a_{t+1+k}(s) - a_t(s)) of the rows as
 they are (t+1+k's is not made to sum to 1 over s ≤ t): the share of its attention that t's row did not put there, 0 … 1.
 
-It writes, for the draft steps of `metrics.axis_steps`, `attention_shift.csv.xz` (a row for each anchor and step, about the target alone),
-`attention_matches.csv.xz` (a row for each run, document and step: its matches as 0 and 1, in the order of those anchors) and
+It writes, for the draft steps of `metrics.axis_steps`, `attention_shift.columns.xz` (a row for each anchor and step, about the target alone),
+`attention_matches.columns.xz` (a row for each run, document and step: its matches as 0 and 1, in the order of those anchors) and
 `attention_shift_facts.csv` (provenance) into RESULTS_DIR/tables. Nothing here is trained, and nothing reaches a drafter.
 """
 

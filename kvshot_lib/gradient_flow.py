@@ -1,6 +1,6 @@
 """Where a trained drafter's gradient goes: to queries, to keys and values of its own tokens, or to those made from target state.
 
-python -m kvshot_lib.gradient_flow RESULTS_DIR [VARIANT/seedN ...]    writes RESULTS_DIR/tables/gradient_flow.csv.xz
+python -m kvshot_lib.gradient_flow RESULTS_DIR [VARIANT/seedN ...]    writes RESULTS_DIR/tables/gradient_flow.columns.xz
 
 An anchor t at draft step k attends to n = t + 1 prefix entries and to its own chain of k + 1 *draft-side* entries (a `block` drafter's
 slots all attend to all b slots of their block). For contexts of 128

@@ -5,9 +5,9 @@
 Three measurements of each run, of drafters that attend over a linear map of the target's own KV (kv_1 … kv_4, the hybrids):
 `attention_overlap`, `query_probe` and `query_oracle` say what they are. It writes, into RESULTS_DIR/tables,
 
-    attention_overlap.csv.xz     means over the anchors of a document, by draft step, drafter layer and target layer; references as variant "target"
-    query_probe.csv.xz           squared errors of the linear probe on a document, and those of its floor
-    query_oracle.csv.xz          counts of every arm of the oracle on a document, by draft step
+    attention_overlap.columns.xz     means over the anchors of a document, by draft step, drafter layer and target layer; references as variant "target"
+    query_probe.columns.xz           squared errors of the linear probe on a document, and those of its floor
+    query_oracle.columns.xz          counts of every arm of the oracle on a document, by draft step
     query_estimation_facts.csv   what was measured, and how
 
 Documents are taken one by one. The target's queries and keys are kept in RESULTS_DIR/target_state (3 MB a document of 370 tokens at

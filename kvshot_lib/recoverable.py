@@ -17,7 +17,7 @@ Positions t are answer tokens at t ≥ 64 whose x_{t-j} is among those tokens. E
 What it can't show: the kv probe's query is constant, a drafter's depends on the text; a better probe may read more from either; f_t is
 one vector, while a `hidden` drafter also attends to f_s of earlier positions; and what can be read is not what drafting needs.
 
-Writes `recoverable.csv.xz` (a row for each source, distance and document: positions, correct, sum of cross-entropies) and `recoverable_facts.csv`.
+Writes `recoverable.columns.xz` (a row for each source, distance and document: positions, correct, sum of cross-entropies) and `recoverable_facts.csv`.
 """
 
 import argparse

@@ -3,10 +3,13 @@
 A run leaves ``run.json`` (one row of ``runs``), ``counts.csv``, ``run_lengths.csv``, ``axes.csv``, ``history.csv`` and ``gradients.csv`` in
 ``RESULTS_DIR/runs/<variant>/seed<seed>/``. ``python -m kvshot_lib.tables collect RESULTS_DIR`` merges them, in an order
 that depends on their names only, into ``RESULTS_DIR/tables`` and adds ``acceptance``: metrics and intervals. Tables are
-CSV files, the large ones compressed (``counts.csv.xz``); pandas opens both.
+CSV files; the large ones are turned on their side, a line a column (its name, then its values), which compresses twice as well
+(``counts.columns.xz``). :func:`read` opens both.
 """
 
 import argparse
+import csv
+import io
 import lzma
 import sys
 from collections.abc import Sequence
@@ -170,6 +173,8 @@ OPTIONAL = {
     "step_latency",
     *DIAGNOSTICS,
 }
+FORMS = ("columns.xz", "csv.xz", "csv")  # of a table on disk, as `write` makes them now, as it did once, and the small ones
+_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0, "lc": 4}]  # for text
 OF_RUN = ("counts", "run_lengths", "axes", "history", "gradients")  # what a run leaves beside its run.json
 
 
@@ -193,12 +198,12 @@ def check(table: pd.DataFrame, name: str, source: str | Path, remedy: str = "") 
 
 
 def read(tables_dir: str | Path, name: str) -> pd.DataFrame:
-    """Read and check one of the collected tables, ``<name>.csv.xz`` or else ``<name>.csv``; ``name`` is a key of ``SCHEMAS``.
+    """Read and check one of the collected tables, ``<name>.columns.xz`` or else ``<name>.csv``; ``name`` is a key of ``SCHEMAS``.
 
     A table of ``OPTIONAL`` that is not there is read as an empty one.
     """
-    path = Path(tables_dir) / f"{name}.csv.xz"
-    path = path if path.is_file() else path.with_suffix("")
+    forms = [Path(tables_dir) / f"{name}.{form}" for form in FORMS]
+    path = next((path for path in forms if path.is_file()), forms[-1])
     remedy = (
         "train drafters with notebooks/02_train_drafter.ipynb, then run `python -m kvshot_lib.tables collect "
         "RESULTS_DIR`; `make study` does both"
@@ -223,18 +228,41 @@ def empty(name: str) -> pd.DataFrame:
 
 
 def _read_csv(path: Path, name: str) -> pd.DataFrame:
-    """Read a CSV file, compressed or not; only empty cells are missing (a variant may be called ``none``), and text such as 1e5 stays text."""
+    """Read a table of either form; only empty cells are missing (a variant may be called ``none``), and text such as 1e5 stays text."""
     text = {column: "str" for column, kind in SCHEMAS[name].items() if kind == "str"}
     try:
-        return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+        if path.suffixes[-2:] != [".columns", ".xz"]:
+            return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+        return _upright(lzma.decompress(path.read_bytes()).decode(), text)
     except _UNREADABLE as error:
         told = str(error).splitlines()[0]
-        raise StudyError(f"{path} is no readable CSV file ({told}): delete it and make it again") from None
+        raise StudyError(f"{path} is no readable table ({told}): delete it and make it again") from None
+
+
+def _upright(lines: str, text: dict[str, str]) -> pd.DataFrame:
+    """A table from its columns, one a line."""
+    columns = {name: values for name, *values in csv.reader(io.StringIO(lines))}
+    if not columns:
+        raise pd.errors.EmptyDataError("no columns")
+    if len({len(values) for values in columns.values()}) > 1:
+        raise pd.errors.ParserError("columns of different lengths")
+    table = pd.DataFrame(columns, dtype="str").replace("", pd.NA)
+    return table.assign(**{name: pd.to_numeric(table[name]) for name in table if name not in text})
+
+
+def _on_its_side(table: pd.DataFrame) -> bytes:
+    """A line a column: its name, then its values as `pandas.DataFrame.to_csv` writes them."""
+    lines = []
+    for name in table:
+        cells = table[[name]].to_csv(index=False, header=False, lineterminator="\n").splitlines()
+        lines.append(",".join([name, *("" if cell == '""' else cell for cell in cells)]))  # pandas' empty line of one cell
+    return "\n".join([*lines, ""]).encode()
 
 
 _UNREADABLE = (
     pd.errors.EmptyDataError,
     pd.errors.ParserError,
+    ValueError,  # text where a number is wanted
     UnicodeDecodeError,
     lzma.LZMAError,
     EOFError,
@@ -242,19 +270,19 @@ _UNREADABLE = (
 
 
 def write(tables_dir: str | Path, name: str, table: pd.DataFrame) -> Path:
-    """Write a collected table atomically, the same rows always as the same bytes; those of ``COMPRESSED`` as .xz.
+    """Write a collected table atomically, the same rows always as the same bytes; those of ``COMPRESSED`` on their side, as .xz.
 
-    The table in its other form, if an earlier version left one, is removed: no folder holds two copies of a table.
+    The table in another form, if an earlier version left one, is removed: no folder holds two copies of a table.
     """
-    plain = Path(tables_dir) / f"{name}.csv"
-    compressed = plain.with_suffix(".csv.xz")
-    if name not in COMPRESSED:
-        compressed.unlink(missing_ok=True)
-        return write_csv(plain, table, listed=True)
-
-    packed = lzma.compress(table.to_csv(index=False, lineterminator="\n").encode())
-    written = write_atomically(compressed, lambda path: path.write_bytes(packed))
-    plain.unlink(missing_ok=True)
+    here = {form: Path(tables_dir) / f"{name}.{form}" for form in FORMS}
+    if name in COMPRESSED:
+        packed = lzma.compress(_on_its_side(table), filters=_FILTERS)
+        written = write_atomically(here["columns.xz"], lambda path: path.write_bytes(packed))
+    else:
+        written = write_csv(here["csv"], table, listed=True)
+    for path in here.values():
+        if path != written:
+            path.unlink(missing_ok=True)
     return written
 
 

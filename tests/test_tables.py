@@ -89,9 +89,9 @@ def test_collect_twice_writes_the_same_bytes(tmp_path):
 def test_large_tables_are_compressed(tmp_path):
     write_run(tmp_path, "hidden")
     paths = tables.collect(tmp_path, samples=5)
-    large = {name for name, path in paths.items() if path.name == f"{name}.csv.xz"}
+    large = {name for name, path in paths.items() if path.name == f"{name}.columns.xz"}
     assert large == {"counts", "run_lengths", "axes", "history", "gradients"}
-    assert {path.name for path in paths.values()} - {f"{name}.csv.xz" for name in large} == {
+    assert {path.name for path in paths.values()} - {f"{name}.columns.xz" for name in large} == {
         "runs.csv",
         "acceptance.csv",
     }
@@ -102,11 +102,26 @@ def test_either_form_of_a_table_is_read_and_only_one_is_left(tmp_path):
     table.to_csv(tmp_path / "run_lengths.csv", index=False)
     pd.testing.assert_frame_equal(tables.read(tmp_path, "run_lengths"), table, check_dtype=False)
     newer = table.assign(accepted=2)
-    newer.to_csv(tmp_path / "run_lengths.csv.xz", index=False)
+    newer.to_csv(tmp_path / "run_lengths.csv.xz", index=False)  # as an earlier version wrote it
     assert tables.read(tmp_path, "run_lengths")["accepted"].tolist() == [2]
     tables.write(tmp_path, "run_lengths", table)
-    assert [path.name for path in tmp_path.iterdir()] == ["run_lengths.csv.xz"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run_lengths.columns.xz"]
     assert tables.read(tmp_path, "run_lengths")["accepted"].tolist() == [1]
+
+
+def test_a_table_on_its_side_comes_back_as_it_was(tmp_path):
+    """Commas, quotes, empty cells of every kind, text that looks like a number, no rows."""
+    names = list(tables.SCHEMAS["history"])
+    rows = [
+        ["a,b", 0, 1, 5, 0.5, 'say "x"', None, 1.5, None, 1e-3],
+        ["1e5", 1, 2, 6, 1e-7, "train", 3, None, 0.25, None],
+    ]
+    for table in (pd.DataFrame(rows, columns=names), pd.DataFrame(rows, columns=names)[:0]):
+        table = table.astype(tables.SCHEMAS["history"])
+        path = tables.write(tmp_path, "history", table)
+        pd.testing.assert_frame_equal(tables.read(tmp_path, "history"), table)
+    lines = lzma.decompress(path.read_bytes()).decode().splitlines()
+    assert lines == names
 
 
 @pytest.mark.parametrize(
@@ -117,7 +132,7 @@ def test_damaged_compressed_table_is_one_line(tmp_path, spoil):
     path = tables.collect(tmp_path, samples=5)["counts"]
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(
-        StudyError, match="counts.csv.xz is no readable CSV file .*: delete it and make it again"
+        StudyError, match="counts.columns.xz is no readable table .*: delete it and make it again"
     ) as error:
         tables.read(tmp_path / "tables", "counts")
     assert "\n" not in str(error.value)
@@ -165,7 +180,7 @@ def test_floats_have_six_digits(tmp_path):
     write_run(tmp_path, "hidden", train_s=123.456789)
     tables.collect(tmp_path, samples=5)
     assert tables.read(tmp_path / "tables", "runs")["train_s"].tolist() == [123.457]
-    assert ",0.333333," in lzma.decompress((tmp_path / "tables/history.csv.xz").read_bytes()).decode()
+    assert ",0.333333," in lzma.decompress((tmp_path / "tables/history.columns.xz").read_bytes()).decode()
 
 
 def test_further_facts_of_a_run_are_kept_and_may_be_missing_elsewhere(tmp_path):
@@ -197,7 +212,7 @@ def edit(name, change):
     [
         (lambda run: (run / "run.json").write_text("{"), "run.json can't be read .* train again"),
         (lambda run: (run / "counts.csv").unlink(), "counts.csv is not there: run notebooks/02_train_drafter"),
-        (lambda run: (run / "counts.csv").write_text(""), "counts.csv is no readable CSV file"),
+        (lambda run: (run / "counts.csv").write_text(""), "counts.csv is no readable table"),
         (edit("counts", lambda t: t.drop(columns="reached")), "counts.csv lacks reached .*02_train_drafter"),
         (edit("history", lambda t: t.assign(x=1)), "history.csv has unknown x"),
         (edit("counts", lambda t: t.assign(seed="one")), "counts.csv has a cell of the wrong type .*one"),
