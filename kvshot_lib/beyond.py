@@ -30,11 +30,17 @@ NORMS = (
     ("hidden_post_norm", "hidden"), ("hidden_normed", "hidden"), ("hidden_normed_post_norm", "hidden"), ("hidden_normed_post_norm", "hidden_post_norm"),
     ("hidden_normed_post_norm_continued", "hidden_continued"), ("hybrid_warm_normed_post_norm", "hybrid_warm"),
 )  # fmt: skip
+SOURCE = (
+    ("kv_2_from_hidden", "kv_2"), ("kv_2_with_hidden", "kv_2"), ("kv_2_with_hidden", "kv_2_from_hidden"), ("kv_4_from_hidden", "kv_4"),
+    ("kv_4_with_hidden", "kv_4"), ("kv_4_with_hidden", "kv_4_from_hidden"), ("kv_4_from_hidden_continued", "kv_4_unrotate_mlp_continued"),
+    ("kv_4_with_hidden_continued", "kv_4_unrotate_mlp_continued"), ("kv_4_with_hidden_continued", "kv_4_from_hidden_continued"),
+)  # fmt: skip
 REUSE = (
-    ("kv_4_unrotate_mlp", "kv_4"), ("kv_4_unrotate_mlp", "hidden_normed_post_norm"), ("hybrid_warm", "hidden_continued"),
-    ("hybrid_warm_normed_post_norm", "hidden_normed_post_norm_continued"), ("hybrid_warm_normed_post_norm", "kv_2_from_hidden_continued"),
+    ("kv_4_unrotate_mlp", "kv_4"), ("hybrid_warm", "hidden_continued"),
+    ("hybrid_warm_normed_post_norm", "hidden_normed_post_norm_continued"),
     ("hybrid_warm_normed_post_norm_combined", "hybrid_warm_normed_post_norm"), ("kv_4_unrotate_mlp_continued", "hidden_normed_post_norm_continued"),
-    ("kv_4_unrotate_mlp_continued", "hybrid_warm_normed_post_norm"), ("kv_4_unrotate_mlp_continued", "kv_2_from_hidden_continued"),
+    ("kv_4_from_hidden_continued", "hidden_normed_post_norm_continued"), ("kv_4_with_hidden_continued", "hidden_normed_post_norm_continued"),
+    ("kv_4_with_hidden_continued", "hybrid_warm_normed_post_norm"), ("kv_4_with_hidden_continued", "hidden_continued"),
 )  # fmt: skip
 LEVERS = {
     "Dense gradients: every anchor": DENSE,
@@ -43,6 +49,7 @@ LEVERS = {
     "Sixteen slots": SIZE,
     "KV reuse without a gate": STARTS,
     "Two norms, alone and together": NORMS,
+    "Keys and values from the cache, from hidden states, from both": SOURCE,
     "The strongest of each kind": REUSE,
 }
 REFERENCES = ("hybrid_warm", "hidden_continued")
@@ -145,6 +152,7 @@ def timed_table(decoding: pd.DataFrame) -> pd.DataFrame:
 
 
 def depth_table(cost: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `cost_table` whose variants differ from one another in depth alone: ``family`` kv, block_kv, block_hidden or block_both."""
-    found = cost["variant"].str.extract(r"^(kv|block_kv|block_hidden|block_both)_(\d+)$")
-    return cost.assign(family=found[0])[found[0].notna()].reset_index(drop=True)
+    """Rows of `cost_table` whose variants differ from one another in depth alone, with their ``family``: kv_N, kv_N_from_hidden, block_kv_N …"""
+    kind = r"^(kv|block_kv|block_hidden|block_both)_\d+(_from_hidden|_with_hidden)?$"
+    family = cost["variant"].where(cost["variant"].str.match(kind)).str.replace(r"_\d+", "_N", regex=True)
+    return cost.assign(family=family)[family.notna()].reset_index(drop=True)

@@ -38,7 +38,8 @@ STYLE = sns.axes_style("ticks") | {
     "lines.linewidth": 1.8,
     "legend.frameon": False,
 }
-# Colour and marker of each variant: one hue and marker shape for each paradigm, grey for controls that see no target.
+# Colour and marker of each variant: a hue for what is read (hidden states, KV cache, both), a marker shape
+# for the architecture, grey for controls that see no target.
 LOOKS = {
     "hidden": ("#0072B2", "o"),
     "hidden_post_norm": ("#56B4E9", "o"),
@@ -51,6 +52,13 @@ LOOKS = {
     "kv_4": ("#6e3000", "s"),
     "kv_4_unrotate_mlp": ("#3d1a00", "P"),
     "kv_4_unrotate_mlp_continued": ("#1f0d00", "p"),
+    "kv_2_from_hidden": ("#56B4E9", "s"),
+    "kv_2_from_hidden_continued": ("#2f7fb8", "s"),
+    "kv_4_from_hidden": ("#1c5d99", "s"),
+    "kv_4_from_hidden_continued": ("#0c3866", "s"),
+    "kv_2_with_hidden": ("#6fcbb1", "s"),
+    "kv_4_with_hidden": ("#2f9c79", "s"),
+    "kv_4_with_hidden_continued": ("#005c43", "s"),
     "hybrid": ("#009E73", "D"),
     "hybrid_warm_normed_post_norm": ("#00382a", "d"),
     "hybrid_warm": ("#005c43", "D"),

@@ -15,10 +15,12 @@ from .tables import in_order
 from .variants import CURES
 
 FAMILY_LOOKS = {
-    "kv": ("#D55E00", "s"),
-    "block_kv": ("#CC79A7", "^"),
-    "block_hidden": ("#5b6fb5", "v"),
-    "block_both": ("#8064a2", "<"),
+    "kv_N": ("#D55E00", "s"),
+    "kv_N_from_hidden": ("#1c5d99", "s"),
+    "kv_N_with_hidden": ("#2f9c79", "s"),
+    "block_kv_N": ("#CC79A7", "^"),
+    "block_hidden_N": ("#5b6fb5", "v"),
+    "block_both_N": ("#8064a2", "<"),
 }
 AROUND = [
     (np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 16, endpoint=False)
@@ -88,7 +90,7 @@ def draw_depth(table: pd.DataFrame) -> Figure:
         own = table[table["family"] == family].sort_values("num_layers")
         if own.empty:
             continue
-        left.plot(own["num_layers"], own["bytes_ratio"], color=colour, marker=marker, label=f"{family}_N")
+        left.plot(own["num_layers"], own["bytes_ratio"], color=colour, marker=marker, label=family)
         right.vlines(own["num_layers"], own["low"], own["high"], color=colour, lw=2)
         right.plot(own["num_layers"], own["value"], color=colour, marker=marker)
     left.set(ylim=(0, None), xlabel="decoder layers N", ylabel="bytes of a chain of 7 /\nbytes of a target forward")
@@ -122,8 +124,10 @@ def draw_plane(table: pd.DataFrame, cost: str, xlabel: str, ylabel: str) -> Figu
         axes.plot(getattr(row, cost), row.value, color=colour, marker=marker, ms=6.5, mec="white", mew=0.5, zorder=4)
     families = {
         "hidden states": "hidden",
-        "KV cache, TTT": "kv_2",
+        "KV cache": "kv_2",
         "both, gated": "hybrid",
+        "keys, values of hidden states": "kv_4_from_hidden",
+        "of both": "kv_4_with_hidden",
         "a block at once": "block_kv_2",
         "control": "kv_2_zero",
     }

@@ -3,7 +3,7 @@
 "Best" is chosen on other data than it is judged on, so that the choice can't flatter the result:
 
     B1  chosen by the acceptance on *validation* documents at the end of training (``history``), judged on the evaluation documents
-    B2  chosen, with the length of its chain, by the speed on every second prompt, judged on the prompts between them
+    B2  chosen, with the length of its chain, by the speed on the prompts that all drafters were timed on, judged on others (`duel`)
 
 The rival must have been trained on as many tokens, those of a drafter that it started from included. It is chosen among all drafters that
 read hidden states and no cache, whatever their training (`hidden` and its kin, blocks over hidden states, keys and values made from hidden
@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from . import tables
 from .bootstrap import Draws, resample_weights
 from .claims import Claim
 from .decode_tables import prompt_sums, ratios
@@ -105,33 +106,51 @@ def _tenth_more(a: str, b: str, metric: str) -> tuple[tuple, ...]:
     return (1, a, metric), (-GAIN, b, metric)
 
 
-def speed_goal(prompts: pd.DataFrame, samples: int = 2000, seed: int = 0) -> tuple[Claim, Draws]:
+def speed_goal(
+    prompts: pd.DataFrame, duel: pd.DataFrame | None = None, samples: int = 2000, seed: int = 0
+) -> tuple[Claim, Draws]:
     """B2 and its draws: `speed` of the fastest chain over KV against the fastest hidden-only chain, over the target alone in the same run.
 
-    ``prompts`` is ``decode_prompts``; of several devices or number formats that with the most drafters counts. Chosen on every second
-    prompt (in the order of their names), judged on the others: the statistic has a row for each variant and seed.
+    ``prompts`` is ``decode_prompts``; of several devices or number formats that with the most drafters counts. The two are chosen on all of its
+    prompts and judged on those that only ``duel`` (`decode_duel`, rows of the same kind) has of both. Without such prompts they are chosen on
+    every second prompt, in the order of their names, and judged on the others. The statistic has a row for each variant and seed.
     """
     rows = _one_setting(prompts[prompts["variant"].map(reads) != "neither"])
-    names, chains = sorted(rows["prompt"].unique()), rows[rows["mode"] == "chain"]
-    choosing, judging = names[::2], names[1::2]
-    best = {"kv": (-np.inf, "kv_4", "7"), "hidden": (-np.inf, "hidden", "7")}  # named where nothing was timed
-    for (variant, plan), own in chains.groupby(["variant", "plan"], sort=True):
-        once = np.ones((1, len(choosing)))
-        fast = np.mean([_speed(rows, variant, run, plan, choosing, once)[0] for run in sorted(own["seed"].unique())])
-        best[reads(variant)] = max(best[reads(variant)], (fast, variant, plan))
+    names = sorted(rows["prompt"].unique())
+    best, judged = fastest_chains(rows, names), tables.empty("decode_prompts") if duel is None else duel
+    judging = sorted(set.intersection(*(_timed(judged, *found) for found in best.values())) - {*names})
+    if not judging:
+        best, judged, judging = fastest_chains(rows, names[::2]), rows, names[1::2]
     weights = resample_weights(max(1, len(judging)), samples, seed).astype(float)
     keys, values = [], []
-    for _, variant, plan in best.values():
-        for run in sorted(chains.loc[chains["variant"] == variant, "seed"].unique()) if judging else ():
+    for variant, plan in best.values():
+        chains = judged[(judged["variant"] == variant) & (judged["mode"] == "chain")]
+        for run in sorted(chains["seed"].unique()) if judging else ():
             keys.append([variant, run, "speedup", pd.NA, len(judging)])
-            values.append(_speed(rows, variant, run, plan, judging, weights))
+            values.append(_speed(judged, variant, run, plan, judging, weights))
     table = pd.DataFrame(keys, columns=["variant", "seed", "metric", "draft_step", "prompts"])
     draws = Draws(
         table.astype({"draft_step": "Int64"}), np.stack(values) if values else np.zeros((0, 1 + samples)), seed
     )
-    (_, a, chain_a), (_, b, chain_b) = best["kv"], best["hidden"]
+    (a, chain_a), (b, chain_b) = best["kv"], best["hidden"]
     statement = f"`{a}`, chains of {chain_a}, gives a tenth more tokens/s than `{b}`, chains of {chain_b}"
     return Claim("B2", statement, _tenth_more(a, b, "speedup"), "above"), draws
+
+
+def fastest_chains(rows: pd.DataFrame, names: list[str]) -> dict[str, tuple[str, str]]:
+    """(variant, chain length) of the fastest chain over KV (``kv``) and of the fastest hidden-only one (``hidden``) on some prompts."""
+    best = {"kv": (-np.inf, "kv_4", "7"), "hidden": (-np.inf, "hidden", "7")}  # named where nothing was timed
+    chains, once = rows[rows["mode"] == "chain"], np.ones((1, len(names)))
+    for (variant, plan), own in chains.groupby(["variant", "plan"], sort=True):
+        if (side := reads(variant)) != "neither":
+            fast = np.mean([_speed(rows, variant, run, plan, names, once)[0] for run in sorted(own["seed"].unique())])
+            best[side] = max(best[side], (fast, variant, plan))
+    return {side: found[1:] for side, found in best.items()}
+
+
+def _timed(rows: pd.DataFrame, variant: str, plan: str) -> set[str]:
+    """Prompts on which that chain was timed."""
+    return {*rows.loc[(rows["variant"] == variant) & (rows["mode"] == "chain") & (rows["plan"] == plan), "prompt"]}
 
 
 def _one_setting(rows: pd.DataFrame) -> pd.DataFrame:

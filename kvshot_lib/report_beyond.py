@@ -7,12 +7,14 @@ import pandas as pd
 
 from .beyond import at_compute
 from .bootstrap import Draws, Interval
+from .decode_tables import ALL, decoding_table
 from .goals import contenders
 from .report import markdown_table, names, signed
 from .tables import in_order
 
 NO_COMPUTE = "Training and drafting are not counted for these runs: `python -m kvshot_lib.compute TABLES_DIR`, from the repository's root"
 NO_DECODING = "No decoding with these drafters is recorded: `python -m kvshot_lib.speed RESULTS_DIR`, on an otherwise idle machine"
+NO_DUEL = "The two drafters of B2 have not met on prompts of their own: `python -m kvshot_lib.duel RESULTS_DIR`, on an otherwise idle machine"
 NO_LATENCY = "No latency at the paper's scale is recorded: `python -m kvshot_lib.latency --keep TABLES_DIR`, on a GPU"
 
 
@@ -146,6 +148,13 @@ def levers(table: pd.DataFrame) -> str:
     )
 
 
+def spread(draws: Draws, variants: Iterable[str]) -> str:
+    """Measured MAT of each seed of some variants, those of one seed left out."""
+    found = [(v, draws.rows(v, "measured_mat")[:, 0]) for v in in_order(variants) if v in draws.variants]
+    told = [f"`{v}` {', '.join(f'{value:.3f}' for value in own)}" for v, own in found if len(own) > 1]
+    return f"Measured MAT seed by seed: {'; '.join(told)}." if told else "One seed of each."
+
+
 def cost(table: pd.DataFrame) -> str:
     """A row a variant by predicted speedup: what a chain costs and what that makes of its measured MAT."""
     rows = [
@@ -185,6 +194,22 @@ def timed(table: pd.DataFrame) -> str:
         "cost model",
     ]
     return markdown_table(rows, header)
+
+
+def duel(rows: pd.DataFrame, samples: int = 2000, seed: int = 0) -> str:
+    """A row each of the two drafters of B2, on the prompts that neither was chosen by; ``rows`` is `decode_duel`."""
+    if rows.empty:
+        return NO_DUEL + "."
+    found = decoding_table(rows, samples, seed)
+    found = found[(found["mode"] == "chain") & (found["category"] == ALL)]
+    lines = [
+        [f"`{r.variant}`", r.plan, r.prompts, Interval(r.decoded_mat, r.decoded_mat_low, r.decoded_mat_high)]
+        + [f"{(r.draft_s + r.project_s) / r.verify_s:.2f}", f"{r.tokens_per_s:.1f}"]
+        + [Interval(r.speedup, r.speedup_low, r.speedup_high)]
+        for r in found.itertuples()
+    ]
+    header = ["variant", "chain", "prompts", "decoded MAT", "draft time / verify time", "tokens/s", "speedup"]
+    return markdown_table(lines, header)
 
 
 def latency(table: pd.DataFrame, prefix_tokens: int = 2048) -> str:

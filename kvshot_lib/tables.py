@@ -143,6 +143,7 @@ KEYS = {
     "query_probe": ["variant", "seed", "document", "labels", "draft_step", "layer", "target_layer"],
     "query_oracle": ["variant", "seed", "arm", "document", "draft_step"],
 }
+SCHEMAS["decode_duel"], KEYS["decode_duel"] = SCHEMAS["decode_prompts"], KEYS["decode_prompts"]  # of `duel`
 QUERIES = {"attention_overlap", "query_probe", "query_oracle"}
 DIAGNOSTICS = {"attention_shift", "attention_matches", "recoverable", *QUERIES}  # not every study measures them
 
@@ -156,6 +157,7 @@ COMPRESSED = {
     "gradients",
     "gradient_flow",
     "decode_prompts",
+    "decode_duel",
     "lossless",
     *DIAGNOSTICS,
 }
@@ -167,6 +169,7 @@ OPTIONAL = {
     "gradients",
     "gradient_flow",
     "decode_prompts",
+    "decode_duel",
     "decode_steps",
     "decoding",
     "lossless",

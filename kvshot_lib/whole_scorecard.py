@@ -16,7 +16,7 @@ from .query_statistics import query_draws
 KINDS = ("claim", "control", "hypothesis", "goal")
 READ = (
     "runs", "counts", "run_lengths", "history", "gradients", "gradient_flow", "attention_shift", "attention_matches",
-    "attention_overlap", "query_oracle", "decode_prompts",
+    "attention_overlap", "query_oracle", "decode_prompts", "decode_duel",
 )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def whole_scorecard(
     read = {name: tables.read(tables_dir, name) for name in READ}
     acceptance: Draws = draw(read["counts"], read["run_lengths"], samples=samples, seed=seed)
     queries = query_draws(read["attention_overlap"], read["query_oracle"], samples, seed)
-    goal, speeds = speed_goal(read["decode_prompts"], samples, seed)
+    goal, speeds = speed_goal(read["decode_prompts"], read["decode_duel"], samples, seed)
     judged = [
         (acceptance, (*CLAIMS, *BLOCK_CLAIMS, *acceptance_goals(contenders(read["runs"], read["history"])))),
         (queries, query_claims(set(queries.variants))),

@@ -101,9 +101,17 @@ def test_timed_chains_keep_the_fastest_plan():
 
 def test_depth_compares_drafters_that_differ_in_depth_alone(whole):
     found = beyond.depth_table(whole[3])
-    assert found[found["family"] == "kv"]["variant"].tolist() == ["kv_1", "kv_2", "kv_3", "kv_4"]
-    assert set(found["family"]) == {"kv", "block_kv", "block_hidden", "block_both"} and "block_kv_2_b16" not in set(
-        found["variant"]
+    assert found[found["family"] == "kv_N"]["variant"].tolist() == ["kv_1", "kv_2", "kv_3", "kv_4"]
+    assert set(found["family"]) == set(figures_beyond.FAMILY_LOOKS)
+    assert not {"block_kv_2_b16", "kv_2_heads", "kv_4_from_hidden_continued", "kv_1_none"} & set(found["variant"])
+
+
+def test_spread_lists_every_seed():
+    made = synthetic.matrix(("kv_2", "block_kv_2"), 2, 40)
+    draws = bootstrap.draw(made["counts"], made["run_lengths"], 5)
+    first, second = draws.rows("block_kv_2", "measured_mat")[:, 0]
+    assert report_beyond.spread(draws, ["block_kv_2", "kv_9"]) == (
+        f"Measured MAT seed by seed: `block_kv_2` {first:.3f}, {second:.3f}."
     )
 
 
@@ -156,11 +164,13 @@ def test_all_figures_and_sentences_of_a_whole_study(whole):
     assert (
         figures_beyond.draw_pairs(pairs).axes and figures_beyond.draw_pairs(beyond.pair_table(draws, beyond.CURED)).axes
     )
-    goal, speeds = goals.speed_goal(tables.empty("decode_prompts"), 20)
+    goal, speeds = goals.speed_goal(tables.empty("decode_prompts"), samples=20)
     stated = (*claims.BLOCK_CLAIMS, *goals.acceptance_goals(goals.contenders(made["runs"], made["history"])))
     card = pd.concat(
         [claims.scorecard(draws, paper.read_paper(), stated), claims.scorecard(speeds, paper.read_paper(), (goal,))]
     )
+    assert report_beyond.spread(draws, ["hidden", "kv_1"]) == "One seed of each."
+    assert report_beyond.duel(tables.empty("decode_prompts")).startswith("The two drafters of B2 have not met")
     told = report_beyond.in_short(draws, cost, card)
     assert "C18" in told and "B2, a tenth more tokens/s: **not run**" in told
     assert "Not run: 0 of" in report_beyond.levers(pairs) and "block_kv_2_equal_compute" in report_beyond.budgets(

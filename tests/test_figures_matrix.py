@@ -87,7 +87,7 @@ def test_sections_without_their_variants_say_so():
     told = report_matrix.ablations(draws, ablations.ablation_table(draws))
     assert (
         told.startswith("No comparison here for `hidden_post_norm`")
-        and "`hidden_normed_post_norm_continued`: they or the" in told
+        and "`kv_4_with_hidden`: they or the" in told
     )
 
 

@@ -100,7 +100,7 @@ def test_speed_is_chosen_on_every_second_prompt_and_judged_on_the_others():
         ("kv_1", "7"): [3.0, 1.0, 3.0, 1.0], ("kv_1", "4"): [2.0, 2.0, 2.0, 2.0],
         ("hidden", "7"): [1.0, 9.0, 1.0, 9.0], ("hidden", "4"): [1.5, 1.25, 1.5, 1.25], ("kv_2_zero", "7"): [9.0] * 4,
     })  # fmt: skip
-    claim, draws = goals.speed_goal(timed, 50)
+    claim, draws = goals.speed_goal(timed, samples=50)
     assert claim.claim == "B2" and claim.terms == ((1, "kv_1", "speedup"), (-1.1, "hidden", "speedup"))
     assert "chains of 7" in claim.statement and "chains of 4" in claim.statement
     assert draws.mean("kv_1", "speedup").value == pytest.approx(1.0) and draws.mean(
@@ -111,12 +111,28 @@ def test_speed_is_chosen_on_every_second_prompt_and_judged_on_the_others():
 
 
 def test_a_tenth_more_speed_reaches_the_goal_and_nothing_timed_is_not_run():
-    claim, draws = goals.speed_goal(prompts({("kv_1", "7"): [2.0] * 6, ("hidden", "7"): [1.5] * 6}), 50)
+    claim, draws = goals.speed_goal(prompts({("kv_1", "7"): [2.0] * 6, ("hidden", "7"): [1.5] * 6}), samples=50)
     assert claims.scorecard(draws, paper.read_paper(), (claim,))["verdict"].tolist() == ["reached"]
-    claim, draws = goals.speed_goal(tables.empty("decode_prompts"), 50)
+    claim, draws = goals.speed_goal(tables.empty("decode_prompts"), samples=50)
     assert claims.scorecard(draws, paper.read_paper(), (claim,))["verdict"].tolist() == ["not run"]
-    claim, draws = goals.speed_goal(prompts({("kv_1", "7"): [2.0] * 6}), 50)
+    claim, draws = goals.speed_goal(prompts({("kv_1", "7"): [2.0] * 6}), samples=50)
     assert claims.scorecard(draws, paper.read_paper(), (claim,))["missing"].tolist() == ["hidden"]
+
+
+def test_speed_is_judged_on_the_duels_prompts_where_there_are_any():
+    """Chosen on all of p0 … p3, now that others judge: kv_1's 4 and hidden's 7; of the duel p3 is known and p5 lacks one of them."""
+    timed = prompts({
+        ("kv_1", "7"): [3.0, 1.0, 3.0, 1.0], ("kv_1", "4"): [2.0, 2.0, 2.0, 2.0],
+        ("hidden", "7"): [1.5, 9.0, 1.5, 9.0], ("hidden", "4"): [1.6, 1.25, 1.6, 1.25],
+    })  # fmt: skip
+    duel = prompts({("kv_1", "4"): [9.0] * 3 + [9.0, 3.0, 9.0], ("hidden", "7"): [1.0] * 3 + [1.0, 2.0]})
+    duel = duel[~duel["prompt"].isin(["p0", "p1", "p2"])]
+    claim, draws = goals.speed_goal(timed, duel, samples=50)
+    assert "chains of 4" in claim.statement and "chains of 7" in claim.statement
+    assert draws.mean("kv_1", "speedup").value == pytest.approx(3) and draws.mean("hidden", "speedup").value == pytest.approx(2)
+    assert draws.keys["prompts"].tolist() == [1, 1]
+    other = duel.assign(variant=duel["variant"].replace("kv_1", "kv_2"))  # a duel of others says nothing of these
+    assert goals.speed_goal(timed, other, samples=50)[1].keys["prompts"].tolist() == [2, 2]
 
 
 def test_one_refuted_part_refutes_a_goal():

