@@ -72,7 +72,7 @@ def drawn(rows: pd.DataFrame, samples: int, seed: int) -> Iterator[tuple[tuple, 
 
 
 def decoding_table(prompts: pd.DataFrame, samples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """The rows of ``decoding.csv``: each run and plan by category and over all prompts (``all``), with 95% intervals over prompts.
+    """The rows of ``decoding``: each run and plan by category and over all prompts (``all``), with 95% intervals over prompts.
 
     ``*_s`` are sums over the timed parts of all answers; ``same_answers`` counts those that are the target's own, token for token.
     """

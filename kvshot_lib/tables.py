@@ -158,6 +158,8 @@ COMPRESSED = {
     "gradient_flow",
     "decode_prompts",
     "decode_duel",
+    "decode_steps",
+    "decoding",
     "lossless",
     *DIAGNOSTICS,
 }

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from notebook_checks import ROOT, write_notebook
 
-from kvshot_lib import paper, pipeline
+from kvshot_lib import paper, pipeline, tables
 from kvshot_lib.capture import uniform_layers
 from kvshot_lib.errors import StudyError
 from kvshot_lib.notebooks import claim
@@ -379,7 +379,7 @@ def test_smoke_study_from_end_to_end(tmp_path, capfd):
     assert acceptance[acceptance.metric == "step_acceptance"].value.between(0, 1).all()
     executed = {path.name.split(".")[0] for path in results.glob("notebooks/[0-9]*.ipynb")}
     assert {"01_extract_kv_cache", "02_train_drafter", "03_long_range_decay", "07_decode_end_to_end"} <= executed
-    assert set(pd.read_csv(results / "tables/decoding.csv").variant) == {*drafters, "transformers"}
+    assert set(tables.read(results / "tables", "decoding").variant) == {*drafters, "transformers"}
     assert len(list(results.glob("notebooks/02*.ipynb"))) == len(drafters)
     assert list(results.glob("figures/*.png")) and list(results.glob("figures/*.csv"))
     card = pd.read_csv(results / "figures/scorecard.csv")

@@ -14,6 +14,7 @@ README = (ROOT / "README.md").read_text()
 MAIN = (
     "hidden", "hidden_post_norm", "hidden_continued", "kv_1_none", "kv_1", "kv_2", "kv_4", "kv_2_from_hidden", "hybrid", "hybrid_warm",
     "hidden_normed_post_norm", "hidden_normed_post_norm_continued", "hybrid_warm_normed_post_norm", "kv_4_unrotate_mlp_continued",
+    "kv_4_from_hidden_continued", "kv_4_with_hidden_continued",
 )  # fmt: skip
 
 
