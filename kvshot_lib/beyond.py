@@ -40,7 +40,7 @@ REUSE = (
     ("hybrid_warm_normed_post_norm", "hidden_normed_post_norm_continued"),
     ("hybrid_warm_normed_post_norm_combined", "hybrid_warm_normed_post_norm"), ("kv_4_unrotate_mlp_continued", "hidden_normed_post_norm_continued"),
     ("kv_4_from_hidden_continued", "hidden_normed_post_norm_continued"), ("kv_4_with_hidden_continued", "hidden_normed_post_norm_continued"),
-    ("kv_4_with_hidden_continued", "hybrid_warm_normed_post_norm"), ("kv_4_with_hidden_continued", "hidden_continued"),
+    ("kv_4_with_hidden_continued", "hybrid_warm_normed_post_norm"),
 )  # fmt: skip
 LEVERS = {
     "Dense gradients: every anchor": DENSE,

@@ -56,9 +56,9 @@ LOOKS = {
     "kv_2_from_hidden_continued": ("#2f7fb8", "s"),
     "kv_4_from_hidden": ("#1c5d99", "s"),
     "kv_4_from_hidden_continued": ("#0c3866", "s"),
-    "kv_2_with_hidden": ("#6fcbb1", "s"),
-    "kv_4_with_hidden": ("#2f9c79", "s"),
-    "kv_4_with_hidden_continued": ("#005c43", "s"),
+    "kv_2_with_hidden": ("#a9bf5a", "s"),
+    "kv_4_with_hidden": ("#7f9a2c", "s"),
+    "kv_4_with_hidden_continued": ("#56700a", "s"),
     "hybrid": ("#009E73", "D"),
     "hybrid_warm_normed_post_norm": ("#00382a", "d"),
     "hybrid_warm": ("#005c43", "D"),
@@ -69,8 +69,11 @@ LOOKS = {
     "block_kv_1": ("#e3b3cc", "^"),
     "block_kv_2": ("#CC79A7", "^"),
     "block_kv_4": ("#7d3c61", "^"),
+    "block_hidden_1": ("#9aa6d6", "v"),
     "block_hidden_2": ("#5b6fb5", "v"),
+    "block_hidden_4": ("#34437f", "v"),
     "block_both_2": ("#8064a2", "<"),
+    "block_both_4": ("#523a70", "<"),
 }
 # Other variants have the look of their paradigm.
 FAMILIES = {"hidden": ("#0072B2", "v"), "kv": ("#c98a5e", "P"), "hybrid": ("#009E73", "v"), "block": ("#CC79A7", "^")}

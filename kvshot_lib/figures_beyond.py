@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from .figures import STYLE, look
@@ -17,7 +18,7 @@ from .variants import CURES
 FAMILY_LOOKS = {
     "kv_N": ("#D55E00", "s"),
     "kv_N_from_hidden": ("#1c5d99", "s"),
-    "kv_N_with_hidden": ("#2f9c79", "s"),
+    "kv_N_with_hidden": ("#7f9a2c", "s"),
     "block_kv_N": ("#CC79A7", "^"),
     "block_hidden_N": ("#5b6fb5", "v"),
     "block_both_N": ("#8064a2", "<"),
@@ -56,16 +57,16 @@ def draw_pairs(table: pd.DataFrame) -> Figure:
     for group in table["group"].unique():
         lines += [(group, None), *((group, place) for place in table.index[table["group"] == group])]
     height = 1.0 + 0.29 * len(lines)
-    figure = Figure(figsize=(9.6, height))
-    axes = figure.add_axes((0.46, 0.62 / height, 0.34, 1 - 0.75 / height))
+    figure = Figure(figsize=(10.8, height))
+    axes = figure.add_axes((0.5, 0.62 / height, 0.31, 1 - 0.75 / height))
     beside = {"xycoords": axes.get_yaxis_transform(), "va": "center", "fontsize": 9.5, "annotation_clip": False}
     for y, (group, place) in enumerate(lines):
         if place is None:
-            axes.annotate(group, (-1.32, y), weight="bold", **beside)
+            axes.annotate(group, (-1.58, y), weight="bold", **beside)
             continue
         row = table.loc[place]
         told = row["variant"] if group == f"Minus {row['reference']}" else f"{row['variant']} − {row['reference']}"
-        axes.annotate(told, (-1.28, y), **beside)
+        axes.annotate(told, (-1.54, y), **beside)
         if np.isnan(row["value"]):
             axes.annotate("not run", (1.04, y), color="#999999", **beside)
             continue
@@ -77,6 +78,7 @@ def draw_pairs(table: pd.DataFrame) -> Figure:
         )
     axes.axvline(0, color="#222222", lw=1, ls=(0, (4, 3)))
     axes.set(ylim=(len(lines) - 0.4, -0.7), yticks=[], xlabel="difference of measured MAT, same documents")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.spines["left"].set_visible(False)
     return figure
 
@@ -126,17 +128,18 @@ def draw_plane(table: pd.DataFrame, cost: str, xlabel: str, ylabel: str) -> Figu
         "hidden states": "hidden",
         "KV cache": "kv_2",
         "both, gated": "hybrid",
-        "keys, values of hidden states": "kv_4_from_hidden",
-        "of both": "kv_4_with_hidden",
+        "KV made of hidden states": "kv_4_from_hidden",
+        "KV of both": "kv_4_with_hidden",
         "a block at once": "block_kv_2",
-        "control": "kv_2_zero",
     }
+    if "X" in {look(v)[1] for v in table["variant"]}:
+        families["control"] = "kv_2_zero"
     if cures := [v for v in table["variant"] if v in CURES]:
         families[f"{len(cures)} cures, unnamed"] = cures[0]
     handles = [
         Line2D([], [], color=look(v)[0], marker=look(v)[1], ls="none", label=name) for name, v in families.items()
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), columnspacing=1.4, handletextpad=0.3)
+    figure.legend(handles=handles, loc="outside upper left", ncols=-(-len(handles) // 2), columnspacing=1.4, handletextpad=0.3)
     _place_labels(figure, axes, table, cost)
     return figure
 
