@@ -1,9 +1,10 @@
-"""B2's measurement: the fastest chain over KV and the fastest hidden-only one, on prompts that neither was chosen by.
+"""Two pairs of drafters on many prompts: the fastest chains of both sides (goal B2), and the two that claim C14 is about.
 
 python -m kvshot_lib.duel RESULTS_DIR [--tables TABLES_DIR]    writes RESULTS_DIR/tables/decode_duel.columns.xz
 
-`goals.fastest_chains` names the two drafters and their chains from ``decode_prompts`` in TABLES_DIR (RESULTS_DIR/tables by default). They are
-timed as `speed` times them, each against the target alone, taking turns prompt by prompt, on every prompt that is not in that table.
+`goals.fastest_chains` names B2's drafters and their chains from ``decode_prompts`` in TABLES_DIR (RESULTS_DIR/tables by default); C14's decode with
+the longest chain and the tree of that table. All are timed as `speed` times them, each against the target alone, taking turns prompt by prompt, on
+every prompt that is not in that table: those of B2 were not chosen by these.
 Each prompt's rows are on disk (RESULTS_DIR/duel) before the next one starts: the same command goes on from there after a kill.
 """
 
@@ -23,14 +24,17 @@ from .goals import fastest_chains
 from .prompts import load_prompts
 from .provenance import device_name
 from .speed import Record, find_runs, load_runs, run_jobs, warm_up
-from .speed_rows import Settings, dialogue_turns, measure_drafter, plans_of
+from .speed_rows import Settings, dialogue_turns, measure_drafter
+from .tree import Chain, Tree
+
+C14 = ("hybrid_warm", "hidden_continued")
 
 
 def duel(
     results_dir: str | Path, tables_dir: str | Path, settings: Settings, *, prompts: str = "study", device: str = "auto",
     dtype: str = "auto", stop_after_s: float = float("inf"),
 ) -> tuple[Path, bool]:  # fmt: skip
-    """Time the two on the prompts of ``prompts`` that they weren't chosen by; returns the table's path, and whether all is measured.
+    """Time the pairs on the prompts of ``prompts`` that aren't in ``decode_prompts``; returns the table's path, and whether all is measured.
 
     Raises
     ------
@@ -39,8 +43,7 @@ def duel(
     results_dir, known = Path(results_dir), tables.read(tables_dir, "decode_prompts")
     if known.empty:
         raise StudyError(f"{tables_dir} has no decode_prompts to choose by: run `python -m kvshot_lib.speed` first")
-    chosen = fastest_chains(known, sorted(known["prompt"].unique()))
-    runs = {f"{v}/seed{known.loc[known['variant'] == v, 'seed'].min()}": int(plan) for v, plan in chosen.values()}
+    runs = pairs(known)
     folders = find_runs(results_dir, [*runs])
     target, drafters = load_runs(folders, device, dtype)
     others = [prompt for prompt in load_prompts(prompts) if prompt.id not in set(known["prompt"])]
@@ -48,7 +51,7 @@ def duel(
         raise StudyError(f"every prompt of {prompts} was used to choose: name others with --prompts")
     turns = dialogue_turns(target, others, settings.new_tokens)
     kind, where = str(target.dtype).removeprefix("torch."), device_name(target.device)
-    plans = {name: plans_of(drafter, [runs[name]], None) for name, drafter in drafters.items()}
+    plans = {name: {plan: as_plan(*plan) for plan in runs[name]} for name in drafters}
     records = {
         name: Record(
             results_dir / "duel" / kind / name.replace("/", "."),
@@ -67,6 +70,28 @@ def duel(
     done = run_jobs(jobs, time.monotonic() + stop_after_s)
     rows = pd.concat([record.rows["decode_prompts"] for record in records.values()], ignore_index=True)
     return tables.write(results_dir / "tables", "decode_duel", tables.rounded(rows)), done
+
+
+def pairs(known: pd.DataFrame) -> dict[str, list[tuple[str, str]]]:
+    """``variant/seedN`` -> its (mode, plan) …, of B2's drafters and, if both are in ``known`` (`decode_prompts`), of C14's."""
+    best = fastest_chains(known, sorted(known["prompt"].unique()))
+    if lacking := [side for side, (variant, _) in best.items() if variant not in set(known["variant"])]:
+        raise StudyError(f"decode_prompts has no chain of a drafter over {lacking[0]}: time one with `python -m kvshot_lib.speed`")
+    found = [(variant, ("chain", plan)) for variant, plan in best.values()]
+    for variant in C14 if {*C14} <= {*known["variant"]} else ():
+        own = known[known["variant"] == variant]
+        found.append((variant, ("chain", max(own.loc[own["mode"] == "chain", "plan"], key=int))))
+        found += [(variant, ("tree", plan)) for plan in own.loc[own["mode"] == "tree", "plan"].unique()]
+    runs: dict[str, list[tuple[str, str]]] = {}
+    for variant, plan in found:
+        named = runs.setdefault(f"{variant}/seed{known.loc[known['variant'] == variant, 'seed'].min()}", [])
+        named += [plan] if plan not in named else []
+    return runs
+
+
+def as_plan(mode: str, plan: str) -> Chain | Tree:
+    """The plan that tables name so."""
+    return Chain(int(plan)) if mode == "chain" else Tree(*map(int, plan.split("/")))
 
 
 @one_line_errors

@@ -48,7 +48,7 @@ def in_short(decoding: pd.DataFrame, plans: pd.DataFrame, again: pd.DataFrame) -
         "below": "it is **slower**",
         "not distinguishable from": "**no difference** can be told from chance",
     }
-    fresh = again[(again["category"] == ALL) & (again["mode"] != "alone")] if len(again) else again
+    fresh = chosen(again[again["category"] == ALL], plans, "chain").dropna(subset=["speedup"]) if len(again) else again
     lines = [
         (
             f"- The fastest way is `{best['variant']}` with a {_plan(best)}: {best['tokens_per_s']:.3g} tokens/s against "
@@ -62,7 +62,7 @@ def in_short(decoding: pd.DataFrame, plans: pd.DataFrame, again: pd.DataFrame) -
         best = _interval(fresh.loc[fresh["speedup"].idxmax()], "speedup")
         lines.insert(
             1,
-            f"- The fastest of many on {whole['prompts'].max()} prompts looks faster than it is. On {fresh['prompts'].max()} others, by which it was not chosen: "
+            f"- The fastest of many on {whole['prompts'].max()} prompts looks faster than it is. On {fresh['prompts'].max():.0f} others, by which it was not chosen: "
             f"{', '.join(told)} times the target alone. {_goal(best)}",
         )
     for row in whole[whole["variant"] == PEERS].itertuples():

@@ -41,7 +41,7 @@ def whole_scorecard(
     ]
     shift, matches = read["attention_shift"], read["attention_matches"]
     found = [scorecard(draws, paper, claims) for draws, claims in judged]
-    found.append(decode_rows(read["decode_prompts"], samples, seed))
+    found.append(decode_rows(pd.concat([read["decode_prompts"], read["decode_duel"]]), samples, seed))
     found.append(hypothesis_row(shift, matches, paper, read["counts"]["document"].nunique(), samples, seed))
     claims = [claim for _, stated in judged for claim in stated]
     claims += [*DECODE_CLAIMS, shift_claim(set(matches["variant"]))]

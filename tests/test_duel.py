@@ -8,6 +8,7 @@ from kvshot_lib import duel, goals, speed, tables
 from kvshot_lib.checkpoints import save_drafter
 from kvshot_lib.errors import StudyError
 from kvshot_lib.prompts import Prompt
+from kvshot_lib.tree import Chain, Tree
 
 PROMPTS = [
     Prompt("a", "coding", ("w7 w8 w9",)),
@@ -64,6 +65,26 @@ def test_a_stopped_duel_goes_on(results, monkeypatch, capsys):
 def test_bad_input_is_one_line(results, words, told, capsys):
     assert duel.main([str(results), *WORDS.split(), *words.split()]) == 1
     assert told in capsys.readouterr().err
+
+
+def test_c14s_pair_decodes_with_the_longest_chain_and_the_tree():
+    rows = []
+    for variant in ("hybrid_warm", "hidden_continued", "kv_1"):
+        plans = (("alone", "-", 10.0), ("chain", "2", 5.0), ("chain", "10", 8.0), ("tree", "2/3/8", 9.0))
+        rows += [
+            dict.fromkeys(tables.SCHEMAS["decode_prompts"], 0.0)
+            | {"variant": variant, "seed": 2, "prompt": "a", "turn": 0, "category": "any", "dtype": "x", "device": "x"}
+            | {"mode": mode, "plan": plan, "seconds": seconds, "new_tokens": 10, "forwards": 5}
+            for mode, plan, seconds in plans
+        ]
+    known = pd.DataFrame(rows)
+    found = duel.pairs(known)
+    assert found["hybrid_warm/seed2"][-2:] == [("chain", "10"), ("tree", "2/3/8")]
+    assert ("chain", "2") in found["hidden_continued/seed2"] and len(found["hidden_continued/seed2"]) == 3
+    assert found["kv_1/seed2"] == [("chain", "2")] and len(found) == 3
+    with pytest.raises(StudyError, match="no chain of a drafter over hidden: time one"):
+        duel.pairs(known[known["variant"] != "hidden_continued"])
+    assert (duel.as_plan("chain", "4"), duel.as_plan("tree", "2/3/8")) == (Chain(4), Tree(2, 3, 8))
 
 
 def test_no_prompt_left_is_told(results, monkeypatch):
