@@ -76,7 +76,9 @@ def pairs(known: pd.DataFrame) -> dict[str, list[tuple[str, str]]]:
     """``variant/seedN`` -> its (mode, plan) …, of B2's drafters and, if both are in ``known`` (`decode_prompts`), of C14's."""
     best = fastest_chains(known, sorted(known["prompt"].unique()))
     if lacking := [side for side, (variant, _) in best.items() if variant not in set(known["variant"])]:
-        raise StudyError(f"decode_prompts has no chain of a drafter over {lacking[0]}: time one with `python -m kvshot_lib.speed`")
+        raise StudyError(
+            f"decode_prompts has no chain of a drafter over {lacking[0]}: time one with `python -m kvshot_lib.speed`"
+        )
     found = [(variant, ("chain", plan)) for variant, plan in best.values()]
     for variant in C14 if {*C14} <= {*known["variant"]} else ():
         own = known[known["variant"] == variant]
@@ -98,13 +100,17 @@ def as_plan(mode: str, plan: str) -> Chain | Tree:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvshot_lib.duel", description=__doc__.splitlines()[0])
     parser.add_argument("results_dir", metavar="RESULTS_DIR")
-    parser.add_argument("--tables", default="", metavar="TABLES_DIR", help="with decode_prompts (RESULTS_DIR/tables by default)")
+    parser.add_argument(
+        "--tables", default="", metavar="TABLES_DIR", help="with decode_prompts (RESULTS_DIR/tables by default)"
+    )
     parser.add_argument("--prompts", default="study", help="study, human-eval or a .jsonl file")
     parser.add_argument("--new-tokens", type=int, default=64, help="at most, of an answer")
     parser.add_argument("--repeats", type=int, default=3, help="timed passes; their median counts")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", help="of target and drafters: auto, bfloat16 or float32")
-    parser.add_argument("--stop-after-s", type=float, default=float("inf"), help="then leave the rest for the next call")
+    parser.add_argument(
+        "--stop-after-s", type=float, default=float("inf"), help="then leave the rest for the next call"
+    )
     given = vars(parser.parse_args(words))
     settings = Settings(given.pop("new_tokens"), given.pop("repeats"))
     if settings.new_tokens < 2 or settings.repeats < 1:

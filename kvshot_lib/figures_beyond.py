@@ -139,7 +139,9 @@ def draw_plane(table: pd.DataFrame, cost: str, xlabel: str, ylabel: str) -> Figu
     handles = [
         Line2D([], [], color=look(v)[0], marker=look(v)[1], ls="none", label=name) for name, v in families.items()
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=-(-len(handles) // 2), columnspacing=1.4, handletextpad=0.3)
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=-(-len(handles) // 2), columnspacing=1.4, handletextpad=0.3
+    )
     _place_labels(figure, axes, table, cost)
     return figure
 

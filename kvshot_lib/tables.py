@@ -178,7 +178,11 @@ OPTIONAL = {
     "step_latency",
     *DIAGNOSTICS,
 }
-FORMS = ("columns.xz", "csv.xz", "csv")  # of a table on disk, as `write` makes them now, as it did once, and the small ones
+FORMS = (
+    "columns.xz",
+    "csv.xz",
+    "csv",
+)  # of a table on disk, as `write` makes them now, as it did once, and the small ones
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0, "lc": 4}]  # for text
 OF_RUN = ("counts", "run_lengths", "axes", "history", "gradients")  # what a run leaves beside its run.json
 
@@ -260,7 +264,9 @@ def _on_its_side(table: pd.DataFrame) -> bytes:
     lines = []
     for name in table:
         cells = table[[name]].to_csv(index=False, header=False, lineterminator="\n").splitlines()
-        lines.append(",".join([name, *("" if cell == '""' else cell for cell in cells)]))  # pandas' empty line of one cell
+        lines.append(
+            ",".join([name, *("" if cell == '""' else cell for cell in cells)])
+        )  # pandas' empty line of one cell
     return "\n".join([*lines, ""]).encode()
 
 

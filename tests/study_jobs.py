@@ -90,8 +90,8 @@ def leavings(folder: Path) -> dict[str, object]:
             value = read_json(path, "")
             found[name] = {key: part for key, part in value.items() if key not in (*VARYING, "files")}
         elif path.stem.split(".")[0] in ("history", "runs"):
-            table = pd.read_csv(path).drop(columns=VARYING, errors="ignore")
-            found[name] = table.to_csv(index=False)
+            table = tables.read(path.parent, "history") if path.suffix == ".xz" else pd.read_csv(path)
+            found[name] = table.drop(columns=VARYING, errors="ignore").to_csv(index=False)
         else:
             found[name] = sha256(path)
     return found

@@ -123,7 +123,10 @@ def test_a_layer_started_from_the_target_is_the_targets_layer():
             {"paradigm": "kv", "kv_with_hidden": True, "kv_control": "from_hidden"},
             "kv_with_hidden=True contradicts kv_control='from_hidden'",
         ),
-        ({"paradigm": "kv", "kv_with_hidden": True, "kv_fusion": "heads"}, "kv_with_hidden=True contradicts kv_fusion="),
+        (
+            {"paradigm": "kv", "kv_with_hidden": True, "kv_fusion": "heads"},
+            "kv_with_hidden=True contradicts kv_fusion=",
+        ),
         ({"paradigm": "hybrid", "kv_with_hidden": True}, "kv_with_hidden=True means nothing to a hybrid drafter"),
         ({"paradigm": "kv", "kv_lag_tokens": 8}, "kv_control='' contradicts kv_lag_tokens=8"),
         ({"paradigm": "hybrid", "cross_only": True, "gate_bias": 1.0}, "cross_only=True contradicts gate_bias=1.0"),

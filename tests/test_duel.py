@@ -26,7 +26,7 @@ def results(tmp_path, monkeypatch):
     for module in (speed, duel):
         monkeypatch.setattr(module, "load_prompts", lambda name: PROMPTS)
     monkeypatch.setattr(speed, "load_target", lambda *_, **__: target())
-    few = "--prompts-per-category 1 --chain 2,3 --tree none --prefix none".split()
+    few = ["--prompts-per-category", "1", "--chain", "2,3", "--tree", "none", "--prefix", "none"]
     monkeypatch.setattr(speed, "load_prompts", lambda name: PROMPTS[:1])
     assert speed.main([str(tmp_path), *WORDS.split(), *few]) == 0
     return tmp_path

@@ -151,7 +151,9 @@ def test_every_figure_is_drawn_and_every_sentence_written(prompts, decoding, tim
     best = decoding[(decoding["category"] == ALL) & (decoding["variant"] != "transformers")]["speedup"].max()
     assert f"{best:.3f} [" in report_decoding.in_short(decoding, plans, decoding[:0])
     assert "The study's goal of 1.3" in report_decoding.in_short(decoding, plans, pd.DataFrame())
-    fresh = decoding[(decoding["variant"] == "hidden")].assign(prompts=9, speedup=1.2, speedup_low=1.1, speedup_high=1.29)
+    fresh = decoding[(decoding["variant"] == "hidden")].assign(
+        prompts=9, speedup=1.2, speedup_low=1.1, speedup_high=1.29
+    )
     told = report_decoding.in_short(decoding, plans, fresh)
     assert "On 9 others" in told and "1.200 [1.100, 1.290]" in told and told.count("goal of 1.3 is missed") == 1
     assert "6 of 6" in report_decoding.speeds(decoding, plans)

@@ -85,10 +85,7 @@ def test_sections_without_their_variants_say_so():
     told = report_matrix.depth(draws, figures_matrix.depth_table(summary))
     assert told.endswith("Not run here: `kv_2`, `kv_3`, `kv_4`.") and told.startswith("Depth needs two of")
     told = report_matrix.ablations(draws, ablations.ablation_table(draws))
-    assert (
-        told.startswith("No comparison here for `hidden_post_norm`")
-        and "`kv_4_with_hidden`: they or the" in told
-    )
+    assert told.startswith("No comparison here for `hidden_post_norm`") and "`kv_4_with_hidden`: they or the" in told
 
 
 def test_sentences_of_depth_and_ablations():

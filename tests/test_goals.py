@@ -129,7 +129,9 @@ def test_speed_is_judged_on_the_duels_prompts_where_there_are_any():
     duel = duel[~duel["prompt"].isin(["p0", "p1", "p2"])]
     claim, draws = goals.speed_goal(timed, duel, samples=50)
     assert "chains of 4" in claim.statement and "chains of 7" in claim.statement
-    assert draws.mean("kv_1", "speedup").value == pytest.approx(3) and draws.mean("hidden", "speedup").value == pytest.approx(2)
+    assert draws.mean("kv_1", "speedup").value == pytest.approx(3) and draws.mean(
+        "hidden", "speedup"
+    ).value == pytest.approx(2)
     assert draws.keys["prompts"].tolist() == [1, 1]
     other = duel.assign(variant=duel["variant"].replace("kv_1", "kv_2"))  # a duel of others says nothing of these
     assert goals.speed_goal(timed, other, samples=50)[1].keys["prompts"].tolist() == [2, 2]
