@@ -35,9 +35,22 @@ def decode_draws(prompts: pd.DataFrame, samples: int = 2000, seed: int = 0, dtyp
 
 
 def decode_rows(prompts: pd.DataFrame, samples: int = 2000, seed: int = 0, dtype: str = "") -> pd.DataFrame:
-    """The scorecard's rows of C14 and its parts; *not run* for what was not decoded."""
-    card = scorecard(decode_draws(prompts, samples, seed, dtype), decoded_by_the_paper(), DECODE_CLAIMS)
+    """The scorecard's rows of C14 and its parts, each on the prompts that all its drafters answered; *not run* for what was not decoded."""
+    parts = []
+    for claim in DECODE_CLAIMS:
+        draws = decode_draws(answered_by_all(prompts, {term[1] for term in claim.terms}), samples, seed, dtype)
+        own = draws.keys["metric"].isin([term[2] for term in claim.terms])
+        parts.append((draws.keys[own], draws.values[own]))
+    keys, values = zip(*parts, strict=True)
+    draws = Draws(pd.concat(keys, ignore_index=True), np.concatenate(values), seed)
+    card = scorecard(draws, decoded_by_the_paper(), DECODE_CLAIMS)
     return card.assign(measured_verdict="")  # decoded MAT is no product of marginals
+
+
+def answered_by_all(prompts: pd.DataFrame, variants: set[str]) -> pd.DataFrame:
+    """The rows of prompts that each of ``variants`` answered, those aside that answered none."""
+    by = prompts[prompts["variant"].isin(variants)].groupby("variant")["prompt"].agg(set)
+    return prompts[prompts["prompt"].isin(set.intersection(*by))] if len(by) else prompts
 
 
 def decoded_by_the_paper() -> pd.DataFrame:

@@ -20,7 +20,7 @@ import torch
 from . import tables
 from .checkpoints import DESCRIPTION
 from .errors import StudyError, one_line_errors
-from .goals import fastest_chains
+from .goals import comparable, fastest_chains
 from .prompts import load_prompts
 from .provenance import device_name
 from .speed import Record, find_runs, load_runs, run_jobs, warm_up
@@ -74,7 +74,8 @@ def duel(
 
 def pairs(known: pd.DataFrame) -> dict[str, list[tuple[str, str]]]:
     """``variant/seedN`` -> its (mode, plan) …, of B2's drafters and, if both are in ``known`` (`decode_prompts`), of C14's."""
-    best = fastest_chains(known, sorted(known["prompt"].unique()))
+    rows = comparable(known)
+    best = fastest_chains(rows, sorted(rows["prompt"].unique()))
     if lacking := [side for side, (variant, _) in best.items() if variant not in set(known["variant"])]:
         raise StudyError(
             f"decode_prompts has no chain of a drafter over {lacking[0]}: time one with `python -m kvshot_lib.speed`"

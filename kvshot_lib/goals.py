@@ -115,7 +115,7 @@ def speed_goal(
     prompts and judged on those that only ``duel`` (`decode_duel`, rows of the same kind) has of both. Without such prompts they are chosen on
     every second prompt, in the order of their names, and judged on the others. The statistic has a row for each variant and seed.
     """
-    rows = _one_setting(prompts[prompts["variant"].map(reads) != "neither"])
+    rows = comparable(prompts)
     names = sorted(rows["prompt"].unique())
     best, judged = fastest_chains(rows, names), tables.empty("decode_prompts") if duel is None else duel
     judging = sorted(set.intersection(*(_timed(judged, *found) for found in best.values())) - {*names})
@@ -138,13 +138,12 @@ def speed_goal(
 
 
 def fastest_chains(rows: pd.DataFrame, names: list[str]) -> dict[str, tuple[str, str]]:
-    """(variant, chain length) of the fastest chain over KV (``kv``) and of the fastest hidden-only one (``hidden``) on some prompts."""
+    """(variant, chain length) of the fastest chain over KV (``kv``) and of the fastest hidden-only one (``hidden``) on some prompts of `comparable` rows."""
     best = {"kv": (-np.inf, "kv_4", "7"), "hidden": (-np.inf, "hidden", "7")}  # named where nothing was timed
     chains, once = rows[rows["mode"] == "chain"], np.ones((1, len(names)))
     for (variant, plan), own in chains.groupby(["variant", "plan"], sort=True):
-        if (side := reads(variant)) != "neither":
-            fast = np.mean([_speed(rows, variant, run, plan, names, once)[0] for run in sorted(own["seed"].unique())])
-            best[side] = max(best[side], (fast, variant, plan))
+        fast = np.mean([_speed(rows, variant, run, plan, names, once)[0] for run in sorted(own["seed"].unique())])
+        best[reads(variant)] = max(best[reads(variant)], (fast, variant, plan))
     return {side: found[1:] for side, found in best.items()}
 
 
@@ -153,8 +152,9 @@ def _timed(rows: pd.DataFrame, variant: str, plan: str) -> set[str]:
     return {*rows.loc[(rows["variant"] == variant) & (rows["mode"] == "chain") & (rows["plan"] == plan), "prompt"]}
 
 
-def _one_setting(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the device and number format on which most drafters were timed."""
+def comparable(prompts: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``decode_prompts`` that are of either side, on the device and in the number format with which most drafters were timed."""
+    rows = prompts[prompts["variant"].map(reads) != "neither"]
     if rows.empty:
         return rows
     counted = rows.groupby(["device", "dtype"])["variant"].nunique().sort_values(ascending=False, kind="stable")

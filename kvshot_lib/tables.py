@@ -261,20 +261,14 @@ def _upright(lines: str, text: dict[str, str]) -> pd.DataFrame:
 
 def _on_its_side(table: pd.DataFrame) -> bytes:
     """A line a column: its name, then its values as `pandas.DataFrame.to_csv` writes them."""
-    lines = []
-    for name in table:
-        cells = table[[name]].to_csv(index=False, header=False, lineterminator="\n").splitlines()
-        lines.append(
-            ",".join([name, *("" if cell == '""' else cell for cell in cells)])
-        )  # pandas' empty line of one cell
-    return "\n".join([*lines, ""]).encode()
+    rows, sideways = csv.reader(io.StringIO(table.to_csv(index=False, lineterminator="\n"))), io.StringIO()
+    csv.writer(sideways, lineterminator="\n").writerows(zip(*rows, strict=True))
+    return sideways.getvalue().encode()
 
 
 _UNREADABLE = (
-    pd.errors.EmptyDataError,
-    pd.errors.ParserError,
-    ValueError,  # text where a number is wanted
-    UnicodeDecodeError,
+    ValueError,  # text where a number is wanted; pandas' own and UnicodeDecodeError are ValueErrors, too
+    csv.Error,
     lzma.LZMAError,
     EOFError,
 )

@@ -120,6 +120,14 @@ def test_c14_by_hand():
     assert card.loc["C14a", "value"] == card.loc["C14b", "value"] == pytest.approx(2)
     assert card.loc["C14c", "value"] == pytest.approx(math.log(4 / 3))
     assert card["verdict"].tolist() == ["not reproduced", "reproduced", "reproduced", "not reproduced"]
+    more = answer(
+        prompt="c", variant="hybrid_warm", mode="chain", plan="8", verify_s=1.0, drafted=10, draft_s=9.0, forwards=2
+    )
+    both = [*rows, alone("c", variant="hybrid_warm"), more, alone("c", variant="hidden_continued")]
+    wider = decode_claims.decode_rows(tables.check(pd.DataFrame(both), "decode_prompts", "here"), samples=50).set_index(
+        "claim"
+    )
+    assert wider.loc["C14c", "value"] == card.loc["C14c", "value"]  # `hidden` did not answer c
     assert card.loc["C14a", "paper_value"] == pytest.approx(5.04 - 5.01)
     without = decode_claims.decode_rows(table[table["variant"] != "hidden_continued"], samples=50).set_index("claim")
     assert without.loc[["C14a", "C14b"], "verdict"].tolist() == ["not run"] * 2
