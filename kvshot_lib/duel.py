@@ -9,7 +9,6 @@ Each prompt's rows are on disk (RESULTS_DIR/duel) before the next one starts: th
 """
 
 import argparse
-import hashlib
 import sys
 import time
 from pathlib import Path
@@ -18,12 +17,11 @@ import pandas as pd
 import torch
 
 from . import tables
-from .checkpoints import DESCRIPTION
 from .errors import StudyError, one_line_errors
 from .goals import comparable, fastest_chains
 from .prompts import load_prompts
 from .provenance import device_name
-from .speed import Record, find_runs, load_runs, run_jobs, warm_up
+from .speed import find_runs, load_runs, record_of, run_jobs, warm_up
 from .speed_rows import Settings, dialogue_turns, measure_drafter
 from .tree import Chain, Tree
 
@@ -52,14 +50,8 @@ def duel(
     turns = dialogue_turns(target, others, settings.new_tokens)
     kind, where = str(target.dtype).removeprefix("torch."), device_name(target.device)
     plans = {name: {plan: as_plan(*plan) for plan in runs[name]} for name in drafters}
-    records = {
-        name: Record(
-            results_dir / "duel" / kind / name.replace("/", "."),
-            f"{settings} {where} {target.hash} {prompts} {hashlib.sha256((folders[name] / DESCRIPTION).read_bytes()).hexdigest()}",
-            variant=name.split("/")[0], seed=int(name.rpartition("seed")[2]), dtype=kind, device=where,
-        )
-        for name in drafters
-    }  # fmt: skip
+    told, labels = f"{settings} {where} {target.hash} {prompts}", {"dtype": kind, "device": where}
+    records = {name: record_of(name, folders[name], results_dir / "duel" / kind, told, labels) for name in drafters}
     jobs = [
         (f"{name} on {turn.prompt}", lambda name=name, turn=turn: records[name].add(
             "decode_prompts", measure_drafter(target, drafters[name], plans[name], turn, settings)))

@@ -80,6 +80,13 @@ class Record:
         return bool((self.rows["decode_steps"]["prefix_tokens"] == prefix).any())
 
 
+def record_of(run: str, weights: Path, parent: Path, told: str, labels: dict) -> Record:
+    """The record of a run (``variant/seed0``) in ``parent``; other weights, or other words of what it depends on, start it anew."""
+    digest = hashlib.sha256((weights / DESCRIPTION).read_bytes()).hexdigest()
+    variant, _, seed = run.partition("/seed")
+    return Record(parent / run.replace("/", "."), f"{told} {digest}", variant=variant, seed=int(seed), **labels)
+
+
 def find_runs(results_dir: Path, runs: Sequence[str]) -> dict[str, Path]:
     """``variant/seed0`` -> folder with its weights: those of ``runs``, or all (weights suffice, a finished run isn't needed).
 
@@ -149,13 +156,9 @@ def measure(
     common = f"{fingerprint} {settings} {where} {kind} {target.hash} {prompts}"
     labels = {"dtype": kind, "device": where}
     records = {
-        name: Record(
-            results_dir / "decode" / kind / name.replace("/", "."),
-            f"{common} {step_tokens} {hashlib.sha256((folders[name] / DESCRIPTION).read_bytes()).hexdigest()}",
-            variant=name.split("/")[0], seed=int(name.rpartition("seed")[2]), **labels,
-        )
+        name: record_of(name, folders[name], results_dir / "decode" / kind, f"{common} {step_tokens}", labels)
         for name in drafters
-    }  # fmt: skip
+    }
     other = Record(results_dir / "decode" / kind / PEERS, common, variant=PEERS, seed=0, **labels)
     plans = {name: plans_of(drafter, chains, tree) for name, drafter in drafters.items()}
     text = [token for turn in turns for token in turn.tokens]
