@@ -1,6 +1,23 @@
 """The KVShot study: does reusing a target's KV cache keep a speculative drafter accurate over many draft steps?"""
 
+import importlib
 import warnings
 
 # tqdm wants ipywidgets for bars in notebooks; the study's bars are text on purpose (widgets don't survive in saved notebooks).
 warnings.filterwarnings("ignore", message="IProgress not found")
+
+# What notebooks use most, by the module that it comes from. Imported when asked for: notebooks that only read tables load no torch.
+EXPORTS: dict[str, str] = {
+    "load_target": "target.load",
+    "load_drafter": "drafters.checkpoint",
+    "decode": "decoding.decode",
+    "Chain": "decoding.propose",
+    "Tree": "decoding.propose",
+    "encode_turn": "text.prompts",
+}
+
+
+def __getattr__(name: str):
+    if name not in EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{EXPORTS[name]}"), name)

@@ -1,19 +1,19 @@
 """`block` drafters of the tests, and a naive one: one block at a time, one slot at a time, lists for caches.
 
-The naive drafter is written from the formulas of the design and shares no code with ``kvshot_lib.block`` or ``kvshot_lib.attention``.
+The naive drafter is written from the formulas of the design and shares no code with ``kvshot_lib.drafters.block`` or ``kvshot_lib.drafters.attention``.
 """
 
 import examples
 import sequential
 import torch
 
-from kvshot_lib.drafters import DrafterConfig, build_drafter
+from kvshot_lib.drafters.drafter import DrafterConfig, build_drafter
 
 BLOCKS = {
     "block_kv_1": DrafterConfig("block", block_size=4),
     "block_kv_2": DrafterConfig("block", 2),
     "block_kv_2_unrotate": DrafterConfig("block", 2, kv_rope="unrotate", block_size=4),
-    "block_hidden_2": DrafterConfig("block", 2, block_context="hidden"),
+    "block_states_2": DrafterConfig("block", 2, block_context="hidden"),
     "block_hidden_1_normed": DrafterConfig("block", block_context="hidden", hidden_norm=True, block_size=2),
     "block_both_2": DrafterConfig("block", 2, block_context="both", block_size=5),
     "block_both_1_mlp": DrafterConfig("block", block_context="both", kv_fusion="mlp"),

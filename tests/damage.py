@@ -8,15 +8,15 @@ import pandas as pd
 import study_jobs
 import torch
 
-from kvshot_lib import tables
-from kvshot_lib.checkpoints import load_drafter
-from kvshot_lib.corpus import load_corpus
+from kvshot_lib.drafters.checkpoint import load_drafter
 from kvshot_lib.errors import StudyError
-from kvshot_lib.feature_store import StoredFeatures
-from kvshot_lib.objective import parameter_groups
-from kvshot_lib.runs import SPLITS, _answer_token_counts
-from kvshot_lib.target import load_target
-from kvshot_lib.training import _identity, load_checkpoint, train
+from kvshot_lib.features.store import StoredFeatures
+from kvshot_lib.metrics import tables
+from kvshot_lib.target.load import load_target
+from kvshot_lib.text.corpus import load_corpus
+from kvshot_lib.training.loop import _identity, load_checkpoint, train
+from kvshot_lib.training.objective import parameter_groups
+from kvshot_lib.training.run import SPLITS, _answer_token_counts
 
 
 def read_features(study: Path) -> list:

@@ -6,10 +6,11 @@ from functools import cache
 import numpy as np
 import torch
 
-from kvshot_lib.corpus import Document
-from kvshot_lib.drafters import DrafterConfig, build_drafter
-from kvshot_lib.features import LiveFeatures, feature_spec
-from kvshot_lib.target import load_target
+from kvshot_lib.drafters.drafter import DrafterConfig, build_drafter
+from kvshot_lib.features.live import LiveFeatures
+from kvshot_lib.features.spec import feature_spec
+from kvshot_lib.target.load import load_target
+from kvshot_lib.text.corpus import Document
 
 STEPS = 7
 DRAFT_IDS = torch.arange(512)[torch.arange(512) % 5 != 3]  # a fifth of the target's tokens can't be drafted
@@ -25,11 +26,11 @@ VARIANTS = {
     "cross_only": DrafterConfig("hybrid", cross_only=True),
     "kv_2_mlp": DrafterConfig("kv", 2, kv_fusion="mlp"),
     "kv_1_unrotate": DrafterConfig("kv", kv_rope="unrotate"),
-    "kv_1_none": DrafterConfig("kv", kv_control="none"),
+    "none_1": DrafterConfig("kv", kv_control="none"),
     "kv_1_zero": DrafterConfig("kv", kv_control="zero"),
     "kv_2_lagged": DrafterConfig("kv", 2, kv_control="lagged", kv_lag_tokens=2),
-    "kv_2_from_hidden": DrafterConfig("kv", 2, kv_control="from_hidden"),
-    "kv_2_with_hidden": DrafterConfig("kv", 2, kv_with_hidden=True),
+    "states_2": DrafterConfig("kv", 2, kv_control="from_hidden"),
+    "both_2": DrafterConfig("kv", 2, kv_with_hidden=True),
     "kv_1_with_hidden_unrotate": DrafterConfig("kv", kv_rope="unrotate", kv_with_hidden=True),
     "kv_1_grad50": DrafterConfig("kv", kv_grad_scale=50.0),
 }

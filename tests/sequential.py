@@ -1,7 +1,7 @@
 """A naive drafter: one anchor at a time, one token at a time, a list for a cache. What the parallel code must equal.
 
 Written from the formulas of the design alone. It takes weights, frozen tables and sizes from a drafter, and calls none of its
-code, nor that of ``kvshot_lib.attention`` and ``kvshot_lib.ttt``.
+code, nor that of ``kvshot_lib.drafters.attention`` and ``kvshot_lib.training.ttt``.
 """
 
 import math

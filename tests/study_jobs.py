@@ -5,18 +5,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kvshot_lib import tables
-from kvshot_lib.checkpoints import save_drafter
-from kvshot_lib.corpus import answer_token_counts, load_corpus, save_corpus
-from kvshot_lib.drafters import DrafterConfig
-from kvshot_lib.feature_store import write_store
-from kvshot_lib.features import LiveFeatures, feature_spec
+from kvshot_lib.drafters.checkpoint import save_drafter
+from kvshot_lib.drafters.drafter import DrafterConfig
+from kvshot_lib.features.live import LiveFeatures
+from kvshot_lib.features.spec import feature_spec
+from kvshot_lib.features.store import write_store
 from kvshot_lib.files import read_json, sha256, write_csv
-from kvshot_lib.pipeline import Profile
-from kvshot_lib.runs import SPLITS, finish_run, prepare_run, run_facts
-from kvshot_lib.sweep import sweep
-from kvshot_lib.target import load_target
-from kvshot_lib.training import TrainConfig, train
+from kvshot_lib.metrics import tables
+from kvshot_lib.study.profiles import Profile
+from kvshot_lib.study.sweep import sweep
+from kvshot_lib.target.load import load_target
+from kvshot_lib.text.corpus import answer_token_counts, load_corpus, save_corpus
+from kvshot_lib.training.loop import TrainConfig, train
+from kvshot_lib.training.run import SPLITS, finish_run, prepare_run, run_facts
 
 VARYING = ["seconds", "train_s", "date", "profile"]  # the last is the name of the folder
 DOCUMENTS = {"train": 48, "validation": 4, "evaluation": 8}
@@ -58,7 +59,7 @@ def train_one(folder: Path) -> None:
 
 
 def sweep_all(folder: Path) -> None:
-    """What `python -m kvshot_lib.sweep` does, for three drafters of which one starts from another."""
+    """What `python -m kvshot_lib.study.sweep` does, for three drafters of which one starts from another."""
     jobs = [(variant, 0) for variant in PROFILE.drafters]
     if left := sweep(PROFILE, folder, jobs, workers=2, stop_after_s=600):
         raise RuntimeError(f"{left} runs are left")

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kvshot_lib import metrics, tables
-from kvshot_lib.variants import VARIANTS
+from kvshot_lib.drafters.variants import VARIANTS
+from kvshot_lib.metrics import acceptance as metrics
+from kvshot_lib.metrics import tables
 
 STEPS = 7
 

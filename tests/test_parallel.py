@@ -14,13 +14,17 @@ from accelerate import debug_launcher
 from examples import VARIANTS
 from notebook_checks import ROOT
 
-from kvshot_lib import data_parallel, feature_store, parallel, training
-from kvshot_lib.corpus import load_corpus
-from kvshot_lib.drafters import build_drafter
-from kvshot_lib.feature_store import MANIFEST, StoredFeatures, write_store
-from kvshot_lib.features import LiveFeatures, feature_spec
+from kvshot_lib import parallel
+from kvshot_lib.drafters.drafter import build_drafter
+from kvshot_lib.features import store as feature_store
+from kvshot_lib.features.live import LiveFeatures
+from kvshot_lib.features.spec import feature_spec
+from kvshot_lib.features.store import MANIFEST, StoredFeatures, write_store
 from kvshot_lib.files import SEAL
-from kvshot_lib.training import TrainConfig, train
+from kvshot_lib.study import processes as data_parallel
+from kvshot_lib.text.corpus import load_corpus
+from kvshot_lib.training import loop as training
+from kvshot_lib.training.loop import TrainConfig, train
 
 CONFIG = TrainConfig(
     epochs=2,
@@ -171,7 +175,7 @@ def test_accelerate_launch_starts_two_processes(tmp_path, monkeypatch, capsys):
         "--main_process_port",
         "0",
     ]
-    launch += ["-m", "kvshot_lib.data_parallel", "smoke", "extract", "--results-dir", str(results)]
+    launch += ["-m", "kvshot_lib.study.processes", "smoke", "extract", "--results-dir", str(results)]
     ended = subprocess.run(
         launch, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
     )

@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from kvshot_lib import bootstrap, report, tables
+from kvshot_lib.metrics import resampling as bootstrap
+from kvshot_lib.metrics import tables
+from kvshot_lib.plots import report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
 MAIN = (
-    "hidden", "hidden_post_norm", "hidden_continued", "kv_1_none", "kv_1", "kv_2", "kv_4", "kv_2_from_hidden", "hybrid", "hybrid_warm",
-    "hidden_normed_post_norm", "hidden_normed_post_norm_continued", "hybrid_warm_normed_post_norm", "kv_4_unrotate_mlp_continued",
-    "kv_4_from_hidden_continued", "kv_4_with_hidden_continued",
+    "hidden", "hidden_post_norm", "hidden_continued", "none_1", "kv_1", "kv_2", "kv_4", "states_2", "hybrid", "hybrid_warm",
+    "hidden_31", "hidden_31_continued", "hybrid_warm_31", "kv_4_unrotate_mlp_continued",
+    "states_4_continued", "both_4_continued",
 )  # fmt: skip
 
 

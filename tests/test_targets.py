@@ -6,27 +6,28 @@ import examples
 import pytest
 import torch
 from examples import DRAFT_IDS, STEPS, VARIANTS
-from test_decoding import adversary, alone, prompt
-from test_tree import FORK, PROMPT
+from test_decode import adversary, alone, prompt
+from test_propose import FORK, PROMPT
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from kvshot_lib import gradient_flow
-from kvshot_lib.attention import prefix_mask
-from kvshot_lib.attention_shift import check_rows, entropy, shift_document
-from kvshot_lib.capture import capture
-from kvshot_lib.decoding import decode
-from kvshot_lib.drafters import DrafterConfig, build_drafter
+from kvshot_lib.decoding.decode import decode
+from kvshot_lib.decoding.propose import Chain, Tree
+from kvshot_lib.decoding.verify import TargetRun, check_cache
+from kvshot_lib.drafters.attention import prefix_mask
+from kvshot_lib.drafters.drafter import DrafterConfig, build_drafter
+from kvshot_lib.drafters.layers import View
 from kvshot_lib.errors import StudyError
-from kvshot_lib.features import LiveFeatures, feature_spec
-from kvshot_lib.layers import View
-from kvshot_lib.losses import score_rows
-from kvshot_lib.shared import capped, check_length, norm_gain, rope_limit, rope_parameters
-from kvshot_lib.target import Target, full_attention_layers, load_target
-from kvshot_lib.target_run import TargetRun, check_cache
-from kvshot_lib.training import TrainConfig, train
-from kvshot_lib.tree import Chain, Tree
-from kvshot_lib.ttt import find_anchors
+from kvshot_lib.features.live import LiveFeatures
+from kvshot_lib.features.spec import feature_spec
+from kvshot_lib.probes import gradients as gradient_flow
+from kvshot_lib.probes.shift import check_rows, entropy, shift_document
+from kvshot_lib.target.capture import capture
+from kvshot_lib.target.load import Target, full_attention_layers, load_target
+from kvshot_lib.target.shared import capped, check_length, norm_gain, rope_limit, rope_parameters
+from kvshot_lib.training.cross_entropy import score_rows
+from kvshot_lib.training.loop import TrainConfig, train
+from kvshot_lib.training.ttt import find_anchors
 
 FAMILIES = ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral", "tiny-olmo2", "tiny-gemma3"]
 SMALL = {

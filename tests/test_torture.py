@@ -12,7 +12,7 @@ import torture
 
 from kvshot_lib import files
 from kvshot_lib.errors import StudyError
-from kvshot_lib.notebooks import locked
+from kvshot_lib.study.notebooks import locked
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +45,7 @@ def test_torture_notices_a_checksum_that_is_not_looked_at(tmp_path, monkeypatch)
     path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     with pytest.raises(StudyError, match="checkpoint.pt is damaged: .*; delete it to train from the start"):
         damage.read_checkpoint(tmp_path)
-    monkeypatch.setattr("kvshot_lib.training.check_seal", lambda *_: None)
+    monkeypatch.setattr("kvshot_lib.training.loop.check_seal", lambda *_: None)
     assert not damage.equal(damage.read_checkpoint(tmp_path), good)
 
 

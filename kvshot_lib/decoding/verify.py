@@ -1,0 +1,105 @@
+"""The target while it decodes: one growing sequence and its cache, which is verified against and rolled back.
+
+The cache is one of transformers' own. Rolling back crops it through its own method; of a tree's entries the accepted ones are first
+moved to the front of the tail, in order, so nothing that was there before the verification is touched or copied.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..errors import StudyError
+from ..features.spec import Features
+from ..target.capture import Captured
+from ..target.load import Target
+from .propose import Proposal
+
+
+class TargetRun:
+    """The target over one growing sequence, with its cache; inside `capture`, whose record is ``taken``."""
+
+    def __init__(self, target: Target, cache: DynamicCache, taken: Captured, kv_layers: Sequence[int] = ()):
+        self.model, self.config, self.device = target.model, target.config, target.device
+        self.cache, self.taken, self.kv_layers = cache, taken, kv_layers
+        self.length, self.kept = (
+            0,
+            slice(0, 0),
+        )  # positions in the cache before the last forward; its rows that were kept
+
+    def prefill(self, tokens: list[int]) -> Tensor:
+        """Logits [V] after the last token of the prompt."""
+        ids = torch.tensor([tokens], device=self.device)
+        logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        self.kept = slice(0, len(tokens))
+        return logits[0, -1]
+
+    def verify(self, proposal: Proposal) -> Tensor:
+        """Logits [T, V] after each node of the proposal; the cache takes them all in."""
+        self.length = self.cache.get_seq_length()
+        ids, extra = torch.tensor([proposal.tokens], device=self.device), {}
+        if not proposal.is_chain:
+            depths = torch.tensor([proposal.depths], device=self.device)
+            extra = {
+                "attention_mask": self.masks(self.tree_mask(proposal), depths[0]),
+                "position_ids": self.length + depths,
+            }
+        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **extra).logits[0]
+
+    def tree_mask(self, proposal: Proposal) -> Tensor:
+        """Additive [1, 1, T, N + T]: every node sees the N cached positions, its ancestors and itself."""
+        sees, dtype = proposal.sees.to(self.device), self.model.dtype
+        mask = torch.zeros(len(sees), self.length + len(sees), dtype=dtype, device=self.device)
+        mask[:, self.length :].masked_fill_(~sees, torch.finfo(dtype).min)
+        return mask[None, None]
+
+    def masks(self, mask: Tensor, depths: Tensor) -> Tensor | dict[str, Tensor]:
+        """The mask, or one for each kind of layer where some slide: those see the positions p - window < s only, by RoPE position."""
+        if "sliding_attention" not in (getattr(self.config, "layer_types", None) or ()):
+            return mask
+        places = torch.cat([torch.arange(self.length, device=self.device), self.length + depths])
+        outside = places <= (self.length + depths)[:, None] - self.config.sliding_window
+        sliding = mask.masked_fill(outside, torch.finfo(mask.dtype).min)
+        return {"full_attention": mask, "sliding_attention": sliding}
+
+    def keep(self, path: list[int]) -> None:
+        """Roll the cache back to the accepted nodes of the last verification, in order: only the tail is touched."""
+        surplus = self.cache.get_seq_length() - self.length - len(path)
+        if path[-1] != len(path) - 1:  # not the first nodes: move the accepted entries up
+            rows = torch.tensor(path, device=self.device)
+            for layer in self.cache.layers:
+                for part in (layer.keys, layer.values):
+                    tail = part[:, :, self.length :]
+                    tail[:, :, : len(path)] = tail[:, :, rows]
+        if surplus:
+            self.cache.crop(-surplus)
+        self.kept = path
+
+    def features(self, tokens: list[int], reads: Sequence[str], dtype: torch.dtype) -> Features:
+        """The target's state at the kept positions s, with tokens x_s and one more: what prefix entries s are made from."""
+        hidden, ids = self.taken.hidden_states, torch.tensor([tokens[self.length :]], device=self.device)
+        state = {}
+        if "hidden_states" in reads:
+            state["hidden_states"] = torch.stack([hidden[layer][:, self.kept] for layer in hidden], dim=2)
+        for name in {"keys", "values"} & set(reads):
+            layers = [getattr(self.cache.layers[layer], name)[:, :, self.length :] for layer in self.kv_layers]
+            state[name] = torch.stack(layers, dim=2).permute(0, 3, 2, 1, 4)  # [1, m, S_kv, G, D]
+        return Features(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 0], **state).to(self.device, dtype)
+
+
+def check_cache(target: Target, cache: DynamicCache | None) -> DynamicCache:
+    """An empty cache whose layers can all be rolled back; by default one that keeps every position in sliding layers too.
+
+    A window that has moved on has forgotten what a rollback would need again; masks alone make those layers slide here.
+    """
+    cache = DynamicCache() if cache is None else cache
+    for layer in cache.layers:
+        if layer.is_sliding or not getattr(layer, "is_croppable", False):
+            raise StudyError(
+                f"target {target.name} with {type(layer).__name__}: a cache that forgets or can't be cropped can't be rolled back; "
+                "give a DynamicCache() without a config, or none"
+            )
+    if cache.get_seq_length():
+        raise StudyError(f"the cache holds {cache.get_seq_length()} tokens already; give an empty one")
+    return cache

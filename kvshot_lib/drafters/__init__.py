@@ -1,0 +1,1 @@
+"""The drafters: what tells them apart, how they read the target, how they are kept."""

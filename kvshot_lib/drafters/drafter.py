@@ -1,0 +1,195 @@
+"""The drafters: `hidden` (EAGLE-3), `kv` (KV-only reuse), `hybrid` (both, behind a gate) and `block` (`block.py`: all steps in one pass).
+
+All share the target's sizes, embedding and LM head (frozen, over a draft vocabulary) and one way of running: `prefix` turns target
+state into keys and values once, `step` advances any set of anchors by one draft step. Training, evaluation and decoding call these
+two; draft step k at anchor t reads token x_{t+1+k} at RoPE position t+1+k:
+
+    t = 4:   x0 x1 x2 x3 x4 | x5 x6 x7      prefix entries made from target state at s = 0 … 4
+    step 0   input x5, predicts x6          step 1   input x6, predicts x7
+
+`kv` reads target keys at their own positions s. `hidden` makes its prefix entry s from (f_s, x_{s+1}), at position s+1; its own
+step-0 entry is therefore entry s = t of the prefix, and its chain starts at step 1.
+"""
+
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+
+from ..features.spec import Features, FeatureSpec
+from ..target.load import Target
+from ..target.shared import capped, rope_parameters, shared_parts
+from ..training.cross_entropy import score_rows
+from .block import BlockLayer
+from .config import DrafterConfig
+from .kv_init import start_from_target
+from .layers import COMPILED, LAYERS, Entries, PrefixSource, View
+
+
+class Drafter(nn.Module):
+    """A drafter bound to one target (by its sizes and hash) and one draft vocabulary.
+
+    Parameters
+    ----------
+    draft_ids : [V_draft] int64, sorted target token ids that it can draft.
+    embedding : [V, d] the target's token embedding, its scale included, and ``head`` [V_draft, d] its LM-head rows; frozen, not saved
+        with the drafter.
+    logit_cap : of the target's logits, and so of the drafter's (`Target.logit_cap`).
+    """
+
+    def __init__(
+        self,
+        config: DrafterConfig,
+        spec: FeatureSpec,
+        sizes: LlamaConfig,
+        draft_ids: Tensor,
+        embedding: Tensor,
+        head: Tensor,
+        logit_cap: float = 0.0,
+    ):
+        super().__init__()
+        self.config, self.spec, self.sizes, self.logit_cap = config, spec, sizes, logit_cap
+        for name, frozen in (("draft_ids", draft_ids), ("embedding", embedding), ("head", head)):
+            self.register_buffer(name, frozen.detach(), persistent=False)
+        to_draft = torch.full((len(embedding),), -1)
+        to_draft[draft_ids] = torch.arange(len(draft_ids))
+        self.register_buffer("to_draft", to_draft, persistent=False)  # [V] place in the draft vocabulary, -1 outside
+        self.rotary = LlamaRotaryEmbedding(sizes)
+        layer = {**LAYERS, "block": BlockLayer}[config.paradigm]
+        if config.fuses_hidden:
+            self.hidden_norm = (
+                LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps) if config.hidden_norm else nn.Identity()
+            )
+            self.fuse_hidden = nn.Linear(len(spec.hidden_layers) * sizes.hidden_size, sizes.hidden_size, bias=False)
+        self.layers = nn.ModuleList(layer(sizes, spec, config) for _ in range(config.num_layers))
+        self.norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
+        if config.paradigm == "block":
+            self.mask_embedding = nn.Parameter(embedding.float().std() * torch.randn(sizes.hidden_size))
+        self.score = score_rows
+
+    def compile_steps(self) -> "Drafter":
+        """Fuse the small operations of layers and loss with torch.compile: half a minute once, then faster on a GPU."""
+        for module in self.layers.modules():
+            for name in COMPILED:
+                if hasattr(module, name):
+                    setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
+        self.score = torch.compile(score_rows, dynamic=True)
+        torch._dynamo.config.recompile_limit = 64  # shapes and modes differ between training, validation and evaluation
+        return self
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Fields of `Features` that its prefix is made from."""
+        if self.config.kv_control in ("none", "from_hidden"):
+            return () if self.config.kv_control == "none" else ("hidden_states",)
+        hidden = self.config.fuses_hidden or self.config.kv_with_hidden
+        return ("hidden_states",) * hidden + ("keys", "values") * self.config.reads_kv
+
+    def prefix(self, features: Features, first: int = 0) -> tuple[list[dict[str, Entries]], Tensor | None]:
+        """Turn target state into what every anchor's attention shares.
+
+        Decoding extends its entries: with features of x_first … x_{first+n-1} come those of s = first … first+n-2.
+
+        Returns
+        -------
+        Per layer, branch -> entries [B, G, n-1, D] of s = 0 … n-2 (the last token has no successor to draft from);
+        and g [B, n-1, d], the fused hidden states (None for a drafter that reads none).
+        """
+        columns = features.tokens.shape[1] - 1
+        cut = {name: getattr(features, name)[:, :columns] for name in self.reads}
+        embedding = self.embed(features.tokens)
+        positions = first + torch.arange(columns + 1, device=embedding.device)[None]
+        cos, sin = self.rotary(embedding, positions)
+        source = PrefixSource(
+            replace(features, **cut), embedding[:, :-1], embedding[:, 1:], (cos[:, :-1], sin[:, :-1]), (cos[:, 1:], sin[:, 1:]),
+            self.fuse_hidden(self.hidden_norm(cut["hidden_states"]).flatten(2)) if self.config.fuses_hidden else None,
+        )  # fmt: skip
+        return [layer.prefix(source) for layer in self.layers], source.state
+
+    def visible(self, anchors: Tensor) -> Tensor:
+        """How many prefix entries each anchor [B, M] sees: s ≤ t, or s ≤ t - lag (and the first, so that there is one)."""
+        lag = self.config.kv_lag_tokens if self.config.kv_control == "lagged" else 0
+        return (anchors + 1 - lag).clamp(min=1)
+
+    def step(self, tokens: Tensor, positions: Tensor, state: Tensor | None, views: list[View]) -> Tensor:
+        """One draft step of every anchor.
+
+        Parameters
+        ----------
+        tokens, positions : [B, M] x_{t+1+k} and its position t+1+k, per anchor t.
+        state : [B, M, d] g_t at k = 0, the last step's :meth:`feedback` afterwards; ignored by `kv`.
+        views : one per layer; their chains grow by the anchors' own entries.
+
+        Returns
+        -------
+        [B, M, d], the output before the final norm.
+        """
+        embedding = self.embed(tokens)
+        rotary = self.rotary(embedding, positions)
+        out = state if self.layers[0].reads_state else embedding
+        for layer, view in zip(self.layers, views, strict=True):
+            out, view.chains = layer(embedding, out, rotary, view)
+        return out
+
+    def feedback(self, output: Tensor) -> Tensor:
+        """State for the next draft step, from this step's output."""
+        return self.norm(output) if self.config.feedback == "post_norm" else output
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[…] ids -> […, d] the target's embeddings, in the drafter's dtype."""
+        return nn.functional.embedding(tokens, self.embedding).to(self.norm.weight.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[…, d] after the final norm -> […, V_draft], formed as the target forms its own."""
+        return capped(hidden.to(self.head.dtype) @ self.head.T, self.logit_cap)
+
+    def description(self) -> dict:
+        """Config and target, as saved beside the weights."""
+        return {"config": asdict(self.config), "spec": asdict(self.spec)}
+
+
+def drafter_sizes(source: PretrainedConfig, spec: FeatureSpec) -> LlamaConfig:
+    """Width, heads, MLP and RoPE of a drafter's layers: those of the target's config ``source``."""
+    return LlamaConfig(
+        hidden_size=source.hidden_size, intermediate_size=source.intermediate_size, head_dim=spec.head_dim,
+        num_attention_heads=source.num_attention_heads, num_key_value_heads=source.num_key_value_heads,
+        rms_norm_eps=source.rms_norm_eps, rope_parameters=rope_parameters(source), hidden_act="silu",
+        max_position_embeddings=source.max_position_embeddings,
+    )  # fmt: skip
+
+
+def build_drafter(
+    config: DrafterConfig, target: Target, spec: FeatureSpec, draft_ids: Tensor, *, seed: int = 0
+) -> Drafter:
+    """A fresh drafter in float32 on the target's device; equal seeds give equal weights on any device.
+
+    Raises
+    ------
+    StudyError : a target whose embedding, logits, last norm or RoPE the drafters don't imitate (`shared`).
+    """
+    draft_ids = draft_ids.to(target.device)
+    shared, sizes = shared_parts(target, draft_ids), drafter_sizes(target.config, spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drafter = Drafter(
+            config, spec, sizes, draft_ids.cpu(), shared.embedding.cpu(), shared.head.cpu(), shared.logit_cap
+        )
+        for module in drafter.modules():
+            if isinstance(module, nn.Linear) and module is not getattr(drafter.layers[0], "gate", None):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    with torch.no_grad():
+        drafter.norm.weight.copy_(shared.norm)
+        if config.kv_init == "target":
+            start_from_target(drafter, target)
+    return drafter.to(target.device)
+
+
+def in_dtype(drafter: Drafter, dtype: torch.dtype) -> Drafter:
+    """The drafter's weights in ``dtype``; RoPE's frequencies stay exact."""
+    exact = {name: buffer.clone() for name, buffer in drafter.rotary.named_buffers()}
+    drafter.to(dtype)
+    for name, buffer in exact.items():
+        setattr(drafter.rotary, name, buffer)
+    return drafter

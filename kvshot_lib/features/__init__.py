@@ -1,0 +1,1 @@
+"""Target state of documents: live, on disk, in a device's memory."""

@@ -1,0 +1,100 @@
+"""What notebook 01 leaves in ``results_dir/features/<split>``: a feature store, or for training also a recipe to compute them on the fly.
+
+At the paper's scale a store takes terabytes. ``features="live"`` keeps only a recipe (`live.json`: corpus, documents, layers) for the
+training split; each training then runs the target over every batch once more. Validation and evaluation are always stored.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+
+from .. import parallel
+from ..errors import StudyError
+from ..files import write_json
+from ..target.load import Target
+from ..text.corpus import CORPORA, load_corpus
+from .live import LiveFeatures
+from .spec import FeatureSpec
+from .store import MANIFEST, StoredFeatures, write_store
+
+RECIPE = "live.json"
+MODES = ("stored", "live")
+
+
+def keep_features(
+    folder: str | Path, sources: Mapping[str, LiveFeatures], corpus: str, mode: str = "stored", *, replace: bool = False, **sizes: int
+) -> pd.DataFrame:  # fmt: skip
+    """Write every split's store (its training split's recipe, if ``mode`` is ``live``); ``sizes`` as in `feature_store.write_store`.
+
+    Returns
+    -------
+    One row a split: documents, tokens, answer tokens, shards, megabytes.
+    """
+    folder = Path(folder)
+    if mode not in MODES:
+        raise StudyError(f"features={mode!r} is not known; choose from {', '.join(MODES)}")
+    rows = []
+    for split, source in sources.items():
+        answer_tokens = sum(int(document.answer_mask.sum()) for document in source.documents)
+        shards, live = [], mode == "live" and split == "train"
+        if parallel.is_main() and replace and (folder / split / (MANIFEST if live else RECIPE)).exists():
+            shutil.rmtree(folder / split)
+        if live:
+            if parallel.is_main():
+                write_recipe(folder / split, source, corpus, split)
+        else:
+            shards = write_store(folder / split, source, replace=replace, **sizes)["shards"]
+        megabytes = sum(shard["bytes"] for shard in shards) / 1e6
+        rows.append((split, len(source), sum(source.lengths), answer_tokens, len(shards), round(megabytes, 1)))
+    return pd.DataFrame(rows, columns=["split", "documents", "tokens", "answer tokens", "shards", "MB"])
+
+
+def write_recipe(folder: Path, live: LiveFeatures, corpus: str, split: str) -> None:
+    """Say in ``folder`` which documents, layers and target these features come from; a store that is there stays unread."""
+    known = corpus in CORPORA or corpus == "tiny"
+    recipe = {
+        "corpus": corpus if known else str(Path(corpus).resolve()), "split": split, "documents": len(live),
+        "max_length_tokens": live.max_length_tokens, "documents_hash": live.documents_hash, "spec": asdict(live.spec),
+    }  # fmt: skip
+    write_json(folder / RECIPE, recipe)
+
+
+def read_spec(folder: Path) -> FeatureSpec:
+    """The spec of what was kept in ``folder``; no target is needed for it."""
+    if (folder / RECIPE).exists():
+        return FeatureSpec.from_json(_recipe(folder)["spec"])
+    return StoredFeatures(folder, verify=False).spec
+
+
+def open_features(folder: Path, target: Target) -> StoredFeatures | LiveFeatures:
+    """The features kept in ``folder``, from its store, or by its recipe from ``target`` (which has to have the spec's weights).
+
+    Raises
+    ------
+    StudyError : nothing there; a damaged store or recipe; a corpus that has changed.
+    """
+    if not (folder / RECIPE).exists():
+        return StoredFeatures(folder)
+    recipe = _recipe(folder)
+    documents = load_corpus(recipe["corpus"], recipe["split"]).documents[: recipe["documents"]]
+    live = LiveFeatures(target, documents, FeatureSpec.from_json(recipe["spec"]), recipe["max_length_tokens"])
+    if live.documents_hash != recipe["documents_hash"]:
+        raise StudyError(
+            f"the corpus {recipe['corpus']} is not the one that {folder / RECIPE} was made from; run notebook 01_extract_kv_cache again"
+        )
+    return live
+
+
+def _recipe(folder: Path) -> dict:
+    if (folder / MANIFEST).exists():
+        raise StudyError(f"{folder} holds a store and a recipe; delete one of {MANIFEST} and {RECIPE}")
+    try:
+        recipe = json.loads((folder / RECIPE).read_text())
+        _ = recipe["spec"], recipe["corpus"], recipe["documents_hash"]
+        return recipe
+    except (ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"{folder / RECIPE} is damaged; run notebook 01_extract_kv_cache again") from error

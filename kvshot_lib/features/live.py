@@ -1,0 +1,79 @@
+"""TODO"""
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..errors import StudyError
+from ..target.capture import capture, check_layers
+from ..target.load import Target
+from ..target.shared import check_length
+from ..text.corpus import Document
+from .spec import STATE, Features, FeatureSpec, pad_documents
+
+
+class LiveFeatures:
+    """Features captured on the fly: no disk, one target forward a batch."""
+
+    def __init__(self, target: Target, documents: Sequence[Document], spec: FeatureSpec, max_length_tokens: int = 512):
+        too_large = max(int(document.tokens.max()) for document in documents)
+        if too_large >= spec.vocab_size:
+            raise StudyError(
+                f"the corpus has token id {too_large}, target {target.name} only {spec.vocab_size}; use a corpus made with this target"
+            )
+        self.target, self.spec, self.max_length_tokens = target, spec, max_length_tokens
+        longest = min(max_length_tokens, max(len(document.tokens) for document in documents))
+        check_length(target, longest, "set a smaller max_length_tokens")
+        self.documents = [Document(d.tokens[:max_length_tokens], d.answer_mask[:max_length_tokens]) for d in documents]
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def with_kv_layers(self, layers: Sequence[int]) -> "LiveFeatures":
+        """The same documents, with keys and values of other target layers (any of full attention)."""
+        check_layers(self.target.model, (), layers)
+        view = copy.copy(self)
+        view.spec = replace(self.spec, kv_layers=tuple(layers))
+        return view
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each document."""
+        return [len(document.tokens) for document in self.documents]
+
+    @property
+    def documents_hash(self) -> str:
+        """SHA-256 of all tokens and answer masks."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(document.tokens.astype("<i4").tobytes() + document.answer_mask.astype("u1").tobytes() + b"|")
+        return digest.hexdigest()
+
+    @torch.no_grad()  # not inference_mode: a drafter's backward can't use tensors made there
+    def batch(self, indices: Sequence[int], state: Sequence[str] = STATE) -> Features:
+        """Run the target on the chosen documents and return their features on its device, in its dtype."""
+        plain = pad_documents(self.documents, indices).to(self.target.device)
+        model, spec = self.target.model, self.spec
+        hidden = spec.hidden_layers if "hidden_states" in state else ()
+        kv = spec.kv_layers if "keys" in state or "values" in state else ()
+        with capture(model, hidden=hidden, kv=kv) as taken:
+            model.get_decoder()(input_ids=plain.tokens, use_cache=False)
+        read = {
+            "hidden_states": lambda: torch.stack([taken.hidden_states[layer] for layer in hidden], dim=2),
+            "keys": lambda: torch.stack([taken.keys[layer] for layer in kv], dim=2).permute(0, 3, 2, 1, 4),
+            "values": lambda: torch.stack([taken.values[layer] for layer in kv], dim=2).permute(0, 3, 2, 1, 4),
+            "final_hidden": lambda: taken.final["hidden"],
+            "target_argmax": lambda: self.argmax(taken.final["hidden"]),
+        }
+        return replace(plain, **{name: read[name]() for name in state})
+
+    def argmax(self, final_hidden: Tensor, rows: int = 2048) -> Tensor:
+        """argmax p_t over the whole vocabulary, [B, n, d] -> [B, n] int64; a chunk of rows at a time, so logits stay small."""
+        flat = final_hidden.flatten(0, 1)
+        return torch.cat([self.target.logits(part).argmax(-1) for part in flat.split(rows)]).view(
+            final_hidden.shape[:-1]
+        )

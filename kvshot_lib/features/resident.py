@@ -1,0 +1,65 @@
+"""Features held in a device's memory: trainings on a GPU, several side by side, must not wait for a disk."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from tqdm import tqdm
+
+from ..errors import StudyError
+from .spec import STATE, Features
+
+
+class ResidentFeatures:
+    """Everything of a source (`StoredFeatures`, `LiveFeatures`), loaded once; the same interface.
+
+    Each field is one tensor [tokens + 1, …] of all documents end to end, and a row of zeros for the padding.
+    """
+
+    def __init__(self, source, device: torch.device | str, state: Sequence[str] = STATE, batch_documents: int = 64):
+        self.spec, self.lengths, self.documents_hash = source.spec, source.lengths, source.documents_hash
+        self.device, self._kv_places = torch.device(device), None
+        self._lengths = torch.tensor(self.lengths, device=self.device)
+        self._starts = self._lengths.cumsum(0) - self._lengths
+        self._fields: dict[str, torch.Tensor] = {}
+        order = sorted(range(len(source)), key=lambda i: self.lengths[i])
+        for start in tqdm(range(0, len(order), batch_documents), desc="load features", mininterval=2):
+            indices = order[start : start + batch_documents]
+            batch = source.batch(indices, state).to(self.device)
+            rows = self._rows(indices)
+            for name in ("tokens", "answer_mask", *state):
+                padded = getattr(batch, name)
+                if name not in self._fields:
+                    self._fields[name] = padded.new_zeros(sum(self.lengths) + 1, *padded.shape[2:])
+                self._fields[name][rows] = padded
+        for field in self._fields.values():
+            field[-1] = 0  # padding was written there
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, indices: Sequence[int], state: Sequence[str] = STATE) -> Features:
+        """The chosen documents, right-padded with zeros, on the device; ``state`` names the fields wanted."""
+        rows, fields = self._rows(indices), {}
+        for name in ("tokens", "answer_mask", *state):
+            fields[name] = self._fields[name][rows]
+            if self._kv_places is not None and name in ("keys", "values"):
+                fields[name] = fields[name][:, :, self._kv_places]
+        return Features(documents=torch.tensor(list(indices), device=self.device), **fields)
+
+    def with_kv_layers(self, layers: Sequence[int]) -> "ResidentFeatures":
+        """The same features, with keys and values of some of their target layers only."""
+        if missing := [layer for layer in layers if layer not in self.spec.kv_layers]:
+            raise StudyError(f"no keys and values of target layers {missing} here, only of {list(self.spec.kv_layers)}")
+        view = copy.copy(self)
+        view._kv_places = [self.spec.kv_layers.index(layer) for layer in layers]
+        view.spec = replace(self.spec, kv_layers=tuple(layers))
+        return view
+
+    def _rows(self, indices: Sequence[int]) -> torch.Tensor:
+        """Row of every token of these documents [B, n]; the last row, of zeros, for padding."""
+        chosen = torch.tensor(list(indices), device=self.device)
+        places = torch.arange(max(2, *(self.lengths[i] for i in indices)), device=self.device)
+        real = places < self._lengths[chosen, None]
+        return torch.where(real, self._starts[chosen, None] + places, sum(self.lengths))

@@ -1,0 +1,117 @@
+"""Target state of a batch of documents, from a live target or (feature_store.py) from disk, behind one interface."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import StudyError
+from ..target.capture import check_layers, hidden_layers, uniform_layers
+from ..target.load import Target, full_attention_layers
+from ..text.corpus import Document
+
+STATE = ("hidden_states", "keys", "values", "final_hidden", "target_argmax")
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What is read from which target: equal specs hold comparable features.
+
+    ``hidden_layers`` are layer inputs (EAGLE's count), ``kv_layers`` layers whose cache is read.
+    """
+
+    target: str
+    target_hash: str
+    tokenizer_hash: str
+    hidden_layers: tuple[int, ...]
+    kv_layers: tuple[int, ...]
+    hidden_size: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @classmethod
+    def from_json(cls, read: dict) -> "FeatureSpec":
+        """A spec back from JSON, which knows lists but no tuples."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in read.items()})
+
+    @property
+    def bytes_per_token(self) -> dict[str, int]:
+        """Bytes that one token's features take in bfloat16, by kind."""
+        kv = len(self.kv_layers) * self.num_kv_heads * self.head_dim * 2
+        return {
+            "hidden_states": len(self.hidden_layers) * self.hidden_size * 2,
+            "keys": kv,
+            "values": kv,
+            "final_hidden": self.hidden_size * 2,
+            "target_argmax": 4,
+        }
+
+
+@dataclass(frozen=True)
+class Features:
+    """A batch of B documents, right-padded to n tokens; a causal target never lets padding reach a real token.
+
+    Fields not asked for are None.
+    """
+
+    tokens: Tensor
+    """[B, n] int64, padded with 0"""
+    answer_mask: Tensor
+    """[B, n] bool; False on padding"""
+    documents: Tensor
+    """[B] int64: index of each document in its source"""
+    hidden_states: Tensor | None = None
+    """[B, n, S_h, d]: inputs of the fused layers"""
+    keys: Tensor | None = None
+    """[B, n, S_kv, G, D] as cached (after key norm and RoPE)"""
+    values: Tensor | None = None
+    """[B, n, S_kv, G, D]"""
+    final_hidden: Tensor | None = None
+    """[B, n, d] after the target's last norm; times the LM head it is p_t's logits"""
+    target_argmax: Tensor | None = None
+    """[B, n] int64: argmax of p_t over the whole vocabulary"""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Features":
+        """Move to a device; floating-point fields also change their dtype."""
+        moved = {}
+        for f in fields(self):
+            tensor = getattr(self, f.name)
+            if tensor is not None:
+                moved[f.name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        return replace(self, **moved)
+
+
+def feature_spec(
+    target: Target, kv_layers: int | Sequence[int] = 3, fused_layers: Sequence[int] | None = None
+) -> FeatureSpec:
+    """Choose layers of ``target``: ``kv_layers`` is a list, or how many uniformly spaced ones; impossible ones are refused."""
+    config = target.config
+    full = full_attention_layers(target.model)
+    chosen = uniform_layers(full, kv_layers) if isinstance(kv_layers, int) else tuple(kv_layers)
+    fused = tuple(fused_layers or hidden_layers(config.num_hidden_layers))
+    if not chosen:
+        raise StudyError("kv_layers=[] reuses nothing; give layers, or how many uniformly spaced ones")
+    check_layers(target.model, fused, chosen)
+    return FeatureSpec(
+        target=target.name, target_hash=target.hash, tokenizer_hash=target.tokenizer_hash,
+        hidden_layers=fused, kv_layers=chosen,
+        hidden_size=config.hidden_size, num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+    )  # fmt: skip
+
+
+def pad_documents(documents: Sequence[Document], indices: Sequence[int]) -> Features:
+    """Tokens and masks of a batch, right-padded; no target state yet."""
+    batch = [documents[i] for i in indices]
+    longest = max(2, *(len(document.tokens) for document in batch))  # an empty prefix crashes the fused kernel
+    tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
+    mask = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for row, document in enumerate(batch):
+        tokens[row, : len(document.tokens)] = torch.from_numpy(document.tokens.astype("int64"))
+        mask[row, : len(document.tokens)] = torch.from_numpy(document.answer_mask)
+    return Features(tokens, mask, torch.tensor(list(indices)))
+
+

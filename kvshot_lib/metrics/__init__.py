@@ -1,0 +1,1 @@
+"""Counts, intervals, comparisons, claims and tables (no torch)."""

@@ -1,0 +1,158 @@
+"""Acceptance metrics: counts of one document, and every metric from counts (no torch; intervals are in ``bootstrap``).
+
+Counts are kept per document and summed over documents before anything is divided. The numerator and the denominator of
+every metric come from the same mask: a pair (t, k) of anchor and draft step is valid if x_{t+1} … x_{t+2+k} are all
+answer tokens of one document.
+
+One worked document, K = 3, four anchors (1 match, 0 no match, . not valid: the answer ends there):
+
+    anchor   match    matches steps 0..k-1 all matched at     chain matches at    accepted run
+    t=0      1 1 0    0 1 2                                   0 1                 2
+    t=1      0 1 1    0                                       none                0
+    t=2      1 0 .    0 1                                     0                   not counted: step 2 is not valid
+    t=3      1 . .    0                                       0                   not counted
+
+    anchors  4 3 2    matches        3 2 1    step_acceptance  3/4 2/3 1/2
+    reached  4 2 1    chain_matches  3 1 0    chain_acceptance 3/4 1/2 0     measured_mat = 1 + (2 + 0) / 2 = 2
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+
+from ..errors import StudyError
+
+COUNTS = ["anchors", "matches", "reached", "chain_matches"]
+RUNS = ["anchors", "accepted"]
+AXES = ["generated_offset", "context_length_tokens"]
+FIRST_BIN = 16
+SCALAR_METRICS = ["retention", "chain_retention", "expected_mat", "measured_mat"]
+METRICS = ["step_acceptance", "chain_acceptance", *SCALAR_METRICS]
+
+
+def count_document(match: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Count the matches of one document (the worked example above).
+
+    Parameters
+    ----------
+    match : bool [anchors, K], argmax of the drafter equals argmax of the target; ignored where not valid
+    valid : bool [anchors, K], nested: the earlier steps of a valid step are valid too
+
+    Returns
+    -------
+    counts : int64 [K, 4], the columns of ``COUNTS``
+    runs : int64 [2], the anchors that are valid at all K steps (so that the answer's end cuts no run short) and the
+        sum of their accepted run lengths, 0 … K each
+    """
+    match, valid = np.asarray(match, dtype=bool), np.asarray(valid, dtype=bool)
+    if match.shape != valid.shape or match.ndim != 2 or match.shape[1] < 1:
+        raise ValueError(f"match and valid must both be [anchors, K], not {match.shape} and {valid.shape}")
+    if (valid[:, 1:] & ~valid[:, :-1]).any():
+        raise ValueError("valid must be nested: a later draft step is valid where an earlier one is not")
+    chain = np.logical_and.accumulate(match & valid, axis=1)
+    reached = valid.copy()
+    reached[:, 1:] &= chain[:, :-1]
+    counts = np.stack([valid.sum(0), (match & valid).sum(0), reached.sum(0), chain.sum(0)], axis=1)
+    complete = valid[:, -1]
+    return counts.astype(np.int64), np.array([complete.sum(), chain[complete].sum()], dtype=np.int64)
+
+
+def count_run(
+    variant: str, seed: int, documents: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Count every document of an evaluated run; ``documents`` gives (match, valid) in the order of the corpus.
+
+    Returns
+    -------
+    counts, run_lengths : the rows of ``counts.csv`` and ``run_lengths.csv``
+    """
+    counted = [count_document(match, valid) for match, valid in documents]
+    if not counted:
+        raise StudyError("no evaluation documents to count: set evaluation_documents to 1 or more")
+    steps = len(counted[0][0])
+    run = {"variant": variant, "seed": seed}
+    counts = pd.DataFrame(np.concatenate([c for c, _ in counted]), columns=COUNTS)
+    index = {
+        **run,
+        "document": np.repeat(np.arange(len(counted)), steps),
+        "draft_step": np.tile(np.arange(steps), len(counted)),
+    }
+    counts = counts.assign(**index)[[*index, *COUNTS]]
+    run_lengths = pd.DataFrame(np.stack([r for _, r in counted]), columns=RUNS)
+    index = {**run, "document": np.arange(len(counted))}
+    return counts, run_lengths.assign(**index)[[*index, *RUNS]]
+
+
+def bin_low(places: np.ndarray) -> np.ndarray:
+    """Lower edge of each place's bin: 0 for 0 … 15, then powers of two (16 for 16 … 31, 32 for 32 … 63, and so on)."""
+    places = np.asarray(places, dtype=np.int64)
+    return np.where(places < FIRST_BIN, 0, 1 << (np.frexp(np.maximum(places, 1))[1].astype(np.int64) - 1))
+
+
+def axis_steps(draft_length: int) -> list[int]:
+    """The draft steps that are counted along the axes: the first, the middle one and the last (0, 3 and 6 of K = 7)."""
+    return sorted({0, (draft_length - 1) // 2, draft_length - 1})
+
+
+def count_axes(
+    variant: str, seed: int, documents: Iterable[tuple[np.ndarray, np.ndarray]], places: Iterable[np.ndarray]
+) -> pd.DataFrame:
+    """Count anchors and matches of a run by generated offset and by context length, each in the bins of `bin_low`.
+
+    With K = 1, an answer x_1 x_2 … of which the anchors 0 … 16 are valid, and a match at anchors 15 and 16 alone:
+
+        axis                    bin_low   anchors              matches
+        generated_offset        0         16  (offsets 0-15)   1
+        generated_offset        16        1   (offset 16)      1
+        context_length_tokens   0         15  (lengths 1-15)   0
+        context_length_tokens   16        2   (16 and 17)      2
+
+    Parameters
+    ----------
+    documents : (match, valid), bool [anchors, K] each, in the order of the corpus, as for `count_run`
+    places : int [anchors, 2] of each document, the columns of ``AXES``; `evaluate.anchor_places` gives them
+
+    Returns
+    -------
+    The rows of ``axes.csv``, for the draft steps of `axis_steps` and without rows of zero anchors. Over the bins of an
+    axis they sum to the anchors and matches of ``counts.csv``.
+    """
+    rows = []
+    for document, ((match, valid), where) in enumerate(zip(documents, places, strict=True)):
+        for axis, bins in zip(AXES, bin_low(where).T, strict=True):
+            for step in axis_steps(valid.shape[1]):
+                counted = valid[:, step]
+                for low in np.unique(bins[counted]):
+                    inside = counted & (bins == low)
+                    rows.append([document, axis, low, step, inside.sum(), (inside & match[:, step]).sum()])
+    rows = pd.DataFrame(rows, columns=["document", "axis", "bin_low", "draft_step", "anchors", "matches"])
+    rows.insert(0, "variant", variant)
+    rows.insert(1, "seed", seed)
+    return rows.sort_values(["document", "axis", "bin_low", "draft_step"], ignore_index=True)
+
+
+def metrics_of(counts: np.ndarray, runs: np.ndarray) -> dict[str, np.ndarray]:
+    """Every metric of the design from summed counts.
+
+    Parameters
+    ----------
+    counts : [..., K, 4], the columns of ``COUNTS``, summed over documents
+    runs : [..., 2], the columns of ``RUNS``, summed over documents
+
+    Returns
+    -------
+    dict of float arrays: ``step_acceptance`` and ``chain_acceptance`` [..., K], others [...]; NaN where nothing counts
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        anchors, matches, reached, chain_matches = np.moveaxis(np.asarray(counts, dtype=float), -1, 0)
+        step, chain = matches / anchors, chain_matches / reached
+        complete, accepted = np.moveaxis(np.asarray(runs, dtype=float), -1, 0)
+        return {
+            "step_acceptance": step,
+            "chain_acceptance": chain,
+            "retention": step[..., -1] / step[..., 0],
+            "chain_retention": chain[..., -1] / chain[..., 0],
+            "expected_mat": 1 + np.cumprod(step, axis=-1).sum(-1),
+            "measured_mat": 1 + accepted / complete,
+        }

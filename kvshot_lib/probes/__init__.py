@@ -1,0 +1,1 @@
+"""Diagnostics: queries, gradients, attention shift, read-out."""

@@ -1,0 +1,1 @@
+"""The study as a whole: profiles, fingerprints, pipeline, sweep, command line."""

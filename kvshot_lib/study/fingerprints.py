@@ -1,0 +1,117 @@
+"""What makes a step's results out of date: the code that can change their numbers, its parameters, and what it reads.
+
+`python -m kvshot_lib study fingerprint train` prints what a step's fingerprint covers.
+"""
+
+import ast
+import functools
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import StudyError
+from .parameters import read_code_cells
+from .profiles import NOTEBOOKS
+
+PACKAGE = Path(__file__).parents[1]
+# What can't change a number: messages, how files are written, how steps are started. A variant's parameters reach its training as
+# parameters, so that another variant more leaves the trained ones alone.
+UNCOUNTED = {"errors", "files", "parts", "provenance", "drafters.variants"}
+UNCOUNTED_ROOMS = ("study", "plots")  # plots count for the steps that draw
+DRAWING = {"decay", "queries", "gradients", "prefix", "decode", "scorecard", "beyond"}
+FIGURE = "figure"  # tag of cells that only draw or print: they are not counted where numbers are made
+
+
+def fingerprint(step: str, parameters: dict, *upstream: str) -> str:
+    """Short hash of all that a step's results depend on: `covered`, its parameters, and the fingerprints of what it reads.
+
+    ``step`` is a key of ``NOTEBOOKS``, or a module of the library such as ``probes.gradients``.
+    """
+    parts = [*covered(step).values(), json.dumps(parameters, sort_keys=True), *upstream]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def covered(step: str) -> dict[str, str]:
+    """Code that the step's fingerprint covers: name of each notebook or module -> its code without comments, docstrings and layout.
+
+    Raises
+    ------
+    StudyError : an import of kvshot_lib that leads nowhere.
+    """
+    drawing = step in DRAWING
+    if step in NOTEBOOKS:
+        program = plain_python(NOTEBOOKS[step], figures=drawing)
+        code, todo = {NOTEBOOKS[step]: program}, imported_modules(ast.parse(program), "", NOTEBOOKS[step])
+    else:
+        code, todo = {}, {step}
+    skipped = tuple(room for room in UNCOUNTED_ROOMS if not (drawing and room == "plots"))
+    found: dict[str, str] = {}
+    while todo:
+        name = todo.pop()
+        if name in found or name in UNCOUNTED or name.split(".")[0] in skipped:
+            continue
+        path = module_path(name)
+        if path is None:
+            raise StudyError(f"there is no module kvshot_lib.{name}, which {step} is made of; restore it with git checkout")
+        found[name], imported = _read_module(path, name, path.stat().st_mtime_ns)
+        todo |= imported
+    return code | {f"kvshot_lib.{name}".rstrip("."): found[name] for name in sorted(found)}
+
+
+def plain_python(notebook: str | Path, *, figures: bool = True) -> str:
+    """The notebook's code cells as one program, without lines of IPython's own syntax (and, if wanted, without cells that only draw)."""
+    cells = [cell for cell in read_code_cells(notebook) if figures or FIGURE not in cell.tags]
+    lines = [line for cell in cells for line in cell.source.splitlines()]
+    return "\n".join(line for line in lines if not line.startswith(("%", "!", "?")))
+
+
+def module_path(name: str) -> Path | None:
+    """File of module ``name`` of the library (dotted, without ``kvshot_lib.``), None if there is none."""
+    base = PACKAGE / name.replace(".", "/") if name else PACKAGE
+    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+
+
+@functools.cache  # a sweep asks for the same modules a hundred times
+def _read_module(path: Path, name: str, _changed_ns: int) -> tuple[str, set[str]]:
+    """A module's code without comments, docstrings and layout, and what it imports."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    room = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    return ast.dump(tree), imported_modules(tree, room, str(path))
+
+
+def imported_modules(tree: ast.AST, room: str, where: str) -> set[str]:
+    """Modules of the library that a program imports, dotted without ``kvshot_lib.``; ``room`` is the package that it stands in.
+
+    Raises
+    ------
+    StudyError : an import of kvshot_lib that leads nowhere: to pass over it would leave its code out of every fingerprint.
+    """
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[2] for alias in node.names if alias.name.split(".")[0] == "kvshot_lib"}
+        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "kvshot_lib"):
+            if node.level:
+                above = room.split(".")[: len(room.split(".")) - node.level + 1] if room else []
+                base = ".".join([*above, *filter(None, [node.module])])
+            else:
+                base = node.module.partition(".")[2]
+            names |= _imported(base, (alias.name for alias in node.names), where)
+    return names
+
+
+def _imported(base: str, names: Iterable[str], where: str) -> set[str]:
+    """Modules behind ``from base import names``: a name may itself be one, or be lent by the package's ``__init__``."""
+    from .. import EXPORTS
+
+    if module_path(base) is None:
+        raise StudyError(f"{where} imports kvshot_lib.{base}, which isn't there; mend the import")
+    found = set()
+    for name in names:
+        inner = f"{base}.{name}".lstrip(".")
+        found.add(inner if module_path(inner) else EXPORTS.get(name, base) if not base else base)
+    return found

@@ -1,0 +1,1 @@
+"""The frozen model: loading it, reading its state, and what drafters borrow from it."""

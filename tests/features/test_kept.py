@@ -1,0 +1,63 @@
+"""A recipe in place of a store: the same features, computed anew; and what can go wrong between the two."""
+
+import json
+
+import examples
+import pytest
+import torch
+
+from kvshot_lib.errors import StudyError
+from kvshot_lib.features.kept import RECIPE, keep_features, open_features, read_spec
+from kvshot_lib.features.live import LiveFeatures
+from kvshot_lib.features.spec import feature_spec
+from kvshot_lib.features.store import MANIFEST, StoredFeatures
+from kvshot_lib.text.corpus import load_corpus
+
+
+def sources(number=6):
+    target = examples.target()
+    documents = {split: load_corpus("tiny", split).documents[:number] for split in ("train", "evaluation")}
+    return {split: LiveFeatures(target, found, feature_spec(target), 40) for split, found in documents.items()}
+
+
+def test_a_recipe_gives_the_features_of_its_documents(tmp_path):
+    live = sources()
+    table = keep_features(tmp_path, live, "tiny", "live")
+    assert table["shards"].tolist() == [0, 1] and table["MB"].iloc[0] == 0 and table["documents"].tolist() == [6, 6]
+    assert [path.name for path in (tmp_path / "train").iterdir()] == [RECIPE]
+    assert read_spec(tmp_path / "train") == read_spec(tmp_path / "evaluation") == live["train"].spec
+    again = open_features(tmp_path / "train", examples.target())
+    assert isinstance(again, LiveFeatures) and again.lengths == live["train"].lengths and max(again.lengths) == 40
+    assert again.documents_hash == live["train"].documents_hash
+    for name, tensor in vars(again.batch([4, 1])).items():
+        assert torch.equal(tensor, getattr(live["train"].batch([4, 1]), name)), name
+    assert isinstance(open_features(tmp_path / "evaluation", examples.target()), StoredFeatures)
+    fewer = again.with_kv_layers([3])
+    assert torch.equal(fewer.batch([2]).keys[:, :, 0], again.batch([2]).keys[:, :, 2]) and fewer.spec.kv_layers == (3,)
+    with pytest.raises(StudyError, match="layer 4 is out of range"):
+        again.with_kv_layers([4])
+
+
+def test_store_and_recipe_replace_one_another_only_when_asked(tmp_path):
+    keep_features(tmp_path, sources(), "tiny")
+    assert (tmp_path / "train" / MANIFEST).exists()
+    keep_features(tmp_path, sources(), "tiny", "live")
+    with pytest.raises(StudyError, match=f"holds a store and a recipe; delete one of {MANIFEST} and {RECIPE}"):
+        open_features(tmp_path / "train", examples.target())
+    for mode, kept in (("live", RECIPE), ("stored", MANIFEST)):
+        keep_features(tmp_path, sources(), "tiny", mode, replace=True)
+        assert {RECIPE, MANIFEST} & {path.name for path in (tmp_path / "train").iterdir()} == {kept}
+
+
+def test_bad_modes_and_changed_corpora_are_refused(tmp_path):
+    with pytest.raises(StudyError, match="features='disk' is not known; choose from stored, live"):
+        keep_features(tmp_path, sources(), "tiny", "disk")
+    keep_features(tmp_path, sources(), "tiny", "live")
+    path = tmp_path / "train" / RECIPE
+    recipe = json.loads(path.read_text())
+    path.write_text(json.dumps(recipe | {"documents": 5}))
+    with pytest.raises(StudyError, match="the corpus tiny is not the one that .*live.json was made from"):
+        open_features(tmp_path / "train", examples.target())
+    path.write_text("{")
+    with pytest.raises(StudyError, match="live.json is damaged; run notebook 01_extract_kv_cache again"):
+        read_spec(tmp_path / "train")

@@ -1,0 +1,219 @@
+"""Attention shift: hand-made rows, rows equal to the target's own, refusals, tables that resume, and a target left as it was."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from examples import DOCUMENTS, STEPS, drafter, live, live_of, target
+from test_capture import left_behind
+
+from kvshot_lib.drafters.checkpoint import save_drafter
+from kvshot_lib.errors import StudyError
+from kvshot_lib.features.store import write_store
+from kvshot_lib.metrics import acceptance as metrics
+from kvshot_lib.metrics import tables
+from kvshot_lib.probes import shift as attention_shift
+from kvshot_lib.probes.shift import (
+    check_rows,
+    entropy,
+    jensen_shannon,
+    measure,
+    measure_target,
+    row_error,
+    row_measures,
+    shift_document,
+)
+from kvshot_lib.target.capture import attention_rows, capture
+from kvshot_lib.target.load import load_target
+from kvshot_lib.training.judging import match_documents
+
+LAYERS = (1, 2, 3)
+
+
+def test_divergence_of_hand_made_rows():
+    same, other = torch.tensor([0.5, 0.5, 0, 0]), torch.tensor([0, 0, 0.2, 0.8])
+    assert jensen_shannon(same, same).item() == 0
+    assert jensen_shannon(same, other).item() == pytest.approx(math.log(2))
+    # [1, 0] and [1/2, 1/2]: mean [3/4, 1/4]
+    by_hand = (math.log(4 / 3) + 0.5 * math.log(2 / 3) + 0.5 * math.log(2)) / 2
+    assert jensen_shannon(torch.tensor([1.0, 0]), torch.tensor([0.5, 0.5])).item() == pytest.approx(by_hand)
+    assert jensen_shannon(torch.tensor([3.0, 0]), torch.tensor([2.0, 2])).item() == pytest.approx(
+        by_hand
+    )  # made to sum to 1
+    assert jensen_shannon(torch.zeros(2), same[:2]).isnan()
+
+
+def test_measures_of_hand_made_rows():
+    """One head, anchors t = 1 and t = 2: entries after t don't count, the sink only where it is asked for."""
+    now = torch.tensor([[[0.9, 0.1, 0, 0, 0], [0.8, 0.2, 0, 0, 0]]])
+    later = torch.tensor([[[0.2, 0.3, 0.5, 0, 0], [0.5, 0, 0.3, 0, 0.2]]])
+    shift, with_sink, new = row_measures(now, later, torch.tensor([1, 2]))
+    assert shift.tolist() == pytest.approx([0, math.log(2)], abs=1e-6)  # s = 1 alone; then s = 1 against s = 2
+    wanted = jensen_shannon(torch.tensor([0.9, 0.1]), torch.tensor([0.4, 0.6])).item()
+    assert with_sink[0].item() == pytest.approx(wanted)
+    assert new.tolist() == pytest.approx([0.2, 0.3])
+    assert row_measures(now, later, torch.tensor([0, 2]))[0, 0].isnan()  # nothing but the sink at s ≤ 0
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2", "tiny-qwen3"])
+def test_recomputed_rows_give_the_targets_attention_output(name):
+    tokens = torch.from_numpy(DOCUMENTS[1].tokens).long()
+    assert row_error(target(name), range(4), tokens) < 1e-4
+    check_rows(target(name), range(4), tokens)
+
+
+def test_document_equals_a_naive_computation():
+    tokens, anchors = torch.from_numpy(DOCUMENTS[1].tokens).long(), torch.tensor([2, 5, 9])
+    found = shift_document(target(), tokens, anchors, [0, 3, 6], LAYERS)
+    with capture(target().model, kv=LAYERS, queries=True) as taken:
+        target().model(tokens[None], use_cache=False)
+    for place, k in enumerate([0, 3, 6]):
+        for column, t in enumerate(anchors.tolist()):
+            each = []
+            for layer in LAYERS:
+                rows = attention_rows(taken.queries[layer], taken.keys[layer], torch.arange(len(tokens)))[0]
+                for head in rows:
+                    a, b = (head[position, 1 : t + 1].double() for position in (t, t + 1 + k))
+                    a, b = a / a.sum(), b / b.sum()
+                    m = (a + b) / 2
+                    each.append(float(((a * (a / m).log()).sum() + (b * (b / m).log()).sum()) / 2))
+            assert found[place, 0, column].item() == pytest.approx(np.mean(each), abs=1e-5)
+
+
+def test_entropy_is_that_of_the_targets_distribution():
+    features = live().batch([0])
+    logits = target().model(features.tokens).logits[0]
+    wanted = torch.distributions.Categorical(logits=logits).entropy()
+    assert torch.allclose(entropy(target(), features.final_hidden[0], rows=5), wanted, atol=1e-5)
+
+
+def test_a_token_changes_no_shift_of_steps_that_end_before_it():
+    """Step k at anchor t reads rows t and t+1+k only, so what comes after t+1+k is of no matter."""
+    table = measure_target(live(), target(), STEPS, LAYERS)
+    changed = DOCUMENTS[0].tokens.copy()
+    changed[10] = 5 + changed[10] % 400
+    other = measure_target(live_of(replace(DOCUMENTS[0], tokens=changed)), target(), STEPS, LAYERS)
+    rows = table[table["document"] == 0]
+    before = (rows["context_length_tokens"] + rows["draft_step"] < 10).to_numpy()  # t + 1 + k < 10
+    assert before.any() and (~before).any()
+    assert rows[before].reset_index(drop=True).equals(other[before].reset_index(drop=True))
+    assert (rows["shift"].to_numpy() != other["shift"].to_numpy())[~before].any()
+
+
+def test_target_without_comparable_rows_is_refused_by_name():
+    sliding = load_target("tiny-qwen3", device="cpu", dtype="float32")
+    sliding.model.config.layer_types = ["full_attention", "sliding_attention"] * 2
+    tokens = torch.arange(3, 12)
+    with pytest.raises(StudyError, match="layer 1 keeps only a sliding window"):
+        check_rows(sliding, [1], tokens)
+    with pytest.raises(StudyError, match="layer 1 keeps only a sliding window"):
+        shift_document(sliding, tokens, torch.tensor([2]), [0], [1])
+    odd = load_target("tiny-llama", device="cpu", dtype="float32")
+    attention = odd.model.get_decoder().layers[2].self_attn
+    attention.scaling *= 3  # another temperature is in the captured queries
+    check_rows(odd, [2], tokens)
+    attention.o_proj.register_forward_pre_hook(
+        lambda _module, given: (given[0] * 1.5,)
+    )  # as a target with gated outputs would
+    with pytest.raises(StudyError, match=r"target tiny-llama: attention recomputed .* in layers \[2\]"):
+        check_rows(odd, [2], tokens)
+
+
+def test_target_is_left_as_it_was_also_after_an_error(monkeypatch):
+    loaded = load_target("tiny-llama", device="cpu", dtype="float32")
+    tokens = torch.arange(3, 20)
+    before = left_behind(loaded.model), loaded.model(tokens[None]).logits, loaded.hash
+    row_error(loaded, LAYERS, tokens)
+    shift_document(loaded, tokens, torch.tensor([4]), [0], LAYERS)
+
+    def broken(*_, **__):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+        patched.setattr(type(loaded.model.get_decoder().layers[3]), "forward", broken)
+        row_error(loaded, LAYERS, tokens)
+    assert left_behind(loaded.model) == before[0]
+    assert torch.equal(loaded.model(tokens[None]).logits, before[1])
+    assert (
+        attention_shift.load_target is load_target
+        and load_target("tiny-llama", device="cpu", dtype="float32").hash == before[2]
+    )
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two finished runs on stored features."""
+    write_store(tmp_path / "features/evaluation", live(), dtype=torch.float32)
+    for variant in ("hidden", "kv_1"):
+        folder = tmp_path / f"runs/{variant}/seed0"
+        save_drafter(drafter(variant), folder)
+        counts, _ = metrics.count_run(variant, 0, match_documents(live(), drafter(variant), STEPS))
+        counts.to_csv(folder / "counts.csv", index=False)
+        (folder / "run.json").write_text("{}")
+    return tmp_path
+
+
+def test_tables_hold_every_valid_anchor_and_the_runs_own_matches(results, monkeypatch):
+    monkeypatch.setattr(attention_shift, "load_target", lambda *_, **__: target())
+    measure(results)
+    shift, matches = (tables.read(results / "tables", name) for name in ("attention_shift", "attention_matches"))
+    sizes = shift.groupby(["document", "draft_step"]).size()
+    for variant in ("hidden", "kv_1"):
+        counts = pd.read_csv(results / f"runs/{variant}/seed0/counts.csv").set_index(["document", "draft_step"])
+        own = matches[matches["variant"] == variant].set_index(["document", "draft_step"])["matches"]
+        assert own.str.len().to_dict() == sizes.to_dict() == counts.loc[own.index, "anchors"].to_dict()
+        assert own.str.count("1").to_dict() == counts.loc[own.index, "matches"].to_dict()
+    assert set(shift["draft_step"]) == {0, 3, 6}
+    assert shift["shift"].dropna().between(0, math.log(2)).all() and shift["new_mass"].between(0, 1).all()
+    assert shift["shift"].isna().sum() == (shift["context_length_tokens"] == 1).sum()
+
+    again = {path.name: path.read_bytes() for path in (results / "tables").glob("*.xz")}
+    monkeypatch.setattr(attention_shift, "measure_target", None)  # measured already
+    monkeypatch.setattr(attention_shift, "measure_run", None)
+    measure(results)
+    assert again and {path.name: path.read_bytes() for path in (results / "tables").glob("*.xz")} == again
+    measure(results, ["kv_1/seed0"], keep=results / "tables")
+    assert set(tables.read(results / "tables", "attention_matches")["variant"]) == {"hidden", "kv_1"}
+
+
+def test_a_retrained_run_is_measured_again_and_one_of_other_documents_is_refused(results, monkeypatch, capsys):
+    monkeypatch.setattr(attention_shift, "load_target", lambda *_, **__: target())
+    measure(results)
+    folder = results / "runs/kv_1/seed0"
+    changed = drafter("kv_1")
+    torch.nn.init.zeros_(changed.layers[0].mlp.down_proj.weight)
+    save_drafter(changed, folder)
+    asked = []
+    original = attention_shift.measure_run
+    monkeypatch.setattr(
+        attention_shift, "measure_run", lambda *given: asked.append(given[1].parent.name) or original(*given)
+    )
+    monkeypatch.setattr(attention_shift, "_check_counts", lambda *_: None)
+    measure(results)
+    assert asked == ["kv_1"]
+    monkeypatch.undo()
+    monkeypatch.setattr(attention_shift, "load_target", lambda *_, **__: target())
+    counts = pd.read_csv(folder / "counts.csv")
+    counts.loc[0, "anchors"] += 1
+    counts.to_csv(folder / "counts.csv", index=False)
+    description = json.loads((folder / "drafter.json").read_text())
+    for path in (results / "attention_shift").glob(f"kv_1.*{description['weights_sha256'][:8]}*"):
+        path.unlink()
+    assert attention_shift.main([str(results)]) == 1
+    assert "was evaluated on other documents or anchors" in capsys.readouterr().err
+    assert attention_shift.main([str(results), "kv_9/seed0"]) == 1
+
+
+def test_fewer_documents_than_the_run_was_judged_on_will_do(tmp_path):
+    counts = pd.DataFrame({"document": [0, 1], "draft_step": [0, 0], "anchors": [2, 3], "matches": [1, 2]})
+    counts.to_csv(tmp_path / "counts.csv", index=False)
+    rows = pd.DataFrame([{"document": 0, "draft_step": 0, "matches": "10"}])
+    attention_shift._check_counts(rows, tmp_path, 1)
+    with pytest.raises(StudyError, match="was evaluated on other documents"):
+        attention_shift._check_counts(rows, tmp_path, 2)
+    with pytest.raises(StudyError, match="of its matches are not those"):
+        attention_shift._check_counts(rows.assign(matches="11"), tmp_path, 1)

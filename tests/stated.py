@@ -1,0 +1,52 @@
+"""Numbers that a person wrote into README or a notebook's text, held against the tables that they come from.
+
+A test module names a file and its statements: a fragment that must stand in the text, word by word, and the values of the numbers in
+it, in their order, computed from the recorded tables:
+
+    STATED = [("gains .31 tokens [.27, .35]", lambda: interval_of("hidden_31", "hidden", "measured_mat"))]
+"""
+
+import re
+
+import nbformat
+from notebook_checks import ROOT
+
+NUMBER = re.compile(r"(?<![\w.])[+−-]?\d*\.?\d+(?![\w])")
+INTERVAL = re.compile(r"\[[+−-]?\d*\.\d+, ?[+−-]?\d*\.\d+\]")
+
+
+def text_of(path: str) -> str:
+    """README's text, or that of a notebook's Markdown cells; white space as single blanks."""
+    if path.endswith(".ipynb"):
+        cells = nbformat.read(ROOT / path, as_version=4).cells
+        whole = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    else:
+        whole = (ROOT / path).read_text(encoding="utf-8")
+    return " ".join(whole.split())
+
+
+def wrong(path: str, fragment: str, values) -> list[str]:
+    """What is wrong with a statement: not in the text, or numbers that aren't the values as far as they are printed."""
+    fragment = " ".join(fragment.split())
+    if fragment not in text_of(path):
+        return [f"{path} does not say: {fragment}"]
+    told, values = NUMBER.findall(fragment), list(values)
+    if len(told) != len(values):
+        return [f"{fragment}: {len(told)} numbers, {len(values)} values"]
+    return [
+        f"{fragment}: {number} is {value:.5g}" for number, value in zip(told, values, strict=True) if not printed(number, value)
+    ]
+
+
+def printed(number: str, value: float) -> bool:
+    """Whether ``number`` is ``value``, rounded to the digits that it has."""
+    digits = len(number.partition(".")[2])
+    return abs(float(number.replace("−", "-")) - value) <= 0.5001 * 10.0**-digits
+
+
+def unstated(path: str, fragments: list[str]) -> list[str]:
+    """Intervals in the text that no fragment covers."""
+    text = text_of(path)
+    for fragment in fragments:
+        text = text.replace(" ".join(fragment.split()), "")
+    return INTERVAL.findall(text)

@@ -1,0 +1,127 @@
+"""A trained drafter is published, read back, and judged in another study, all on the tiny target."""
+
+import json
+
+import examples
+import pandas as pd
+import pytest
+import synthetic
+import torch
+from notebook_checks import ROOT
+
+from kvshot_lib.drafters.checkpoint import load_drafter, read_description, save_drafter
+from kvshot_lib.drafters.rounding import load_rounded
+from kvshot_lib.errors import StudyError
+from kvshot_lib.features.store import StoredFeatures, write_store
+from kvshot_lib.files import write_csv, write_json
+from kvshot_lib.metrics import tables
+from kvshot_lib.metrics.resampling import Interval
+from kvshot_lib.provenance import provenance
+from kvshot_lib.study import judge as checkpoint_run
+from kvshot_lib.study import publish as publish_checkpoint
+
+VARIANT = "kv_2"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A study with evaluation features and one finished run, its drafter published."""
+    folder = tmp_path_factory.mktemp("study") / "results/mine"
+    live, target = examples.live(), examples.target()
+    write_store(folder / "features/evaluation", live)
+    run = folder / f"runs/{VARIANT}/seed3"
+    torch.manual_seed(0)
+    drafter = examples.drafter(VARIANT)
+    save_drafter(drafter, run)
+    facts = {name: "x" if kind == "str" else 1 for name, kind in tables.SCHEMAS["runs"].items()} | provenance()
+    facts |= {
+        "variant": VARIANT,
+        "seed": 3,
+        "paradigm": "kv",
+        "num_layers": 2,
+        "parameters": sum(p.numel() for p in drafter.parameters()),
+    }
+    facts |= {"target": target.name, "target_hash": target.hash, "profile": "mine", "train_s": 60.0, "init_from": ""}
+    write_json(run / "run.json", facts)
+    history = synthetic.matrix((VARIANT,), 1, 5)["history"].assign(seed=3)
+    write_csv(run / "history.csv", history)
+    evaluation = StoredFeatures(folder / "features/evaluation")
+    to = folder.parents[1] / "data/checkpoints" / VARIANT
+    draws = publish_checkpoint.publish(run, to, target, evaluation)
+    return folder, to, drafter, draws
+
+
+def test_the_published_drafter_is_the_trained_one_but_for_rounding(study):
+    _, to, drafter, draws = study
+    found = load_drafter(to, examples.target())
+    assert found.config == drafter.config and torch.equal(found.draft_ids, drafter.draft_ids)
+    for (name, mine), theirs in zip(drafter.state_dict().items(), found.state_dict().values(), strict=True):
+        bound = 0.26 * mine.std(-1, correction=0).max() if mine.dim() == 2 else 0
+        assert (mine - theirs).abs().max() <= bound, name
+    assert draws.variants == ["as trained", "as published"]
+
+
+def test_the_card_says_what_was_measured(study):
+    _, to, _, draws = study
+    card, described = (to / "README.md").read_text(), json.loads((to / "drafter.json").read_text())
+    lost = draws.difference(("as published", "measured_mat"), ("as trained", "measured_mat"))
+    assert (
+        f"| measured MAT | {draws.mean('as trained', 'measured_mat')} | {draws.mean('as published', 'measured_mat')}"
+        in card
+    )
+    assert str(lost) in card and described["weights_sha256"] in card and described["run"]["variant"] == VARIANT
+    kept = pd.read_csv(to / "acceptance.csv").set_index("metric")
+    assert kept.loc["measured_mat", "value"] == pytest.approx(
+        draws.mean("as published", "measured_mat").value, rel=1e-5
+    )
+
+
+def test_altered_weights_and_another_target_are_refused(study, tmp_path):
+    _, to, _, _ = study
+    for name in ("drafter.json", "drafter.safetensors"):
+        (tmp_path / name).write_bytes((to / name).read_bytes())
+    with pytest.raises(StudyError, match="was trained for target"):
+        load_drafter(tmp_path, examples.target("tiny-qwen3"))
+    with open(tmp_path / "drafter.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(StudyError, match="missing or altered"):
+        load_drafter(tmp_path, examples.target())
+
+
+def test_it_becomes_a_run_of_another_study(study, monkeypatch):
+    """Judged by the same code as a training's end, so its numbers are those of the card; tables are collected with it."""
+    folder, to, _, draws = study
+    monkeypatch.setattr(checkpoint_run, "CHECKPOINTS", to.parent)
+    monkeypatch.setattr(checkpoint_run, "load_target", lambda _: examples.target())
+    run = checkpoint_run.judge_checkpoint(folder, VARIANT, "print")
+    assert run == folder / f"runs/{VARIANT}_checkpoint/seed3" and (run / ".fingerprint").read_text() == "print"
+    collected = tables.collect(folder, [f"{VARIANT}_checkpoint/seed3"], samples=20)
+    assert pd.read_csv(collected["runs"])["variant"].tolist() == [f"{VARIANT}_checkpoint"]
+    acceptance = pd.read_csv(collected["acceptance"]).set_index("metric")
+    assert acceptance.loc["measured_mat", "value"] == pytest.approx(
+        draws.mean("as published", "measured_mat").value, rel=1e-5
+    )
+    assert load_drafter(run, examples.target()).config == load_drafter(to, examples.target()).config
+
+
+def test_committed_checkpoints_are_what_their_cards_say():
+    """Whole by their hashes, for the default target, small together, and drafted from the same tokens."""
+    folders = sorted(path.parent for path in (ROOT / "data/checkpoints").glob("*/drafter.json"))
+    assert folders and sum(path.stat().st_size for folder in folders for path in folder.iterdir()) < 14e6
+    for folder in folders:
+        described, card = read_description(folder), (folder / "README.md").read_text()
+        assert described["variant"] == folder.name and described["spec"]["target"] == "smollm2-135m-instruct"
+        assert described["weights_sha256"] in card and f"{described['run']['trained_tokens']:,} tokens" in card
+        measured = tables_of(folder).loc["measured_mat", ["value", "low", "high"]]
+        assert str(Interval(*measured)) in card
+        assert len(load_rounded(folder / "drafter.safetensors")["draft_ids"]) == described["run"]["draft_vocab_size"]
+
+
+def tables_of(folder) -> pd.DataFrame:
+    return pd.read_csv(folder / "acceptance.csv").set_index("metric")
+
+
+def test_a_run_that_is_not_finished_is_refused(tmp_path, study):
+    with pytest.raises(StudyError, match="no finished run"):
+        publish_checkpoint.publish(tmp_path / "runs/kv_1/seed0", tmp_path / "to", examples.target(), None)

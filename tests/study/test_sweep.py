@@ -1,0 +1,82 @@
+"""The sweep trains what the pipeline would train, skips what is done, and refuses unknown runs."""
+
+import contextlib
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kvshot_lib.metrics.tables import read
+from kvshot_lib.study import sweep
+from kvshot_lib.study.profiles import load_profile
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The smoke profile, trained by two workers; and what the command said."""
+    folder = tmp_path_factory.mktemp("swept") / "smoke"
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()) as told:
+        assert sweep.main(["smoke", "--results-dir", str(folder), "--workers", "2"]) == 0
+    return folder, told.getvalue()
+
+
+@pytest.mark.slow
+def test_every_run_of_the_profile_is_trained_and_collected(swept):
+    folder, told = swept
+    assert "0 of 3 runs are done" in told and told.endswith("all runs are done\n")
+    assert list(read(folder / "tables", "runs")["variant"]) == ["hidden", "kv_1", "hybrid_warm"]
+    assert json.loads((folder / "runs/hybrid_warm/seed0/run.json").read_text())["init_from"] == "hidden"
+
+
+@pytest.mark.slow
+def test_the_features_in_memory_train_the_same_drafter_as_those_on_disk(swept, tmp_path):
+    """Against prepare_run on a feature store, as notebook 02 calls it: the same history up to bfloat16's rounding of the store."""
+    folder, _ = swept
+    profile = load_profile("smoke")
+    features = {name: source for name, source in sweep.load_features(profile, tmp_path / "smoke").items()}
+    facts = sweep.train_run(profile, tmp_path / "smoke", "kv_1", 0, features)
+    again = pd.read_csv(tmp_path / "smoke/runs/kv_1/seed0/history.csv").drop(columns="seconds")
+    first = pd.read_csv(folder / "runs/kv_1/seed0/history.csv").drop(columns="seconds")
+    pd.testing.assert_frame_equal(first, again, rtol=1e-4)
+    assert facts["trained_tokens"] == first["trained_tokens"].max()
+
+
+@pytest.mark.slow
+def test_what_is_done_is_skipped_without_loading_anything(swept, monkeypatch):
+    folder, _ = swept
+    monkeypatch.setattr(sweep, "load_features", lambda *_: pytest.fail("features were loaded"))
+    assert sweep.main(["smoke", "--results-dir", str(folder)]) == 0
+
+
+def test_a_run_waits_for_the_one_that_it_starts_from(tmp_path):
+    profile = load_profile("smoke")
+    assert sweep._ready(profile, tmp_path, "hidden", 0) and not sweep._ready(profile, tmp_path, "hybrid_warm", 0)
+    (tmp_path / "runs/hidden/seed0").mkdir(parents=True)
+    (tmp_path / "runs/hidden/seed0/run.json").write_text("{}")
+    assert sweep._ready(profile, tmp_path, "hybrid_warm", 0) and not sweep._ready(profile, tmp_path, "hybrid_warm", 1)
+
+
+def test_unknown_runs_and_profiles_are_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "load_features", lambda *_: pytest.fail("features were loaded"))
+    assert sweep.main(["smoke", "--results-dir", str(tmp_path), "hidden/seed0", "kv_9/seed0"]) == 1
+    assert (
+        "error: kv_9/seed0: not among the runs of smoke, which are hidden/seed0, kv_1/seed0" in capsys.readouterr().err
+    )
+    assert sweep.main(["smok"]) == 1
+    assert "there is no profile" in capsys.readouterr().err
+
+
+def test_a_run_whose_start_is_not_asked_for_is_left_and_said_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "load_features", lambda *_: {})
+    profile = replace(load_profile("smoke"))
+    assert sweep.sweep(profile, tmp_path, [("hybrid_warm", 0)], workers=1, stop_after_s=60) == 1

