@@ -1,0 +1,109 @@
+"""From the parameters of notebook 01 to what trainings read: a target, what to record of it, documents by split, and the features kept.
+
+``values`` is a dictionary of that notebook's parameters; what else it holds is left alone. Where a study writes its own dialogues, its
+``corpus`` is their folder.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from .. import parallel
+from ..errors import StudyError
+from ..files import check_listed, write_csv
+from ..target.load import Target, load_target
+from ..text.corpus import SPLITS, Corpus, answer_token_counts, load_corpus
+from .kept import keep_features
+from .live import LiveFeatures
+from .resident import ResidentFeatures
+from .spec import FeatureSpec, feature_spec
+
+COUNTS = "answer_token_counts.csv"
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What a study's features are made of.
+
+    documents : by split, each behind the interface of features; nothing is computed before it is asked for.
+    answer_token_counts : int [vocab_size], over the answers of the *whole* training split.
+    """
+
+    target: Target
+    spec: FeatureSpec
+    documents: dict[str, LiveFeatures]
+    answer_token_counts: np.ndarray
+
+
+def prepare(values: Mapping) -> Extraction:
+    """Load the target and the documents that ``values`` name.
+
+    Raises
+    ------
+    StudyError : an unknown target, corpus or layer; a corpus that another tokenizer wrote.
+    """
+    target = load_target(values["target"], device=values["device"], dtype=values["dtype"])
+    spec = feature_spec(target, values["kv_layers"])
+    corpora = {split: load_corpus(values["corpus"], split) for split in SPLITS}
+    documents = {split: cut(corpus, values, target, spec) for split, corpus in corpora.items()}
+    counts = answer_token_counts(corpora["train"].documents, target.vocab_size)
+    return Extraction(target, spec, documents, counts)
+
+
+def cut(corpus: Corpus, values: Mapping, target: Target, spec: FeatureSpec) -> LiveFeatures:
+    """The first documents of a split, as many and as long as ``values`` say."""
+    check_tokenizer(corpus, target)
+    documents = corpus.documents[: values[f"{corpus.split}_documents"]]
+    return LiveFeatures(target, documents, spec, values["max_length_tokens"])
+
+
+def check_tokenizer(corpus: Corpus, target: Target) -> None:
+    """Refuse a corpus whose ids mean other text to this target; one that does not name its tokenizer passes."""
+    if corpus.provenance.get("tokenizer_hash", target.tokenizer_hash) != target.tokenizer_hash:
+        raise StudyError(
+            f"the corpus {corpus.name} was written with the tokenizer of {corpus.provenance.get('target', 'another target')}, "
+            f"not with that of {target.name}; set corpus to dialogues that {target.name} wrote (notebook 00_generate_corpus)"
+        )
+
+
+def keep(extraction: Extraction, values: Mapping, folder: str | Path) -> pd.DataFrame:
+    """Leave features and answer-token counts in ``folder``, as notebook 01 does; one row a split (see `keep_features`).
+
+    Several processes share the work; each of them gets the table.
+    """
+    sizes = {name: values[name] for name in ("batch_documents", "shard_documents")}
+    corpus, mode, replace = values["corpus"], values["features"], values["replace_store"]
+    table = keep_features(folder, extraction.documents, str(corpus), mode, replace=replace, **sizes)
+    if parallel.is_main():
+        write_counts(folder, extraction.answer_token_counts)
+    parallel.wait()
+    return table
+
+
+def hold(extraction: Extraction, values: Mapping, folder: str | Path) -> dict[str, ResidentFeatures]:
+    """Features by split in the memory of the target's device; only the answer-token counts go to ``folder``."""
+    write_counts(folder, extraction.answer_token_counts)
+    device, batch = extraction.target.device, values["batch_documents"]
+    return {split: ResidentFeatures(live, device, batch_documents=batch) for split, live in extraction.documents.items()}
+
+
+def write_counts(folder: str | Path, counts: np.ndarray) -> Path:
+    """Keep how often each token occurs in the training answers: the draft vocabulary is chosen by it."""
+    used = np.flatnonzero(counts)
+    return write_csv(Path(folder) / COUNTS, pd.DataFrame({"token": used, "count": counts[used]}), listed=True)
+
+
+def read_counts(folder: str | Path, vocab_size: int) -> Tensor:
+    """Undo `write_counts`: int64 [vocab_size]."""
+    path = Path(folder) / COUNTS
+    if not path.exists():
+        raise StudyError(f"{path} is missing; run notebook 01_extract_kv_cache with the same results_dir")
+    check_listed(path, "run notebook 01_extract_kv_cache again")
+    table, counts = pd.read_csv(path), torch.zeros(vocab_size, dtype=torch.int64)
+    counts[torch.tensor(table["token"].tolist())] = torch.tensor(table["count"].tolist())
+    return counts
