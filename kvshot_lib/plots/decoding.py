@@ -9,17 +9,8 @@ from matplotlib.ticker import LogLocator
 
 from ..metrics.decode_costs import PARTS, PEERS, STEP_PARTS
 from ..metrics.tables import in_order
-from .style import STYLE, look
+from .style import PART_COLOURS, STYLE, look
 
-PART_COLOURS = {
-    "prefill": "#56B4E9",
-    "verify": "#0072B2",
-    "draft": "#D55E00",
-    "project": "#E69F00",
-    "bookkeeping": "#444444",
-    "sampling": "#888888",
-    "rest": "#cccccc",
-}
 LEGEND = {"loc": "outside upper left", "ncols": 3, "fontsize": 9}  # of variants, whose names are long
 MODES = {"alone": "target alone", "chain": "chain", "tree": "tree"}
 

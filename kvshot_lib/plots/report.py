@@ -8,9 +8,10 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from ..drafters.variants import VARIANTS
 from ..errors import StudyError
 from ..metrics.resampling import Draws, Interval
-from ..metrics.tables import VARIANTS, in_order
+from ..metrics.tables import in_order
 from .style import LEAST_ANCHORS
 
 

@@ -4,6 +4,8 @@ A figure drawn twice has the same bytes: nothing here is random, the font is mat
 goes into the file. Colours are Okabe and Ito's (safe for the colour-blind); a variant has the same one everywhere.
 """
 
+import base64
+import html
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from ..drafters.variants import MAIN_VARIANTS
+from ..drafters.variants import MAIN_VARIANTS, VARIANTS
 from ..errors import StudyError
 from ..files import write_atomically, write_csv
 from ..metrics.tables import in_order, rounded
@@ -81,8 +83,47 @@ FAMILIES = {"hidden": ("#0072B2", "v"), "kv": ("#c98a5e", "P"), "hybrid": ("#009
 
 def look(variant: str) -> tuple[str, str]:
     """(colour, marker) of a variant, the same in every figure."""
+    known = VARIANTS.get(variant)
+    if getattr(known, "colour", ""):
+        return known.colour, known.marker
     family = next((known for name, known in FAMILIES.items() if variant.startswith(name)), ("#000000", "*"))
     return LOOKS.get(variant, family)
+
+
+PART_COLOURS = {
+    "prefill": "#56B4E9",
+    "verify": "#0072B2",
+    "draft": "#D55E00",
+    "project": "#E69F00",
+    "bookkeeping": "#444444",
+    "sampling": "#888888",
+    "rest": "#cccccc",
+}
+
+
+class Picture:
+    """A picture that a notebook displays with its alternative text.
+
+    As HTML, for JupyterLab and GitHub drop the text that a PNG output carries in its metadata; as plain text it is the text alone.
+    """
+
+    def __init__(self, path: Path, alt: str):
+        self.path, self.alt = Path(path), " ".join(alt.split())
+
+    def __repr__(self) -> str:
+        return f"Figure: {self.alt}"
+
+    def _repr_html_(self) -> str:
+        data = base64.b64encode(self.path.read_bytes()).decode()
+        return f'<img width="800" alt="{html.escape(self.alt)}" src="data:image/png;base64,{data}">'
+
+
+def show(figure: Figure, table: pd.DataFrame, folder: str | Path, name: str, alt: str) -> Picture:
+    """Write figure and table into ``folder`` (`save_figure`); return what a notebook displays.
+
+    ``alt`` says in a sentence or two what a reader sees who can't see it: axes, who is above whom, and by how much.
+    """
+    return Picture(save_figure(figure, table, folder, name), alt)
 
 
 def save_figure(figure: Figure, table: pd.DataFrame, figures_dir: str | Path, name: str) -> Path:

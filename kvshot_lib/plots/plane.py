@@ -1,0 +1,95 @@
+"""Points in a plane: what a drafter costs against what it yields, or a prediction against what was measured."""
+
+from collections.abc import Callable
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from adjustText import adjust_text
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..errors import StudyError
+from .style import STYLE, look
+
+MOST_NAMES = 10
+
+
+@mpl.rc_context(STYLE)
+def plane(
+    table: pd.DataFrame,
+    x: str,
+    y: str = "value",
+    *,
+    label: str = "variant",
+    low: str = "low",
+    high: str = "high",
+    reference: str = "speedup",
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str = "",
+    named: list[str] | None = None,
+    looks: Callable[[str], tuple[str, str]] = look,
+    size: tuple[float, float] = (8.6, 6.0),
+) -> Figure:
+    """A point for each row, with its name beside it (adjustText moves names apart) and its interval in ``y``.
+
+    Parameters
+    ----------
+    x, y
+        Columns of the axes: for ``reference="speedup"`` drafting cost (in target forwards) and tokens per target forward.
+    reference
+        "speedup": lines of equal speedup = y / (1 + x); "equal": the line y = x; "": none.
+    named
+        Values of ``label`` that are written, at most `MOST_NAMES`; all by default. Others are small and pale.
+
+    Raises
+    ------
+    StudyError
+        If there is nothing to draw or too many points are to be named.
+    """
+    table = table.dropna(subset=[x, y])
+    named = list(dict.fromkeys(table[label])) if named is None else [n for n in named if n in set(table[label])]
+    if not len(table):
+        raise StudyError("nothing to draw: the table is empty")
+    if len(named) > MOST_NAMES:
+        raise StudyError(f"{len(named)} names can't be read in one figure: choose at most {MOST_NAMES}")
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)  # names are placed by their size in pixels
+    axes, texts = figure.subplots(), []
+    for _, row in table.iterrows():
+        (colour, marker), pale = looks(row[label]), row[label] not in named
+        if low in row and np.isfinite(row[low]):
+            axes.vlines(row[x], row[low], row[high], color=colour, lw=1.6, alpha=0.25 if pale else 0.7)
+        axes.plot(row[x], row[y], color=colour, marker=marker, ms=4 if pale else 7, alpha=0.3 if pale else 1, zorder=3)
+        if not pale:
+            texts.append(axes.text(row[x], row[y], row[label], color=colour, fontsize=9.5, weight="bold", zorder=5))
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.grid(visible=False)
+    axes.margins(0.12)
+    if reference == "speedup":
+        axes.set_xlim(0, None)
+        _equal_speedup(axes)
+    elif reference == "equal":
+        ends = [min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])]
+        axes.plot(ends, ends, color="#222222", lw=1, ls=(0, (4, 3)), zorder=1)
+        axes.set(xlim=ends, ylim=ends)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    thread = {"arrowstyle": "-", "color": "#999999", "lw": 0.7}
+    adjust_text(texts, x=table[x].to_numpy(), y=table[y].to_numpy(), ax=axes, iter_lim=400, arrowprops=thread)
+    return figure
+
+
+def _equal_speedup(axes: Axes) -> None:
+    """Straight lines of equal speedup s: y = s (1 + x), named where they leave the plane; that of 1 is firmer."""
+    right, (low, high) = axes.get_xlim()[1], axes.get_ylim()
+    levels = [s for s in np.round(np.arange(0.5, 6.01, 0.1), 1) if s * (1 + right) > low and s < high]
+    for s in [s for s in levels if len(levels) <= 12 or round(10 * s) % 2 == 0]:
+        axes.plot([0, right], [s, s * (1 + right)], color="#555555" if s == 1 else "#c4c4c4", lw=0.9, zorder=0)
+        over = s * (1 + right) > high
+        where = {"ha": "center", "va": "bottom", "xytext": (0, 2)} if over else {"va": "center", "xytext": (3, 0)}
+        place = (high / s - 1, high) if over else (right, s * (1 + right))
+        axes.annotate(f"{s:g}×", place, textcoords="offset points", fontsize=8.5, color="#777777", **where)
+    axes.set(xlim=(0, right), ylim=(low, high))
