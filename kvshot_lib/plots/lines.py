@@ -93,8 +93,11 @@ def lines(
                     at = [words.index(word) for word in line[x]] if words else line[x].to_numpy(float)
                     _line(axes, np.asarray(at), line, y, low, high, looks(str(name)), style)
                     ends[axes].append((at[-1], line[y].iloc[-1], str(name), looks(str(name))[0]))
+    for axes in list(grid.flat)[len(values) :]:
+        axes.set_axis_off()
+    for axes, value in zip(grid.flat, values):  # once every line is in place: a limit that is set once stays
         told = title.get(value, value) if isinstance(title, Mapping) else title or value
-        axes.set(title=told or "", ylim=ylim, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+        axes.set(title=told or "", xscale="log" if logx else "linear", yscale="log" if logy else "linear")
         axes.grid(axis="x", visible=False)
         if level is not None:
             axes.axhline(level, color="#222222", lw=1, ls=(0, (4, 3)), zorder=1)
@@ -102,8 +105,7 @@ def lines(
             shown = range(len(words)) if words else ticks
             axes.set_xticks(shown, words or [f"{tick:,g}" for tick in ticks])
             axes.minorticks_off()
-    for axes in list(grid.flat)[len(values) :]:
-        axes.set_axis_off()
+        axes.set_ylim(*ylim)
     for axes in grid[:, 0]:
         axes.set_ylabel(ylabel)
     figure.supxlabel(xlabel, fontsize=10)
