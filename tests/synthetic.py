@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kvshot_lib.drafters.variants import VARIANTS
+from kvshot_lib.drafters.variants import VARIANTS, parameters_of
 from kvshot_lib.metrics import acceptance as metrics
 from kvshot_lib.metrics import tables
 
@@ -66,7 +66,7 @@ def _facts(variant, seed):
         "trained_tokens": 12_000_000,
         "train_s": 600.0,
     }
-    start = VARIANTS.get(variant, {}).get("init_from", "")
+    start = parameters_of(variant).get("init_from", "")
     facts |= {"variant": variant, "seed": seed, "draft_vocab_size": 16384, "out_of_draft_vocab_fraction": 0.01}
     return pd.DataFrame([facts | {"init_from": start, "target": "smollm2-135m-instruct"}])
 

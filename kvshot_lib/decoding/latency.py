@@ -136,7 +136,7 @@ def random_target(name: str, machine: Machine) -> Target:
 def random_drafter(variant: str, target: Target, draft_ids: Tensor) -> Drafter:
     """The study's drafter of that name for this target, untrained, on its device and in its dtype."""
     known = DrafterConfig.__dataclass_fields__
-    config = DrafterConfig(**{name: value for name, value in VARIANTS[variant].items() if name in known})
+    config = DrafterConfig(**{name: value for name, value in VARIANTS[variant].parameters.items() if name in known})
     spec, model = feature_spec(target, config.kv_layers), target.model
     frozen = model.get_input_embeddings().weight, model.get_output_embeddings().weight[draft_ids]
     with torch.device(target.device):

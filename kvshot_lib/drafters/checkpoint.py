@@ -17,7 +17,7 @@ from ..files import read_json, sha256, write_atomically, write_json
 from ..target.load import Target
 from .drafter import Drafter, DrafterConfig, build_drafter
 from .rounding import load_rounded
-from .variants import VARIANTS
+from .variants import VARIANTS, parameters_of
 
 WEIGHTS, DESCRIPTION = "drafter.safetensors", "drafter.json"
 HUGGING_FACE = {DESCRIPTION: "config.json", WEIGHTS: "model.safetensors"}  # the same two files, as it names them
@@ -135,7 +135,7 @@ def training_command(folder: Path, **parameters) -> str:
     inside = Path(*(part for part in results_dir.parts if part != ".."))
     seen = inside if inside.is_absolute() else Path("..") / inside  # from notebooks/, where notebooks run
     output = inside / f"notebooks/03_train_drafter.{variant}.seed{seed}.ipynb"
-    values = {"variant": variant, **VARIANTS.get(variant, {}), "seed": seed, **parameters}
+    values = {"variant": variant, **parameters_of(variant), "seed": seed, **parameters}
     values |= {"results_dir": seen, "figures_dir": seen / "figures"}
     given = [word for name, value in values.items() for word in ("-p", name, str(value))]
     notebook = "notebooks/03_train_drafter.ipynb"

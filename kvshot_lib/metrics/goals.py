@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from ..drafters.variants import VARIANTS
+from ..drafters.variants import parameters_of
 from . import tables
 from .claims import Claim
 from .decode_tables import prompt_sums, ratios
@@ -34,7 +34,7 @@ def reads(variant: str) -> str:
 
     Controls (zeros, another document's KV, older KV, no target state) are neither, and so are drafters that the study does not name.
     """
-    own = VARIANTS.get(variant, {})
+    own = parameters_of(variant)
     control, paradigm = own.get("kv_control", ""), own.get("paradigm", "")
     if paradigm == "hidden" or control == "from_hidden" or own.get("block_context") == "hidden":
         return "hidden"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from ..drafters.variants import VARIANTS
+from ..drafters.variants import VARIANTS, check_current, parameters_of
 from ..errors import StudyError
 from .parameters import check_names, check_no_number_as_text, check_parameters, read_code_cells
 
@@ -158,11 +158,12 @@ def resolve_drafters(given: list | dict, where: str) -> dict[str, dict]:
         parameters = given[name] if isinstance(given, dict) else None
         if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
             raise StudyError(f"{where}: {name!r} is no name for a drafter; use letters, digits, _ and -")
+        check_current([name])
         if not isinstance(parameters, dict | None):
             raise StudyError(f"{where}, drafters.{name} must be a mapping of parameters, not {parameters!r}")
         if not parameters:
             check_names([name], VARIANTS, f"{where}, drafters: the study")
-        own, parameters = VARIANTS.get(name, {}), parameters or {}
+        own, parameters = parameters_of(name), parameters or {}
         for key in own.keys() & parameters.keys():
             if own[key] != parameters[key]:
                 raise StudyError(

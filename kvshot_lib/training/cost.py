@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..drafters.drafter import Drafter, DrafterConfig, build_drafter
-from ..drafters.variants import VARIANTS
+from ..drafters.variants import VARIANTS, parameters_of
 from ..errors import one_line_errors
 from ..features.spec import Features, feature_spec
 from ..provenance import device_name
@@ -240,8 +240,8 @@ def main(words: list[str] | None = None) -> int:
     print(
         f"{'variant':18} {'parameters':>12} {'FLOPs/step':>14} {'FLOPs/token':>12} {'bytes/token':>11} {'ms/step':>8}"
     )
-    for variant, values in VARIANTS.items():
-        config = DrafterConfig(**{name: value for name, value in values.items() if name in known})
+    for variant in VARIANTS:
+        config = DrafterConfig(**{name: value for name, value in parameters_of(variant).items() if name in known})
         if config not in shown:  # variants that differ in their training alone cost the same
             drafter = build_drafter(config, target, feature_spec(target, config.kv_layers), draft_ids)
             parameters = sum(p.numel() for p in drafter.parameters())

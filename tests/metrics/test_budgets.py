@@ -6,7 +6,7 @@ import pytest
 import synthetic
 from matplotlib.transforms import Bbox
 
-from kvshot_lib.drafters.variants import CURES, VARIANTS
+from kvshot_lib.drafters.variants import CURES, VARIANTS, parameters_of
 from kvshot_lib.metrics import budgets as beyond
 from kvshot_lib.metrics import claims, goals, paper, tables
 from kvshot_lib.metrics import resampling as bootstrap
@@ -66,13 +66,13 @@ def test_every_comparison_is_of_the_studys_variants_and_changes_what_it_says():
     for groups in (beyond.LEVERS, beyond.CURED):
         assert set(beyond.named(groups)) <= set(VARIANTS)
     for a, b in beyond.DENSE:
-        assert VARIANTS[a] == VARIANTS[b] | {"anchor_fraction": 1.0}
+        assert parameters_of(a) == parameters_of(b) | {"anchor_fraction": 1.0}
     for name in beyond.CURES:
-        own, start = VARIANTS[name], VARIANTS["hybrid_warm"]
+        own, start = parameters_of(name), parameters_of("hybrid_warm")
         changed = own.keys() - start.keys()
         assert len(changed) == 1 or name in ("hybrid_warm_unrotate_mlp", "hybrid_warm_combined")
         assert own.items() >= start.items()
-    assert VARIANTS["block_kv_2_equal_compute"].items() - VARIANTS["block_kv_2"].items() == {("anchor_fraction", 0.285)}
+    assert parameters_of("block_kv_2_equal_compute").items() - parameters_of("block_kv_2").items() == {("anchor_fraction", 0.285)}
 
 
 def test_the_cost_model_by_hand(whole):

@@ -348,8 +348,8 @@ def test_committed_profile_fits_the_notebooks(path, monkeypatch):
 def test_full_trains_every_variant_on_layers_that_are_extracted():
     """Three layers of SmolLM2's 30 unless a variant says otherwise; `extract` records the union."""
     profile = load_profile(ROOT / "notebooks/profiles/full.yaml")
-    assert profile.drafters == VARIANTS and list(profile.drafters) == list(VARIANTS) and profile.seeds == [0, 1, 2]
-    counts = {3} | {parameters.get("kv_layers", 3) for parameters in VARIANTS.values()}
+    assert profile.drafters == {name: v.parameters for name, v in VARIANTS.items()} and list(profile.drafters) == list(VARIANTS) and profile.seeds == [0, 1, 2]
+    counts = {3} | {variant.parameters.get("kv_layers", 3) for variant in VARIANTS.values()}
     wanted = {layer for count in counts for layer in uniform_layers(range(30), count)}
     assert profile.extract["kv_layers"] == sorted(wanted)
 
@@ -357,7 +357,7 @@ def test_full_trains_every_variant_on_layers_that_are_extracted():
 def test_variants_by_list_and_by_mapping(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("drafters: [kv_2, hybrid_warm, hidden]")
-    assert load_profile(path).drafters == {name: VARIANTS[name] for name in ("kv_2", "hybrid_warm", "hidden")}
+    assert load_profile(path).drafters == {name: VARIANTS[name].parameters for name in ("kv_2", "hybrid_warm", "hidden")}
     path.write_text("drafters: {kv_2: , hidden: {epochs: 9}, mine: {paradigm: kv, kv_layers: 5}}")
     assert load_profile(path).drafters == {
         "kv_2": {"paradigm": "kv", "num_layers": 2},

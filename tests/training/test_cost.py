@@ -22,7 +22,7 @@ HEAD_DIM = 16  # of the tiny target: d = 64, 4 query heads and 2 KV heads of 16,
 def drafter(variant: str):
     """The study's variant on the tiny target, whose four query heads can share the KV heads of two layers, not of three."""
     names = {field.name for field in fields(DrafterConfig)}
-    values = {name: value for name, value in VARIANTS[variant].items() if name in names}
+    values = {name: value for name, value in VARIANTS[variant].parameters.items() if name in names}
     config = DrafterConfig(**values | ({"kv_layers": 2} if variant == "kv_2_heads" else {}))
     target = examples.target()
     return build_drafter(config, target, feature_spec(target, config.kv_layers), examples.DRAFT_IDS)

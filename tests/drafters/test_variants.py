@@ -1,0 +1,64 @@
+"""The registry: one entry a variant, and everything that reads it finds a new one."""
+
+import subprocess
+import sys
+
+import pytest
+
+from kvshot_lib.drafters.variants import (
+    MAIN_VARIANTS,
+    QUERY_VARIANTS,
+    VARIANTS,
+    Variant,
+    check_current,
+    current_name,
+    in_study_order,
+    parameters_of,
+)
+from kvshot_lib.errors import StudyError
+from kvshot_lib.study.profiles import resolve_drafters
+
+
+def test_each_entry_is_whole():
+    assert {name: variant.name for name, variant in VARIANTS.items()} == {name: name for name in VARIANTS}
+    for variant in VARIANTS.values():
+        assert variant.says.endswith(".") and variant.says.count(". ") == 0, variant.name
+        assert variant.against == "" or variant.against in VARIANTS
+        assert variant.parameters.get("init_from", "hidden") in VARIANTS
+    looks = [(v.colour, v.marker) for v in VARIANTS.values() if v.group in ("paper", "norms", "sources", "blocks")]
+    shared = {("#0072B2", "v"), ("#009E73", "v"), ("#CC79A7", "^")}
+    assert len({*looks}) == len(looks) - sum(looks.count(look) - 1 for look in shared if look in looks)
+    assert {*MAIN_VARIANTS, *QUERY_VARIANTS} <= {*VARIANTS}
+
+
+def test_a_variant_differs_from_the_one_that_it_is_against():
+    """Most in a single parameter; a start from trained weights is one point, and so is a norm pair or a source with its coordinates."""
+    for variant in VARIANTS.values():
+        if variant.against:
+            own, other = variant.parameters, parameters_of(variant.against)
+            changed = {key for key in own.keys() | other.keys() if own.get(key) != other.get(key)}
+            assert 1 <= len(changed) <= 3, (variant.name, changed)
+
+
+def test_a_new_variant_needs_no_other_file(monkeypatch):
+    new = Variant("kv_5", "Five layers over the cache.", {"paradigm": "kv", "num_layers": 5}, "kv_4", "paper", "#123456", "h")
+    monkeypatch.setitem(VARIANTS, new.name, new)
+    assert in_study_order(["zoo", "kv_5", "hidden", "kv_5"]) == ["hidden", "kv_5", "zoo"]
+    assert resolve_drafters(["kv_5"], "mine") == {"kv_5": new.parameters}
+    assert resolve_drafters({"kv_5": {"epochs": 2}}, "mine") == {"kv_5": new.parameters | {"epochs": 2}}
+
+
+def test_old_names_are_answered_with_new_ones():
+    assert [current_name(name) for name in ("kv_1_none", "kv_4_with_hidden_continued", "block_hidden_2", "kv_2")] == [
+        "none_1", "both_4_continued", "block_states_2", "kv_2",
+    ]  # fmt: skip
+    with pytest.raises(StudyError, match="'kv_1_none' is called 'none_1' now"):
+        check_current(["kv_2", "kv_1_none"])
+    with pytest.raises(StudyError, match="'kv_2_from_hidden' is called 'states_2' now"):
+        resolve_drafters(["kv_2_from_hidden"], "mine")
+    check_current([*VARIANTS, "mine"])
+
+
+def test_the_registry_loads_no_torch():
+    code = "import sys, kvshot_lib.drafters.variants; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
