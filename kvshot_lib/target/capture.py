@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -78,42 +79,35 @@ def capture(
     -----
     Everything is taken off again on leaving, also after an exception. Tensors are references, not copies.
     """
-    decoder = model.get_decoder()
     check_layers(model, hidden, kv)
-    taken, handles = Captured(), []
-
-    def keep_input(layer: int):
-        return lambda _module, args, kwargs: taken.hidden_states.update(
-            {layer: args[0] if args else kwargs["hidden_states"]}
-        )
-
-    def keep_attention(layer: int):
-        def record(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> None:
-            taken.keys[layer], taken.values[layer] = key, value
-            if queries:
-                usual = scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5)
-                taken.queries[layer] = query if usual else query * (scaling * query.shape[-1] ** 0.5)
-
-        return record
-
-    before = model.config._attn_implementation
-    attentions = [decoder.layers[layer].self_attn for layer in kv]
-    try:
+    decoder, taken = model.get_decoder(), Captured()
+    with ExitStack() as undo:
         for layer in hidden:
-            handles.append(decoder.layers[layer].register_forward_pre_hook(keep_input(layer), with_kwargs=True))
-        handles.append(decoder.norm.register_forward_hook(lambda _m, _a, output: taken.final.update(hidden=output)))
-        for layer, attention in zip(kv, attentions, strict=True):
-            attention._kvshot_record = keep_attention(layer)
-        if attentions:
+            keep = partial(_keep_input, taken, layer)
+            undo.callback(decoder.layers[layer].register_forward_pre_hook(keep, with_kwargs=True).remove)
+        keep = decoder.norm.register_forward_hook(lambda _m, _a, output: taken.final.update(hidden=output))
+        undo.callback(keep.remove)
+        for layer in kv:
+            attention = decoder.layers[layer].self_attn
+            attention._kvshot_record = partial(_keep_attention, taken, layer, queries)
+            undo.callback(attention.__dict__.pop, "_kvshot_record", None)
+        if kv:
+            undo.callback(model.set_attn_implementation, model.config._attn_implementation)
             model.set_attn_implementation(_RECORDING)
         yield taken
-    finally:
-        for handle in handles:
-            handle.remove()
-        for attention in attentions:
-            attention.__dict__.pop("_kvshot_record", None)
-        if attentions:
-            model.set_attn_implementation(before)
+
+
+def _keep_input(taken: Captured, layer: int, _module, args, kwargs) -> None:
+    taken.hidden_states[layer] = args[0] if args else kwargs["hidden_states"]
+
+
+def _keep_attention(
+    taken: Captured, layer: int, queries: bool, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+) -> None:
+    taken.keys[layer], taken.values[layer] = key, value
+    if queries:
+        usual = scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5)
+        taken.queries[layer] = query if usual else query * (scaling * query.shape[-1] ** 0.5)
 
 
 def check_layers(model: PreTrainedModel, hidden: Sequence[int], kv: Sequence[int]) -> None:

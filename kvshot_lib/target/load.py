@@ -1,21 +1,18 @@
-"""The target: a frozen causal language model, the study's default one out of a PyPI wheel."""
+"""The target: a frozen causal language model, and the layers of it whose cache a drafter can reuse."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from ..errors import StudyError
 from .smollm2 import DEFAULT_TARGET, smollm2_folder
-from .tiny import TINY, _tiny
+from .tiny import TINY, tiny_model, tiny_tokenizer
 
 
 @dataclass(frozen=True)
@@ -54,13 +51,12 @@ class Target:
 
     @property
     def logit_cap(self) -> float:
-        """The target's logits are cap · tanh(z / cap) of its LM head's z; 0: they are z."""
+        """For `capped`; 0 where the target doesn't cap its logits."""
         return getattr(self.config, "final_logit_softcapping", None) or 0.0
 
     def logits(self, final_hidden: torch.Tensor) -> torch.Tensor:
         """[…, d] after the last norm -> [..., V] as the target forms them."""
-        logits = self.model.get_output_embeddings()(final_hidden)
-        return self.logit_cap * torch.tanh(logits / self.logit_cap) if self.logit_cap else logits
+        return capped(self.model.get_output_embeddings()(final_hidden), self.logit_cap)
 
     @property
     def eos_token_id(self) -> int:
@@ -69,15 +65,18 @@ class Target:
         return eos[0] if isinstance(eos, list | tuple) else eos
 
 
+def capped(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap · tanh(z / cap), as Gemma-2 caps its logits; z itself if ``cap`` is 0."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
 def load_target(name: str = DEFAULT_TARGET, *, device: str = "auto", dtype: str = "auto", seed: int = 0) -> Target:
     """Load a target, frozen and in evaluation mode.
 
     Parameters
     ----------
-    name : ``smollm2-135m-instruct`` (fetched once with pip, hash-checked, dequantised into the cache folder);
-        ``tiny``, ``tiny-llama``, ``tiny-qwen2``, ``tiny-qwen3``, ``tiny-mistral``, ``tiny-olmo2`` or ``tiny-gemma3`` (random
-        weights from a config, for tests);
-        anything else is a Hugging Face hub id or a local folder.
+    name : ``smollm2-135m-instruct`` (fetched once with pip, hash-checked, dequantised into the cache folder); a key of
+        ``TINY`` (random weights, for tests); anything else is a Hugging Face hub id or a local folder.
     device : ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, …
     dtype : ``auto`` (bfloat16 where the machine computes it natively, else float32), ``bfloat16`` or ``float32``.
     seed : of the random weights of a tiny target; others ignore it.
@@ -89,11 +88,9 @@ def load_target(name: str = DEFAULT_TARGET, *, device: str = "auto", dtype: str 
     """
     where, kind = resolve_device(device), resolve_dtype(dtype, resolve_device(device))
     if name in TINY:
-        model, tokenizer = _tiny(TINY[name], seed)
+        model, tokenizer = tiny_model(TINY[name], seed), tiny_tokenizer()
     else:
-        folder = smollm2_folder() if name == DEFAULT_TARGET else name
-        with _quiet():
-            model, tokenizer = _from_pretrained(folder, kind)
+        model, tokenizer = _from_pretrained(smollm2_folder() if name == DEFAULT_TARGET else name, kind)
     model = model.to(device=where, dtype=kind).eval().requires_grad_(False)
     full_attention_layers(model)
     tokenizer_hash = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
@@ -131,30 +128,26 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
     ------
     StudyError : the model has recurrent layers, or only sliding-window ones.
     """
-    config, name = model.config.get_text_config(), type(model).__name__
-    if getattr(config, "attn_logit_softcapping", None):
-        raise StudyError(
-            f"target {name} caps its attention scores, which the fused attention leaves out; choose another target"
-        )
+    config = model.config.get_text_config()
     layers = getattr(model.get_decoder(), "layers", None)
+    if getattr(config, "attn_logit_softcapping", None):
+        _refuse(model, "caps its attention scores, which the fused attention leaves out")
     if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
-        raise StudyError(
-            f"target {name} has layers without standard attention: it keeps no KV cache to reuse; choose another target"
-        )
+        _refuse(model, "has layers without standard attention: it keeps no KV cache to reuse")
     if getattr(config, "kv_lora_rank", None):
-        raise StudyError(
-            f"target {name} compresses its cache (latent attention): it has no keys to reuse; choose another target"
-        )
+        _refuse(model, "compresses its cache (latent attention): it has no keys to reuse")
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
         kinds = ["sliding_attention" if sliding else "full_attention"] * len(layers)
     full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     if not full:
-        raise StudyError(
-            f"target {name} has sliding-window layers only: its cache forgets the prefix; choose another target"
-        )
+        _refuse(model, "has sliding-window layers only: its cache forgets the prefix")
     return full
+
+
+def _refuse(model: PreTrainedModel, why: str) -> None:
+    raise StudyError(f"target {type(model).__name__} {why}; choose another target")
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -167,23 +160,17 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-
-
-
-
-
-
-
-
 def _from_pretrained(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa"), tokenizer
+        with _no_loading_bars():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa"), tokenizer
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
         if "does not support an attention implementation" in why:  # Mamba, RWKV, …
             raise StudyError(
-                f"target {str(folder)!r} ({why.split()[0]}) has no standard attention: it keeps no KV cache to reuse; choose another target"
+                f"target {str(folder)!r} ({why.split()[0]}) has no standard attention: it keeps no KV cache to reuse; "
+                "choose another target"
             ) from error
         known = ", ".join([DEFAULT_TARGET, *TINY])
         raise StudyError(
@@ -191,17 +178,12 @@ def _from_pretrained(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrained
         ) from error
 
 
-
-
-
-
-class _quiet:
-    """No loading bars from transformers inside the block."""
-
-    def __enter__(self) -> None:
-        self.shown = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_) -> None:
-        if self.shown:
-            transformers_logging.enable_progress_bar()
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

