@@ -74,7 +74,7 @@ publish:  ## copy tables and figures of results/PROFILE to data/recorded/PROFILE
 	@mkdir -p data/recorded/$(PROFILE) figures/$(PROFILE)
 	for table in results/$(PROFILE)/tables/*.columns.xz; do rm -f "data/recorded/$(PROFILE)/$$(basename "$$table" .columns.xz)".csv*; done  # one form of a table
 	cp results/$(PROFILE)/tables/*.csv results/$(PROFILE)/tables/*.columns.xz data/recorded/$(PROFILE)/
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m kvshot_lib.metrics.tables thin data/recorded/$(PROFILE)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m kvshot_lib thin data/recorded/$(PROFILE)
 	cp results/$(PROFILE)/figures/* figures/$(PROFILE)/
 	rm -f figures/$(PROFILE)/training_*_seed*  # training.png shows them together
 

@@ -12,6 +12,7 @@ from kvshot_lib.drafters.checkpoint import load_drafter
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features.store import StoredFeatures
 from kvshot_lib.metrics import tables
+from kvshot_lib.metrics.collect import OF_RUN
 from kvshot_lib.target.load import load_target
 from kvshot_lib.text.corpus import load_corpus
 from kvshot_lib.training.loop import _identity, load_checkpoint, train
@@ -52,7 +53,7 @@ def read_run(study: Path) -> dict:
 
 
 def read_tables(study: Path) -> list:
-    return [tables.read(study / "tables", name) for name in ("runs", "acceptance", *tables.OF_RUN)]
+    return [tables.read(study / "tables", name) for name in ("runs", "acceptance", *OF_RUN)]
 
 
 def read_corpus(study: Path) -> list:

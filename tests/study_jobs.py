@@ -12,6 +12,7 @@ from kvshot_lib.features.spec import feature_spec
 from kvshot_lib.features.store import write_store
 from kvshot_lib.files import read_json, sha256, write_csv
 from kvshot_lib.metrics import tables
+from kvshot_lib.metrics.collect import collect as collect_runs
 from kvshot_lib.study.profiles import Profile
 from kvshot_lib.study.sweep import sweep
 from kvshot_lib.target.load import load_target
@@ -63,12 +64,12 @@ def sweep_all(folder: Path) -> None:
     jobs = [(variant, 0) for variant in PROFILE.drafters]
     if left := sweep(PROFILE, folder, jobs, workers=2, stop_after_s=600):
         raise RuntimeError(f"{left} runs are left")
-    tables.collect(folder, [f"{variant}/seed{seed}" for variant, seed in jobs], samples=100)
+    collect_runs(folder, [f"{variant}/seed{seed}" for variant, seed in jobs], samples=100)
 
 
 def collect(folder: Path) -> None:
     """The tables of what `train_one` left."""
-    tables.collect(folder, samples=100)
+    collect_runs(folder, samples=100)
 
 
 def corpus(folder: Path) -> None:
@@ -91,7 +92,7 @@ def leavings(folder: Path) -> dict[str, object]:
             value = read_json(path, "")
             found[name] = {key: part for key, part in value.items() if key not in (*VARYING, "files")}
         elif path.stem.split(".")[0] in ("history", "runs"):
-            table = tables.read(path.parent, "history") if path.suffix == ".xz" else pd.read_csv(path)
+            table = tables.read(path.parent, "history") if path.suffix == ".parquet" else pd.read_csv(path)
             found[name] = table.drop(columns=VARYING, errors="ignore").to_csv(index=False)
         else:
             found[name] = sha256(path)

@@ -141,7 +141,7 @@ def verify_lossless(
     table = table.reindex(columns=[*tables.SCHEMAS["lossless"]]).astype(tables.SCHEMAS["lossless"])
     if keep:
         table = pd.concat([tables.read(keep, "lossless"), table], ignore_index=True)
-        table = table.drop_duplicates(tables.KEYS["lossless"], keep="last", ignore_index=True)
+        table = table.drop_duplicates(tables.TABLES["lossless"].keys, keep="last", ignore_index=True)
     tables.write(out / "tables", "lossless", tables.rounded(table))
     return table, not left
 

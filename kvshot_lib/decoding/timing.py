@@ -67,7 +67,7 @@ class Record:
         known = tables.SCHEMAS[name]
         found = found.assign(**self.labels).reindex(columns=[*known]).astype(known)
         both = pd.concat([part for part in (self.rows[name], found) if len(part)], ignore_index=True)
-        self.rows[name] = both.drop_duplicates(tables.KEYS[name], keep="last", ignore_index=True)
+        self.rows[name] = both.drop_duplicates(tables.TABLES[name].keys, keep="last", ignore_index=True)
         write_csv(self.folder / f"{name}.csv", tables.rounded(self.rows[name]))
 
     def has(self, turn: Turn, plans) -> bool:
@@ -214,7 +214,7 @@ def write_tables(results_dir: Path, keep: str | Path = "") -> list[Path]:
         parts = ([tables.read(keep, name)] if keep else []) + parts
         parts = [part for part in parts if len(part)]
         both = pd.concat(parts, ignore_index=True) if parts else tables.empty(name)
-        found[name] = in_study_order(both.drop_duplicates(tables.KEYS[name], keep="last"))
+        found[name] = in_study_order(both.drop_duplicates(tables.TABLES[name].keys, keep="last"))
         written.append(tables.write(results_dir / "tables", name, tables.rounded(found[name])))
     summary = tables.rounded(decoding_table(found["decode_prompts"])).reindex(columns=[*tables.SCHEMAS["decoding"]])
     return [*written, tables.write(results_dir / "tables", "decoding", summary)]

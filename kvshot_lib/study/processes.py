@@ -23,7 +23,7 @@ from ..features.kept import keep_features
 from ..features.live import LiveFeatures
 from ..features.spec import feature_spec
 from ..files import write_csv
-from ..metrics.tables import collect
+from ..metrics.collect import collect
 from ..target.load import load_target
 from ..text.corpus import answer_token_counts, load_corpus
 from ..training.run import SPLITS

@@ -22,6 +22,7 @@ from ..errors import StudyError, one_line_errors
 from ..features.store import StoredFeatures
 from ..files import sha256, write_atomically, write_csv, write_json
 from ..metrics import tables
+from ..metrics.collect import read_record
 from ..metrics.acceptance import count_run
 from ..metrics.resampling import Draws, draw
 from ..plots.report import markdown_table, signed
@@ -49,7 +50,7 @@ def publish(folder: Path, to: Path, target: Target, evaluation: StoredFeatures, 
     """
     if not (folder / "run.json").exists():
         raise StudyError(f"{folder} has no finished run: train it first ({training_command(folder)})")
-    record, drafter = tables.read_record(folder), load_drafter(folder, target)
+    record, drafter = read_record(folder), load_drafter(folder, target)
     tensors = {name: tensor.detach().cpu() for name, tensor in drafter.state_dict().items()}
     path = save_rounded({**tensors, "draft_ids": drafter.draft_ids.cpu()}, to / WEIGHTS, step)
     described = {**drafter.description(), "weights_sha256": sha256(path), "rounding_step": step}

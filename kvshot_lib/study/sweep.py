@@ -30,7 +30,7 @@ from ..features.live import LiveFeatures
 from ..features.resident import ResidentFeatures
 from ..features.spec import feature_spec
 from ..files import write_csv
-from ..metrics.tables import collect
+from ..metrics.collect import collect
 from ..target.load import load_target
 from ..text.corpus import answer_token_counts, load_corpus
 from ..training.loop import TrainConfig, train

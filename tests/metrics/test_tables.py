@@ -1,293 +1,106 @@
-"""Collecting runs into tables, and what is refused with one line that says what to do."""
+"""Tables as they are written and read back, and what is refused with one line that says what to do."""
 
-import json
-import lzma
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
+from finished_runs import write_run
 
 from kvshot_lib.errors import StudyError
-from kvshot_lib.metrics import acceptance as metrics
-from kvshot_lib.metrics import gradients as gradient_statistics
 from kvshot_lib.metrics import tables
+from kvshot_lib.metrics.collect import OF_RUN, collect
 from kvshot_lib.metrics.resampling import acceptance_table
 
-RECORDED = sorted((Path(__file__).parents[2] / "data/recorded").glob("*/counts.csv*"))
+RECORDED = sorted((Path(__file__).parents[2] / "data/recorded").glob("*/runs.csv"))
+COLLECTED = ("runs", "acceptance", *OF_RUN)
+LENGTHS = pd.DataFrame([["none", 0, 1, 2, 1]], columns=list(tables.SCHEMAS["run_lengths"]))
 
 
-COLLECTED = {"runs", "counts", "run_lengths", "axes", "history", "gradients", "acceptance"}
-PLACES = np.stack([np.arange(10) + 10, np.arange(10) + 30], axis=1)  # of ten anchors: generated offset, context length
+def test_a_table_in_words():
+    """Columns in order, an integer where no type stands, a star on those that tell rows apart."""
+    made = tables._table("*variant:str *draft_step:int? anchors value:float", large=True)
+    assert made.columns == {"variant": "str", "draft_step": "Int64", "anchors": "int64", "value": "float64"}
+    assert (made.keys, made.large, made.optional) == (["variant", "draft_step"], True, True)
 
 
-def documents_of(match):
-    return [(m, np.ones_like(m)) for m in match]
-
-
-def write_run(results_dir, variant, seed=0, documents=6, history_steps=3, **facts):
-    """A finished run as notebook 02 leaves it, with made-up matches."""
-    folder = Path(results_dir) / "runs" / variant / f"seed{seed}"
-    folder.mkdir(parents=True)
-    match = np.random.default_rng([seed, *variant.encode()]).random((documents, 10, 3)) < 0.5
-    counts, run_lengths = metrics.count_run(variant, seed, documents_of(match))
-    axes = metrics.count_axes(variant, seed, documents_of(match), [PLACES] * documents)
-    for name, table in (("counts", counts), ("run_lengths", run_lengths), ("axes", axes)):
-        table.to_csv(folder / f"{name}.csv", index=False)
-    columns = tables.SCHEMAS["history"]
-    rows = [
-        [variant, seed, n, 100 * n, n / 3, "train", k, 1 / 3, 0.5, 1e-3] for n in range(history_steps) for k in (0, 1)
-    ]
-    pd.DataFrame(rows, columns=list(columns)).to_csv(folder / "history.csv", index=False)
-    filled = {name: "x" if kind == "str" else 1 for name, kind in tables.SCHEMAS["runs"].items()}
-    record = filled | {"variant": variant, "seed": seed, "target_hash": "abc"} | facts
-    (folder / "run.json").write_text(json.dumps(record))
-    gradients = [variant, seed, 1, 100, 0, "cross", "k_proj", None, None, "grad_norm", 0.5]
-    pd.DataFrame([gradients], columns=list(tables.SCHEMAS["gradients"])).to_csv(folder / "gradients.csv", index=False)
-    return folder
-
-
-def test_collect_merges_every_run_in_the_order_of_the_study(tmp_path):
-    for variant, seed in (("zebra", 0), ("hybrid", 0), ("kv_2", 10), ("kv_2", 2), ("hidden", 0)):
-        write_run(tmp_path, variant, seed)
-    unfinished = write_run(tmp_path, "kv_1")
-    (unfinished / "run.json").unlink()
-    paths = tables.collect(tmp_path, samples=20)
-    assert set(paths) == COLLECTED
-    for name in COLLECTED:
-        table = tables.read(tmp_path / "tables", name)
-        runs = table[["variant", "seed"]].drop_duplicates().to_numpy().tolist()
-        assert runs == [["hidden", 0], ["kv_2", 2], ["kv_2", 10], ["hybrid", 0], ["zebra", 0]], name
-    counts = tables.read(tmp_path / "tables", "counts")
-    pd.testing.assert_frame_equal(
-        counts[(counts["variant"] == "kv_2") & (counts["seed"] == 10)].reset_index(drop=True),
-        pd.read_csv(tmp_path / "runs/kv_2/seed10/counts.csv"),
-    )
-
-
-def test_runs_collected_before_are_kept_unless_they_were_trained_again(tmp_path):
-    """hidden and kv_1 in one place; later hidden again and hybrid in another: the later hidden counts."""
-    for variant, tokens in (("hidden", 100), ("kv_1", 100)):
-        write_run(tmp_path / "first", variant, trained_tokens=tokens)
-    tables.collect(tmp_path / "first")
-    for variant, tokens in (("hidden", 200), ("hybrid", 200)):
-        write_run(tmp_path / "later", variant, trained_tokens=tokens)
-    tables.collect(tmp_path / "later", keep=tmp_path / "first/tables")
-    found = tables.read(tmp_path / "later/tables", "runs").set_index("variant")["trained_tokens"]
-    assert found.to_dict() == {"hidden": 200, "kv_1": 100, "hybrid": 200}
-    counts = tables.read(tmp_path / "later/tables", "counts").query("variant == 'kv_1'").reset_index(drop=True)
-    before = tables.read(tmp_path / "first/tables", "counts").query("variant == 'kv_1'").reset_index(drop=True)
-    pd.testing.assert_frame_equal(counts, before)
-
-
-def test_collect_twice_writes_the_same_bytes(tmp_path):
-    for variant in ("kv_1", "hidden"):
-        write_run(tmp_path, variant)
-    first = {name: path.read_bytes() for name, path in tables.collect(tmp_path, samples=50).items()}
-    assert first == {name: path.read_bytes() for name, path in tables.collect(tmp_path, samples=50).items()}
-    assert not list((tmp_path / "tables").glob(".*"))
-
-
-def test_large_tables_are_compressed(tmp_path):
+def test_large_tables_are_parquet_and_small_ones_csv(tmp_path):
     write_run(tmp_path, "hidden")
-    paths = tables.collect(tmp_path, samples=5)
-    large = {name for name, path in paths.items() if path.name == f"{name}.columns.xz"}
-    assert large == {"counts", "run_lengths", "axes", "history", "gradients"}
-    assert {path.name for path in paths.values()} - {f"{name}.columns.xz" for name in large} == {
-        "runs.csv",
-        "acceptance.csv",
-    }
+    names = {path.name for path in collect(tmp_path, samples=5).values()}
+    assert names == {"runs.csv", "acceptance.csv", *(f"{name}.parquet" for name in OF_RUN)}
 
 
-def test_either_form_of_a_table_is_read_and_only_one_is_left(tmp_path):
-    table = pd.DataFrame([["none", 0, 1, 2, 1]], columns=list(tables.SCHEMAS["run_lengths"]))
-    table.to_csv(tmp_path / "run_lengths.csv", index=False)
-    pd.testing.assert_frame_equal(tables.read(tmp_path, "run_lengths"), table, check_dtype=False)
-    newer = table.assign(accepted=2)
-    newer.to_csv(tmp_path / "run_lengths.csv.xz", index=False)  # as an earlier version wrote it
-    assert tables.read(tmp_path, "run_lengths")["accepted"].tolist() == [2]
-    tables.write(tmp_path, "run_lengths", table)
-    assert [path.name for path in tmp_path.iterdir()] == ["run_lengths.columns.xz"]
-    assert tables.read(tmp_path, "run_lengths")["accepted"].tolist() == [1]
-
-
-def test_a_table_on_its_side_comes_back_as_it_was(tmp_path):
-    """Commas, quotes, empty cells of every kind, text that looks like a number, no rows."""
-    names = list(tables.SCHEMAS["history"])
+@pytest.mark.parametrize("name", ["history", "runs"])  # Parquet and CSV
+def test_a_table_comes_back_as_it_was(tmp_path, name):
+    """Commas, quotes, empty cells, text that looks like a number or like nothing, further columns, no rows."""
+    words = ["a,b", 'say "x"', "1e5", "none", "0001", "nan"]
     rows = [
-        ["a,b", 0, 1, 5, 0.5, 'say "x"', None, 1.5, None, 1e-3],
-        ["1e5", 1, 2, 6, 1e-7, "train", 3, None, 0.25, None],
+        {column: {"str": word, "float64": 1e-7, "Int64": 3}.get(kind, i) for column, kind in tables.SCHEMAS[name].items()}
+        for i, word in enumerate(words)
     ]
-    for table in (pd.DataFrame(rows, columns=names), pd.DataFrame(rows, columns=names)[:0]):
-        table = table.astype(tables.SCHEMAS["history"])
-        path = tables.write(tmp_path, "history", table)
-        pd.testing.assert_frame_equal(tables.read(tmp_path, "history"), table)
-    lines = lzma.decompress(path.read_bytes()).decode().splitlines()
-    assert lines == names
+    table = pd.DataFrame(rows).astype(tables.SCHEMAS[name]).assign(further=1.5)
+    table.loc[0, [column for column, kind in tables.SCHEMAS[name].items() if kind in ("Int64", "float64")]] = None
+    for made in (table, table[:0]):
+        tables.write(tmp_path, name, made)
+        pd.testing.assert_frame_equal(tables.read(tmp_path, name), made, check_dtype=bool(len(made)))
+
+
+def test_the_same_rows_are_the_same_bytes(tmp_path):
+    for name, table in (("run_lengths", LENGTHS), ("acceptance", tables.empty("acceptance"))):
+        assert tables.write(tmp_path / "a", name, table).read_bytes() == tables.write(tmp_path / "b", name, table).read_bytes()
+    assert not list((tmp_path / "a").glob(".*"))
 
 
 @pytest.mark.parametrize(
     "spoil", [lambda data: b"variant,seed\n", lambda data: data[:-9], lambda data: data[:30] + data[40:]]
 )
-def test_damaged_compressed_table_is_one_line(tmp_path, spoil):
+@pytest.mark.parametrize("name", ["counts", "acceptance"])
+def test_a_damaged_table_is_one_line(tmp_path, name, spoil):
     write_run(tmp_path, "hidden")
-    path = tables.collect(tmp_path, samples=5)["counts"]
+    path = collect(tmp_path, samples=5)[name]
     path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(
-        StudyError, match="counts.columns.xz is no readable table .*: delete it and make it again"
-    ) as error:
-        tables.read(tmp_path / "tables", "counts")
+    with pytest.raises(StudyError, match=f"{path.name} is (no readable table|damaged)") as error:
+        tables.read(tmp_path / "tables", name)
     assert "\n" not in str(error.value)
 
 
-def test_runs_without_counts_along_the_axes_are_collected(tmp_path):
-    """Runs of earlier versions have no axes.csv; a table that is not there reads as an empty one."""
-    (write_run(tmp_path, "hidden") / "axes.csv").unlink()
-    tables.collect(tmp_path, samples=5)
-    assert tables.read(tmp_path / "tables", "axes").empty
-    assert tables.read(tmp_path / "elsewhere", "axes").empty
-    write_run(tmp_path, "kv_1")
-    tables.collect(tmp_path, samples=5)
-    assert set(tables.read(tmp_path / "tables", "axes")["variant"]) == {"kv_1"}
+def test_a_missing_table_names_what_makes_it(tmp_path):
+    with pytest.raises(StudyError, match="counts.parquet is not there: train drafters and collect them; `make study`"):
+        tables.read(tmp_path, "counts")
+    assert tables.read(tmp_path, "axes").empty, "what not every study has reads as an empty table"
 
 
-def test_written_acceptance_is_that_of_the_written_counts(tmp_path):
-    write_run(tmp_path, "hidden")
-    tables.collect(tmp_path, samples=50)
-    counts, lengths = (tables.read(tmp_path / "tables", name) for name in ("counts", "run_lengths"))
-    written = tables.read(tmp_path / "tables", "acceptance")
-    pd.testing.assert_frame_equal(written, acceptance_table(counts, lengths, samples=50), rtol=1e-5)
+@pytest.mark.parametrize("form", tables.OLD_FORMS)
+def test_an_earlier_form_names_what_converts_it(tmp_path, form):
+    (tmp_path / f"counts.{form}").touch()
+    with pytest.raises(StudyError, match=f"counts.{form} has an earlier form: .*`kvshot convert {tmp_path}`"):
+        tables.read(tmp_path, "counts")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop(columns="accepted"), r"here lacks accepted \(columns of run_lengths: variant, seed"),
+        (lambda t: t.assign(seed="one"), "here has a cell of the wrong type .*one"),
+        (lambda t: pd.concat([t, t]), "here has two rows for .*'variant': 'none', 'seed': 0, 'document': 1}"),
+    ],
+)
+def test_what_does_not_fit_its_schema_is_refused(change, message):
+    with pytest.raises(StudyError, match=message):
+        tables.check(change(LENGTHS), "run_lengths", "here")
+
+
+def test_floats_are_rounded_to_six_digits():
+    table = pd.DataFrame({"a": [123.456789, 1 / 3, None], "b": [1234567, 2, 3]})
+    assert tables.rounded(table)["a"].tolist()[:2] == [123.457, 0.333333]
+    assert tables.rounded(table)["b"].tolist() == [1234567, 2, 3]
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.name)
 def test_recorded_tables_are_whole_and_agree(path):
-    recorded = {name: tables.read(path.parent, name) for name in COLLECTED}
+    recorded = {name: tables.read(path.parent, name) for name in tables.TABLES if name != "scorecard"}
     computed = acceptance_table(recorded["counts"], recorded["run_lengths"])
     pd.testing.assert_frame_equal(recorded["acceptance"], computed, rtol=1e-5)
+    runs = set(recorded["runs"]["variant"])
     for name in COLLECTED:
-        found, runs = set(recorded[name]["variant"]), set(recorded["runs"]["variant"])
-        assert found <= runs if name in tables.OPTIONAL else found == runs, name
-
-
-def test_long_histories_are_thinned_to_their_ends_and_even_steps_between(tmp_path):
-    write_run(tmp_path, "hidden", history_steps=991)
-    tables.collect(tmp_path, samples=5)
-    history = tables.read(tmp_path / "tables", "history")
-    steps = history["step"].unique()
-    assert len(steps) == 100 and len(history) == 200
-    assert (np.diff(steps) == 10).all() and (steps[0], steps[-1]) == (0, 990)
-
-
-def test_floats_have_six_digits(tmp_path):
-    write_run(tmp_path, "hidden", train_s=123.456789)
-    tables.collect(tmp_path, samples=5)
-    assert tables.read(tmp_path / "tables", "runs")["train_s"].tolist() == [123.457]
-    assert ",0.333333," in lzma.decompress((tmp_path / "tables/history.columns.xz").read_bytes()).decode()
-
-
-def test_further_facts_of_a_run_are_kept_and_may_be_missing_elsewhere(tmp_path):
-    write_run(tmp_path, "hidden", peak_memory_bytes=12)
-    write_run(tmp_path, "kv_1")
-    tables.collect(tmp_path, samples=5)
-    assert tables.read(tmp_path / "tables", "runs")["peak_memory_bytes"].isna().tolist() == [False, True]
-
-
-def test_text_that_looks_like_something_else_stays_text(tmp_path):
-    """A variant called none is no missing cell, and a hash such as 0123e45 is no number."""
-    write_run(tmp_path, "none", git_revision="0123456e78", target_hash="0001")
-    tables.collect(tmp_path, samples=5)
-    assert set(tables.read(tmp_path / "tables", "counts")["variant"]) == {"none"}
-    row = tables.read(tmp_path / "tables", "runs").iloc[0]
-    assert (row["git_revision"], row["target_hash"]) == ("0123456e78", "0001")
-
-
-# What is refused
-
-
-def edit(name, change):
-    """A spoiler that replaces table ``name`` of a run by ``change(table)``."""
-    return lambda run: change(pd.read_csv(run / f"{name}.csv")).to_csv(run / f"{name}.csv", index=False)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda run: (run / "run.json").write_text("{"), "run.json can't be read .* train again"),
-        (lambda run: (run / "counts.csv").unlink(), "counts.csv is not there: run notebooks/03_train_drafter"),
-        (lambda run: (run / "counts.csv").write_text(""), "counts.csv is no readable table"),
-        (edit("counts", lambda t: t.drop(columns="reached")), "counts.csv lacks reached .*03_train_drafter"),
-        (edit("history", lambda t: t.assign(x=1)), "history.csv has unknown x"),
-        (edit("counts", lambda t: t.assign(seed="one")), "counts.csv has a cell of the wrong type .*one"),
-        (edit("counts", lambda t: t.assign(draft_step=0)), "counts.csv has two rows for .*'document': 0"),
-        (edit("counts", lambda t: t.assign(variant="kv_9")), "the counts in .* are of kv_9/seed0"),
-        (edit("axes", lambda t: t.assign(variant="kv_9")), "the axes in .* are of kv_9/seed0"),
-        (edit("axes", lambda t: t[:-1]), "bins of generated_offset in .*axes.csv don't sum to counts.csv: delete"),
-        (edit("axes", lambda t: t.assign(matches=0)), "don't sum to counts.csv"),
-        (edit("counts", lambda t: t[:0]), "the counts in .* are of no run"),
-        (edit("counts", lambda t: t[1:]), "don't sum to counts.csv"),
-        (edit("run_lengths", lambda t: t[1:]), "different documents, draft steps or anchors"),
-    ],
-)
-def test_spoiled_runs_are_refused_and_earlier_tables_stay(tmp_path, spoil, message):
-    write_run(tmp_path, "hidden")
-    write_run(tmp_path, "kv_2")
-    before = {path: path.read_bytes() for path in tables.collect(tmp_path, samples=5).values()}
-    spoil(tmp_path / "runs/kv_2/seed0")
-    with pytest.raises(StudyError, match=message) as error:
-        tables.collect(tmp_path, samples=5)
-    assert "\n" not in str(error.value)
-    assert before == {path: path.read_bytes() for path in before}
-
-
-def test_runs_of_two_targets_are_refused(tmp_path):
-    write_run(tmp_path, "hidden")
-    write_run(tmp_path, "kv_2", target="other", target_hash="0123456789")
-    with pytest.raises(
-        StudyError, match=r"different targets: hidden seed 0 \(x, abc\) and kv_2 seed 0 \(other, 01234567\)"
-    ):
-        tables.collect(tmp_path)
-
-
-def test_missing_table_names_what_makes_it(tmp_path):
-    with pytest.raises(StudyError, match=r"counts.csv is not there: .*03_train_drafter.*kvshot_lib.metrics.tables collect"):
-        tables.read(tmp_path, "counts")
-
-
-def test_command_line(tmp_path, capsys):
-    write_run(tmp_path, "hidden")
-    tables.main(["collect", str(tmp_path)])
-    assert str(tmp_path / "tables/acceptance.csv") in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="^StudyError: no finished run in .*03_train_drafter"):
-        tables.main(["collect", str(tmp_path / "elsewhere")])
-
-
-def test_recorded_counts_along_the_text_are_those_of_the_main_drafters(tmp_path):
-    for variant in ("kv_2", "kv_2_heads"):
-        write_run(tmp_path, variant)
-    tables.collect(tmp_path, samples=5)
-    tables.main(["thin", str(tmp_path / "tables")])
-    assert set(tables.read(tmp_path / "tables", "axes")["variant"]) == {"kv_2"}
-    assert set(tables.read(tmp_path / "tables", "counts")["variant"]) == {"kv_2", "kv_2_heads"}
-
-
-def test_thinned_gradients_draw_the_same(tmp_path):
-    write_run(tmp_path, "kv_2")
-    tables.collect(tmp_path, samples=5)
-    row = {"variant": "kv_2", "seed": 0, "step": 1, "trained_tokens": 9, "layer": 0, "branch": "layer"}
-    parts = [
-        ("q_proj", "grad_norm", 1.23456),
-        ("q_proj", "adam_step_norm", 2.0),
-        ("q_proj", "weight_norm", 3.0),
-        ("q_proj", "numel", 4.0),
-    ]
-    parts += [("norms", "grad_norm", 5.0), ("gate", "gate_mean", 0.5), ("output", "grad_norm", 6.0)]
-    made = pd.DataFrame(
-        [row | {"matrix": m, "draft_step": pd.NA, "document": pd.NA, "quantity": q, "value": v} for m, q, v in parts]
-    )
-    tables.write(tmp_path / "tables", "gradients", made[list(tables.SCHEMAS["gradients"])])
-    whole = gradient_statistics.training_table(tables.read(tmp_path / "tables", "gradients"))
-    tables.main(["thin", str(tmp_path / "tables")])
-    thinned = tables.read(tmp_path / "tables", "gradients")
-    assert thinned["matrix"].tolist() == ["q_proj"] * 4 + ["gate", "output"] and thinned["value"][0] == 1.235
-    numbers = ["gradient", "adam_step", "relative_step"]
-    assert np.allclose(gradient_statistics.training_table(thinned)[numbers], whole[numbers], rtol=1e-3)
+        found = set(recorded[name]["variant"])
+        assert found <= runs if tables.TABLES[name].optional else found == runs, name

@@ -15,6 +15,7 @@ from kvshot_lib.errors import StudyError
 from kvshot_lib.features.store import StoredFeatures, write_store
 from kvshot_lib.files import write_csv, write_json
 from kvshot_lib.metrics import tables
+from kvshot_lib.metrics.collect import collect
 from kvshot_lib.metrics.resampling import Interval
 from kvshot_lib.provenance import provenance
 from kvshot_lib.study import judge as checkpoint_run
@@ -96,7 +97,7 @@ def test_it_becomes_a_run_of_another_study(study, monkeypatch):
     monkeypatch.setattr(checkpoint_run, "load_target", lambda _: examples.target())
     run = checkpoint_run.judge_checkpoint(folder, VARIANT, "print")
     assert run == folder / f"runs/{VARIANT}_checkpoint/seed3" and (run / ".fingerprint").read_text() == "print"
-    collected = tables.collect(folder, [f"{VARIANT}_checkpoint/seed3"], samples=20)
+    collected = collect(folder, [f"{VARIANT}_checkpoint/seed3"], samples=20)
     assert pd.read_csv(collected["runs"])["variant"].tolist() == [f"{VARIANT}_checkpoint"]
     acceptance = pd.read_csv(collected["acceptance"]).set_index("metric")
     assert acceptance.loc["measured_mat", "value"] == pytest.approx(

@@ -1,0 +1,140 @@
+"""Finished runs merged into the tables of a study, and recorded tables made smaller.
+
+A run leaves ``run.json`` (its row of ``runs``) and a CSV file for each table of `OF_RUN` in
+``RESULTS_DIR/runs/<variant>/seed<seed>/``. Their order in the tables depends on their names alone.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..drafters.variants import MAIN_VARIANTS, in_study_order
+from ..errors import StudyError
+from ..files import read_json, sha256
+from .acceptance import AXES
+from .resampling import acceptance_table
+from .tables import TABLES, check, empty, read, read_one, rounded, write
+
+AGAIN = "make it again with notebooks/03_train_drafter.ipynb"
+OF_RUN = ("counts", "run_lengths", "axes", "history", "gradients")
+
+
+def collect(
+    results_dir: str | Path, runs: Sequence[str] = (), *, samples: int = 2000, seed: int = 0, keep: str | Path = ""
+) -> dict[str, Path]:
+    """Merge finished runs, all or some, into RESULTS_DIR/tables.
+
+    ``acceptance`` is added: metrics with intervals. Floats keep 6 significant digits, and a training history at most
+    100 steps per run and split, so that recorded tables stay small.
+
+    Parameters
+    ----------
+    runs : ``variant/seed0`` …; all by default.
+    samples, seed : of the bootstrap.
+    keep : a folder of tables collected before; its runs stay, unless ``results_dir`` has trained them again.
+
+    Raises
+    ------
+    StudyError : no finished run; a run with a missing or malformed file; runs that can't be compared (other evaluation
+        documents, draft steps, anchors or target). Tables of an earlier collection stay as they were.
+    """
+    results_dir = Path(results_dir)
+    finished = [path.parent for path in results_dir.glob("runs/*/seed*/run.json")]
+    finished = [folder for folder in finished if not runs or f"{folder.parent.name}/{folder.name}" in runs]
+    if not finished:
+        raise StudyError(
+            f"no finished run in {results_dir / 'runs'}: train a drafter there with notebooks/03_train_drafter.ipynb"
+        )
+    found = {_key(run): run for run in map(_read_run, finished)}
+    if keep:
+        kept = {name: read(keep, name) for name in ("runs", *OF_RUN)}
+        for variant, number in kept["runs"][["variant", "seed"]].itertuples(index=False, name=None):
+            own = {n: t[(t["variant"] == variant) & (t["seed"] == number)] for n, t in kept.items()}
+            found.setdefault((variant, number), own)
+    place = {variant: i for i, variant in enumerate(in_study_order(variant for variant, _ in found))}
+    ordered = [found[key] for key in sorted(found, key=lambda key: (place[key[0]], key[1]))]
+    made = {name: pd.concat([run[name] for run in ordered], ignore_index=True) for name in ordered[0]}
+    _check_one_target(made["runs"], results_dir)
+    made["acceptance"] = acceptance_table(made["counts"], made["run_lengths"], samples, seed)
+    made["history"] = _thin_history(made["history"])
+    return {name: write(results_dir / "tables", name, rounded(table)) for name, table in sorted(made.items())}
+
+
+def thin(tables_dir: str | Path) -> list[Path]:
+    """Leave of the largest recorded tables what is drawn of them.
+
+    ``axes`` keeps the main drafters (all, if none is there); ``gradients`` attention's projections, the fusion's maps
+    and the gates, to four digits.
+    """
+    axes, gradients = read(tables_dir, "axes"), read(tables_dir, "gradients")
+    main_ones = axes[axes["variant"].isin(MAIN_VARIANTS)]
+    gradients = gradients[gradients["matrix"].str.contains(r"_proj$|^fusion\.|^gate$|^output$")]
+    gradients = gradients.assign(value=gradients["value"].map(lambda x: float(f"{x:.4g}")))
+    made = {"axes": main_ones if len(main_ones) else axes, "gradients": gradients}
+    return [write(tables_dir, name, table) for name, table in made.items()]
+
+
+def read_record(folder: Path) -> dict:
+    """What ``run.json`` says of a finished run."""
+    record = read_json(folder / "run.json", f"delete {folder} and train again")
+    record.pop("files", None)
+    return record
+
+
+def _key(run: dict[str, pd.DataFrame]) -> tuple[str, int]:
+    return run["runs"]["variant"].iloc[0], run["runs"]["seed"].iloc[0]
+
+
+def _read_run(folder: Path) -> dict[str, pd.DataFrame]:
+    """The checked tables of one run."""
+    found = {"runs": check(pd.DataFrame([read_record(folder)]), "runs", folder / "run.json")}
+    for file, digest in read_json(folder / "run.json", "").get("files", {}).items():
+        if not (folder / file).is_file() or sha256(folder / file) != digest:
+            raise StudyError(f"{folder / file} is missing or not what the run wrote: delete {folder} and train again")
+    for name in OF_RUN:
+        path = folder / f"{name}.csv"
+        if path.is_file():
+            found[name] = read_one(path, name, AGAIN)
+        elif TABLES[name].optional:
+            found[name] = empty(name)
+        else:
+            raise StudyError(f"{path} is not there: run notebooks/03_train_drafter.ipynb for this run again")
+    expected = f"{folder.parent.name}/{folder.name}"
+    for name, table in found.items():
+        inside = sorted({f"{row.variant}/seed{row.seed}" for row in table.itertuples()}) or ["no run"]
+        if inside != [expected] and not (table.empty and TABLES[name].optional):
+            raise StudyError(f"the {name} in {folder} are of {' and '.join(inside)}: delete {folder} and train again")
+    _check_axes(found["axes"], found["counts"], folder)
+    return found
+
+
+def _check_axes(axes: pd.DataFrame, counts: pd.DataFrame, folder: Path) -> None:
+    """Refuse a run whose anchors and matches along an axis are not those of its counts."""
+    index, summed = ["document", "draft_step"], ["anchors", "matches"]
+    wanted = counts[counts["draft_step"].isin(axes["draft_step"]) & (counts["anchors"] > 0)]
+    for axis in AXES:
+        found = axes[axes["axis"] == axis].groupby(index)[summed].sum()
+        if not found.equals(wanted.set_index(index)[summed].sort_index()):
+            raise StudyError(
+                f"the bins of {axis} in {folder / 'axes.csv'} don't sum to counts.csv: delete {folder} and train again"
+            )
+
+
+def _check_one_target(runs: pd.DataFrame, results_dir: Path) -> None:
+    """Refuse runs on different targets in one table: their acceptance says nothing about one another."""
+    first = runs.drop_duplicates("target_hash")
+    if len(first) > 1:
+        named = " and ".join(f"{r.variant} seed {r.seed} ({r.target}, {r.target_hash[:8]})" for r in first.itertuples())
+        raise StudyError(f"runs in {results_dir} have different targets: {named}; give each a results_dir of its own")
+
+
+def _thin_history(history: pd.DataFrame, most: int = 100) -> pd.DataFrame:
+    """Keep at most ``most`` evenly spaced steps of each run and split, the first and the last among them."""
+
+    def kept(steps: pd.Series) -> pd.Series:
+        different = np.unique(steps)
+        return steps.isin(different[np.linspace(0, len(different) - 1, min(most, len(different))).round().astype(int)])
+
+    return history[history.groupby(["variant", "seed", "split"])["step"].transform(kept).astype(bool)]
