@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..errors import StudyError
-from .style import PART_COLOURS, STYLE, look
+from .style import PART_COLOURS, STYLE, WIDTH, look
 
 
 @mpl.rc_context(STYLE)
@@ -53,7 +53,7 @@ def bars(
     values = list(dict.fromkeys(table[panels])) if panels else [None]
     thin = by is not None and not stack
     step = 0.8 / len(kinds) if thin else 0.62
-    figure = Figure(figsize=(9.6, 1.3 + max(0.34, 0.2 * len(kinds) * thin) * len(names)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.3 + max(0.34, 0.2 * len(kinds) * thin) * len(names)), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(values), sharey=True, squeeze=False)[0], values):
         own = table[table[panels] == panel] if panels else table
         ends, edge = dict.fromkeys(names, 0.0), 0.0

@@ -15,6 +15,7 @@ from ..metrics.claims import CLAIMS, Claim, in_favour
 from ..metrics.resampling import Interval
 from ..metrics.tables import in_order
 from .report import markdown_table
+from .forest import forest
 from .style import STYLE
 
 # Colour and marker of each verdict.
@@ -246,3 +247,33 @@ def _cell(value: float, low: float, high: float) -> str:
 
 def _metric(row) -> str:
     return row.metric if pd.isna(row.draft_step) else f"{row.metric}[{row.draft_step}]"
+
+
+def cards(card: pd.DataFrame, title: str = "") -> Figure:
+    """Scorecard: how far each claim's statistic lies on the claim's side of its threshold, with its 95% interval.
+
+    Right of the dashed line the claim holds. At the right stands the plain value with what the claim asks of it.
+
+    Parameters
+    ----------
+    card
+        Rows of a scorecard: claim, statement, direction, threshold, value, low, high, verdict. Wholes of several parts, which have no
+        statistic of their own, are left out. Hand in a kind at a time: a dozen rows can be read.
+    """
+    rows = card[card["direction"] != ""].reset_index(drop=True)
+    found = [
+        in_favour(Interval(row.value, row.low, row.high), row.direction, row.threshold) for row in rows.itertuples()
+    ]
+    texts = [
+        "not run" if row.verdict == "not run" else
+        f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]\n{row.verdict}: {HOLDS[row.direction].format(row.threshold)} asked"
+        for row in rows.itertuples()
+    ]
+    shown = rows.assign(
+        label=[textwrap.fill(f"{row.claim}  {row.statement}".replace("`", ""), 52) for row in rows.itertuples()],
+        **{name: [getattr(one, name) for one in found] for name in ("value", "low", "high")},
+        told=texts,
+    )
+    figure = forest(shown, label="label", told="told", title=title, looks=lambda row: LOOKS[row["verdict"]])
+    _scale(figure.axes[0])
+    return figure

@@ -5,11 +5,14 @@ from collections.abc import Callable
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import StudyError
-from .style import STYLE, look
+from .style import STYLE, WIDTH, look
+
+LINE = 0.3  # inches of a row
 
 
 @mpl.rc_context(STYLE)
@@ -22,23 +25,26 @@ def forest(
     high: str = "high",
     group: str | None = None,
     zero: float | None = 0.0,
+    told: str | None = None,
     xlabel: str = "",
     title: str = "",
     digits: int = 3,
     looks: Callable[[pd.Series], tuple[str, str]] | None = None,
 ) -> Figure:
-    """A row for each row of the table: its name, marker and interval, and value and interval in figures at the right.
+    """A row for each row of the table: name, marker with interval, and the numbers at the right.
 
     Thin lines are intervals over documents, thick ones the range over seeds (``seed_low``, ``seed_high``) where the table has it.
 
     Parameters
     ----------
     label
-        Column of the rows' names.
+        Column of the rows' names; a name may have several lines.
     group
         Column by which rows stand together, under its value in bold.
     zero
         Where the dashed line is; differences are written with their sign if it is 0. None: no line.
+    told
+        Column of what is written at the right, by default value and interval.
     looks
         (colour, marker) of a row; by default those of its ``variant``, and black without one.
 
@@ -49,40 +55,55 @@ def forest(
     """
     if not len(table):
         raise StudyError("nothing to draw: the table is empty")
+    table = table.reset_index(drop=True)
     looks = looks or (lambda row: look(row["variant"]) if "variant" in row else ("#222222", "o"))
-    places, heads, y = [], [], 0.0
-    for place, (_, row) in enumerate(table.iterrows()):
-        if group and (place == 0 or row[group] != table[group].iloc[place - 1]):
-            heads.append((y, row[group]))
-            y += 1
-        places.append(y)
-        y += 1
-    names = [str(name) for name in table[label]]
-    left = min(0.5, 0.05 + 0.0088 * max([*map(len, names), *(0.9 * len(str(head)) for _, head in heads)]))
-    height = 1.05 + 0.3 * y + (0.3 if title else 0)
-    figure = Figure(figsize=(9.6, height))
-    axes = figure.add_axes((left, 0.65 / height, 0.77 - left, 1 - (0.75 + (0.3 if title else 0)) / height))
-    beside = {"xycoords": ("figure fraction", "data"), "va": "center", "fontsize": 9.5, "annotation_clip": False}
+    rows, heads, y = _places(table, [label, *([told] if told else [])], group)
+    names = [line for name in table[label] for line in str(name).splitlines()]
+    longest = max(len(name) for name in [*names, *(str(head) for _, head in heads)])
+    left, right = min(0.48, 0.06 + 0.0091 * longest), 0.78 if told is None else 0.72
+    margin = 0.4 if title else 0.1
+    height = 0.75 + margin + LINE * y
+    figure = Figure(figsize=(WIDTH, height))
+    axes = figure.add_axes((left, 0.65 / height, right - left, 1 - (0.65 + margin) / height))
+    axes.set_ylim(y - 0.5, -0.5)
     for at, head in heads:
-        axes.annotate(str(head), (0.015, at), weight="bold", **beside)
-    for at, name, (_, row) in zip(places, names, table.iterrows()):
-        axes.annotate(name, (0.03 if heads else 0.015, at), **beside)
+        _write(axes, 0.012, at, head, weight="bold")
+    for at, (_, row) in zip(rows, table.iterrows()):
+        _write(axes, 0.03 if heads else 0.012, at, row[label])
         if not np.isfinite(row[value]):
-            axes.annotate("not measured", (0.785, at), color="#888888", **beside)
+            _write(axes, right + 0.012, at, "not measured", color="#888888")
             continue
         colour, marker = looks(row)
         if "seed_low" in row and np.isfinite(row["seed_low"]):
-            axes.hlines(at, row["seed_low"], row["seed_high"], color=colour, lw=6, alpha=0.35)
+            axes.hlines(at, row["seed_low"], row["seed_high"], color=colour, lw=8, alpha=0.3)
         axes.hlines(at, row[low], row[high], color=colour, lw=1.8)
-        axes.plot(row[value], at, color=colour, marker=marker, ms=6)
+        axes.plot(row[value], at, color=colour, marker=marker, ms=5.5)
         sign = "+" if zero == 0 else ""
-        told = f"{row[value]:{sign}.{digits}f} [{row[low]:.{digits}f}, {row[high]:.{digits}f}]".replace("-", "−")
-        axes.annotate(told, (0.785, at), **beside)
+        numbers = f"{row[value]:{sign}.{digits}f} [{row[low]:.{digits}f}, {row[high]:.{digits}f}]"
+        _write(axes, right + 0.012, at, row[told] if told else numbers, color=colour if told else "black")
     if zero is not None:
         axes.axvline(zero, color="#222222", lw=1, ls=(0, (4, 3)), zorder=1)
-    axes.set(ylim=(y - 0.4, -0.7), yticks=[], xlabel=xlabel)
+    axes.set(yticks=[], xlabel=xlabel)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.spines["left"].set_visible(False)
-    if title:
-        figure.text(0.015, 1 - 0.2 / height, title, va="top", fontsize=10.5)
+    figure.text(0.012, 1 - 0.1 / height, title, va="top", fontsize=10.5)
     return figure
+
+
+def _places(table: pd.DataFrame, texts: list[str], group: str | None) -> tuple[list[float], list[tuple], float]:
+    """Heights of the rows, (height, name) of the groups, and the height of all, in lines; ``texts`` may have several lines."""
+    rows, heads, y = [], [], 0.0
+    for place, row in table.iterrows():
+        if group and (place == 0 or row[group] != table[group][place - 1]):
+            heads.append((y, row[group]))
+            y += 1
+        lines = 0.4 + 0.6 * max(len(str(row[name]).splitlines()) for name in texts)
+        rows.append(y + (lines - 1) / 2)
+        y += lines
+    return rows, heads, y
+
+
+def _write(axes: Axes, x: float, y: float, text: str, **how) -> None:
+    """Text at ``x`` of the figure's width, beside the row ``y``."""
+    place = {"xycoords": ("figure fraction", "data"), "va": "center", "fontsize": 9.5, "annotation_clip": False}
+    axes.annotate(str(text).replace("-0.", "−0."), (x, y), linespacing=1.0, **place, **how)

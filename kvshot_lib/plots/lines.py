@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from ..errors import StudyError
 from ..metrics.tables import in_order
-from .style import STYLE, label_ends, look
+from .style import STYLE, WIDTH, label_ends, look
 
 MOST_LINES = 7  # more in one panel can't be told apart
 SOLID, DASHED = ("-", None), ((0, (3, 2)), "white")  # dashes, and the marker's filling
@@ -78,7 +78,7 @@ def lines(
     words = list(dict.fromkeys(table[x])) if not pd.api.types.is_numeric_dtype(table[x]) else []
     values = list(dict.fromkeys(table[panels])) if panels else [None]
     rows, across = -(-len(values) // columns), min(columns, len(values))
-    figure = Figure(figsize=(9.6, 0.4 + height * rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.4 + height * rows), layout="constrained")
     grid = figure.subplots(rows, across, sharex=True, sharey=share_y, squeeze=False)
     styles = dict(zip(dict.fromkeys(table[dashes]) if dashes else [None], (SOLID, DASHED)))
     ends: dict[Axes, list] = {}

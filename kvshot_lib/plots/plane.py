@@ -9,9 +9,10 @@ from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from ..errors import StudyError
-from .style import STYLE, look
+from .style import STYLE, WIDTH, look
 
 MOST_NAMES = 10
 
@@ -31,7 +32,7 @@ def plane(
     title: str = "",
     named: list[str] | None = None,
     looks: Callable[[str], tuple[str, str]] = look,
-    size: tuple[float, float] = (8.6, 6.0),
+    height: float = 6.0,
 ) -> Figure:
     """A point for each row, with its name beside it (adjustText moves names apart) and its interval in ``y``.
 
@@ -55,16 +56,14 @@ def plane(
         raise StudyError("nothing to draw: the table is empty")
     if len(named) > MOST_NAMES:
         raise StudyError(f"{len(named)} names can't be read in one figure: choose at most {MOST_NAMES}")
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)  # names are placed by their size in pixels
-    axes, texts = figure.subplots(), []
+    axes = figure.subplots()
     for _, row in table.iterrows():
         (colour, marker), pale = looks(row[label]), row[label] not in named
         if low in row and np.isfinite(row[low]):
-            axes.vlines(row[x], row[low], row[high], color=colour, lw=1.6, alpha=0.25 if pale else 0.7)
+            axes.vlines(row[x], row[low], row[high], color=colour, lw=1.6, alpha=0.2 if pale else 0.7)
         axes.plot(row[x], row[y], color=colour, marker=marker, ms=4 if pale else 7, alpha=0.3 if pale else 1, zorder=3)
-        if not pale:
-            texts.append(axes.text(row[x], row[y], row[label], color=colour, fontsize=9.5, weight="bold", zorder=5))
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.grid(visible=False)
     axes.margins(0.12)
@@ -77,9 +76,36 @@ def plane(
         axes.set(xlim=ends, ylim=ends)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    thread = {"arrowstyle": "-", "color": "#999999", "lw": 0.7}
-    adjust_text(texts, x=table[x].to_numpy(), y=table[y].to_numpy(), ax=axes, iter_lim=400, arrowprops=thread)
+    _write(axes, table, named, x, y, label, looks)
     return figure
+
+
+def _write(axes: Axes, table: pd.DataFrame, named: list[str], x: str, y: str, label: str, looks) -> None:
+    """Names beside their points, on the side that has more room; adjustText moves those that still cover something."""
+    spots = axes.transData.transform(table[[x, y]].to_numpy(float))
+    points, frame = [Bbox.from_extents(*spot, *spot).padded(5) for spot in spots], axes.get_window_extent()
+    texts, targets = [], []
+    for spot, (_, row) in zip(spots, table.iterrows()):
+        if row[label] not in named:
+            continue
+        how = {"color": looks(row[label])[0], "fontsize": 9.5, "weight": "bold", "va": "center", "zorder": 5}
+        right, left = (
+            axes.text(*axes.transData.inverted().transform(spot + (gap, 0)), row[label], ha=side, **how)
+            for gap, side in ((9, "left"), (-9, "right"))
+        )
+        covered = [_covered(text.get_window_extent(), points, frame) for text in (right, left)]
+        (left if covered[0] <= covered[1] else right).remove()
+        texts.append(right if covered[0] <= covered[1] else left)
+        targets.append((row[x], row[y]))
+    thread, (across, up) = {"arrowstyle": "-", "color": "#999999", "lw": 0.7}, zip(*targets)
+    how = {"expand": (1.0, 1.1), "avoid_self": False, "min_arrow_len": 12, "arrowprops": thread}
+    adjust_text(texts, target_x=across, target_y=up, objects=points, ax=axes, iter_lim=500, **how)
+
+
+def _covered(box: Bbox, points: list[Bbox], frame: Bbox) -> int:
+    """How many points a name would cover; one that leaves the plane covers too many."""
+    outside = box.x0 < frame.x0 or box.x1 > frame.x1
+    return sum(box.overlaps(point) for point in points) + 99 * outside
 
 
 def _equal_speedup(axes: Axes) -> None:

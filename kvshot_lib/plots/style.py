@@ -25,6 +25,7 @@ from ..files import write_atomically, write_csv
 from ..metrics.tables import in_order, rounded
 
 LEAST_ANCHORS = 50
+WIDTH = 8.8  # inches of every figure: 986 pixels, shown at 800
 MOST_LINES = 7  # more lines than this in one panel can't be told apart
 STEP_METRICS = ("step_acceptance", "chain_acceptance")
 
