@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from ..files import read_json, sha256, write_atomically, write_json
 from ..target.load import Target
 from .drafter import Drafter, DrafterConfig, build_drafter
 from .rounding import load_rounded
-from .variants import VARIANTS, parameters_of
+from .variants import VARIANTS, in_study_order, parameters_of
 
 WEIGHTS, DESCRIPTION = "drafter.safetensors", "drafter.json"
 HUGGING_FACE = {DESCRIPTION: "config.json", WEIGHTS: "model.safetensors"}  # the same two files, as it names them
@@ -51,6 +52,28 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     drafter = build_drafter(config, target, spec, tensors.pop("draft_ids"))
     drafter.load_state_dict(tensors)
     return drafter.eval()
+
+
+def find_runs(results_dir: str | Path, runs: Sequence[str] = (), finished: bool = True) -> dict[str, Path]:
+    """Runs of a results folder, ``variant/seedN`` -> folder, in the study's order.
+
+    ``runs`` names the wanted ones (all by default); ``finished`` leaves out trainings that have not run to their end.
+
+    Raises
+    ------
+    StudyError : there is none, or one of ``runs`` is not there.
+    """
+    mark, found = "run.json" if finished else DESCRIPTION, {}
+    for path in Path(results_dir).glob(f"runs/*/seed*/{mark}"):
+        found[f"{path.parents[1].name}/{path.parent.name}"] = path.parent
+    told, known = "finished run" if finished else "run", ", ".join(sorted(found)) or "none"
+    if unknown := [name for name in runs if name not in found]:
+        raise StudyError(f"{', '.join(unknown)}: no {told} in {Path(results_dir) / 'runs'}; there: {known}")
+    if not found:
+        raise StudyError(f"no {told} in {Path(results_dir) / 'runs'}: train one with notebooks/03_train_drafter.ipynb")
+    places = {variant: place for place, variant in enumerate(in_study_order(name.split("/")[0] for name in found))}
+    order = sorted(runs or found, key=lambda name: (places[name.split("/")[0]], int(name.rpartition("seed")[2])))
+    return {name: found[name] for name in order}
 
 
 def read_description(folder: str | Path) -> dict:
