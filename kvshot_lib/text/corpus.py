@@ -80,24 +80,24 @@ def load_corpus(name: str | Path, split: str, *, seed: int = 0, whole_answers: b
     if not facts.is_file():
         known = ", ".join([*CORPORA, "tiny"])
         raise StudyError(
-            f"unknown corpus {str(name)!r}; choose {known} or a folder that kvshot_lib.text.generate has finished"
+            f"unknown corpus {str(name)!r}; choose {known} or a folder that `kvshot generate` has finished"
         )
     provenance = read_json(facts, "fetch or generate the corpus again")
     if provenance.get("schema_version") != SCHEMA_VERSION or split not in provenance.get("splits", {}):
         raise StudyError(
             f"{facts} does not describe a {split!r} split in format {SCHEMA_VERSION}; make the corpus anew"
         )
-    facts_of_split = provenance["splits"][split]
-    path = folder / facts_of_split["file"]
-    if not path.is_file() or sha256(path) != facts_of_split["sha256"]:
+    of_split = provenance["splits"][split]
+    path = folder / of_split["file"]
+    if not path.is_file() or sha256(path) != of_split["sha256"]:
         raise StudyError(
             f"{path} is missing or is not the file its provenance.json describes; fetch or generate it again"
         )
     documents = read_documents(path)
     if not whole_answers:
-        if facts_of_split["answers"] == "greedy":
+        if of_split["answers"] == "greedy":
             documents = [cut_repetition(document) for document in documents]
-        documents = [document for document in documents if document.answer_mask.sum() >= MIN_ANSWER_TOKENS]
+        documents = [document for document in documents if len(document.answer) >= MIN_ANSWER_TOKENS]
     return Corpus(str(name), split, documents, provenance)
 
 

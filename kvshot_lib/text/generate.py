@@ -1,11 +1,9 @@
 """Let the target write dialogues: first the user's turn, sampled after the bare chat header, then its own answer.
 
 Every batch has a seed of its own and is kept as a part file, so a killed run that is started again goes on where it was and
-makes the same documents. For large corpora: ``python -m kvshot_lib.text.generate --help``.
+makes the same documents.
 """
 
-import argparse
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +17,9 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import StudyError
 from ..files import read_json, write_atomically, write_json
 from ..provenance import provenance
+from ..target.chat import chat_headers, special_ids, turn_ids
 from ..target.load import Target, load_target
+from ..target.smollm2 import DEFAULT_TARGET
 from .corpus import MIN_ANSWER_TOKENS, SPLITS, Document, prompt_key, read_documents, save_corpus, write_documents
 from .user_turns import by_split, turns_hash
 
@@ -49,14 +49,35 @@ class GeneratorSettings:
             raise StudyError("batch_size, max_user_tokens, temperature and top_p must be above 0, and top_p at most 1")
 
 
+def generate(
+    *, out: str, target: str = DEFAULT_TARGET, device: str = "auto", dtype: str = "auto", user_turns: str = "",
+    train: int = 0, validation: int = 0, evaluation: int = 0, max_length_tokens: int = 512, max_user_tokens: int = 96,
+    temperature: float = 1.0, top_p: float = 0.95, batch_size: int = 32, seed: int = 0, thinking: bool = False,
+) -> Path:  # fmt: skip
+    """Let the target write dialogues; a killed run goes on where it was.
+
+    Parameters
+    ----------
+    out : corpus folder to make or to go on with
+    target : a name of the study, a hub id or a model folder
+    user_turns : dialogues whose user turns are answered (default: self-generated)
+    train, validation, evaluation : documents to write
+    """
+    settings = GeneratorSettings(max_length_tokens, max_user_tokens, temperature, top_p, batch_size, seed, thinking)
+    counts = {"train": train, "validation": validation, "evaluation": evaluation}
+    writer = load_target(target, device=device, dtype=dtype)
+    return generate_corpus(writer, out, counts, settings, user_turns=user_turns)
+
+
 def generate_corpus(
     target: Target, folder: str | Path, counts: Mapping[str, int], settings: GeneratorSettings = GeneratorSettings(),
     *, user_turns: str = "",
 ) -> Path:  # fmt: skip
     """Write ``counts[split]`` documents for each split into the corpus folder ``folder``; evaluation answers are greedy.
 
-    The target samples the user turns too, unless ``user_turns`` names a source of them (`user_turns`); then they are taken in order. No user turn is taken twice. Part files stay in ``folder/parts``: after a kill only the batch in hand is lost, and a later
-    call with larger counts adds to what is there.
+    The target samples the user turns too, unless ``user_turns`` names a source of them (`user_turns`); then they are taken
+    in order. No user turn is taken twice. Part files stay in ``folder/parts``: after a kill only the batch in hand is lost,
+    and a later call with larger counts adds to what is there.
 
     Raises
     ------
@@ -67,23 +88,21 @@ def generate_corpus(
     folder = Path(folder)
     facts = {"target": target.name, "target_hash": target.hash, "tokenizer_hash": target.tokenizer_hash}
     facts |= {"vocab_size": target.vocab_size, "dtype": str(target.dtype).removeprefix("torch."), **asdict(settings)}
-    turns = by_split(user_turns) if user_turns else None
+    turns = by_split(user_turns) if user_turns else {}
     if turns:
         facts |= {"user_turns": user_turns, "user_turns_sha256": turns_hash(turns["train"])}
-    _claim(folder / "parts" / "settings.json", facts)
+    _refuse_to_mix(folder / "parts" / "settings.json", facts)
     splits, seen = {}, set()
     for split in SPLITS:
         if counts.get(split):
-            given = turns[split] if turns else None
-            splits[split] = _collect(target, folder / "parts", split, counts[split], settings, seen, given)
+            splits[split] = _collect(target, folder / "parts", split, counts[split], settings, seen, turns.get(split))
     origin = {"name": folder.name, "origin": "kvshot_lib.text.generate", **facts, **provenance(target.device)}
     return save_corpus(folder, splits, origin, greedy=["evaluation"])
 
 
 def generate_batch(
-    target: Target, split: str, number: int, settings: GeneratorSettings, streamer: BaseStreamer | None = None,
-    turns: Sequence[str] | None = None,
-) -> list[Document]:  # fmt: skip
+    target: Target, split: str, number: int, settings: GeneratorSettings, turns: Sequence[str] | None = None
+) -> list[Document]:
     """The documents of one batch: at most ``batch_size``, fewer where a user turn did not end or a chat marker strayed in.
 
     ``turns`` are the split's user turns, if they are given; batch ``number`` takes its ``batch_size`` of them.
@@ -92,20 +111,18 @@ def generate_batch(
     with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
         torch.manual_seed(int(seed))
         if turns is None:
-            prompts = write_prompts(target, settings, streamer)
+            prompts = write_prompts(target, settings)
         else:
             first = number * settings.batch_size
             prompts = given_prompts(target, turns[first : first + settings.batch_size], settings)
-        return write_answers(target, prompts, settings, greedy=split == "evaluation", streamer=streamer)
+        return write_answers(target, prompts, settings, greedy=split == "evaluation")
 
 
-def write_prompts(
-    target: Target, settings: GeneratorSettings, streamer: BaseStreamer | None = None
-) -> list[np.ndarray]:
+def write_prompts(target: Target, settings: GeneratorSettings) -> list[np.ndarray]:
     """Sample ``batch_size`` user turns and give them with both headers around, int32 [prompt tokens] each."""
     user_header, assistant_header = _headers(target, settings)
     headers = [user_header] * settings.batch_size
-    turns = _continue(target, headers, settings, settings.max_user_tokens, greedy=False, streamer=streamer)
+    turns = _continue(target, headers, settings, settings.max_user_tokens, greedy=False)
     return [
         np.concatenate([user_header, turn[:-1], assistant_header])
         for turn in turns
@@ -114,102 +131,58 @@ def write_prompts(
 
 
 def given_prompts(target: Target, turns: Sequence[str], settings: GeneratorSettings) -> list[np.ndarray]:
-    """User turns with both headers around; those longer than ``max_user_tokens`` are dropped. Text that looks like a chat marker stays text."""
+    """User turns with both headers around; those longer than ``max_user_tokens`` are dropped."""
     user_header, assistant_header = _headers(target, settings)
-    encode = lambda turn: target.tokenizer(turn, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    encoded = [np.array(ids, dtype=np.int32) for ids in map(encode, turns) if 0 < len(ids) <= settings.max_user_tokens]
+    encoded = [ids for turn in turns if 0 < len(ids := turn_ids(target.tokenizer, turn)) <= settings.max_user_tokens]
     return [np.concatenate([user_header, ids, assistant_header]) for ids in encoded]
 
 
-def _headers(target: Target, settings: GeneratorSettings) -> tuple[np.ndarray, np.ndarray]:
-    """`chat_headers`, if the longest prompt leaves room for an answer."""
-    user_header, assistant_header = chat_headers(target.tokenizer, settings.thinking)
-    longest = len(user_header) + settings.max_user_tokens + len(assistant_header)
-    if longest + MIN_ANSWER_TOKENS > settings.max_length_tokens:
-        raise StudyError(
-            f"max_length_tokens is {settings.max_length_tokens}; a prompt alone may take {longest}; raise it"
-        )
-    return user_header, assistant_header
-
-
 def write_answers(
-    target: Target,
-    prompts: Sequence[np.ndarray],
-    settings: GeneratorSettings,
-    *,
-    greedy: bool,
-    streamer: BaseStreamer | None = None,
+    target: Target, prompts: Sequence[np.ndarray], settings: GeneratorSettings, *, greedy: bool
 ) -> list[Document]:
     """Answer the prompts (int32 [prompt tokens] each) as one batch; answers in which a chat marker strayed are left out."""
     if not prompts:
         return []
     room = settings.max_length_tokens - min(map(len, prompts))
-    answers = _continue(target, prompts, settings, room, greedy=greedy, streamer=streamer)
-    markers = special_ids(target) - {target.eos_token_id}
+    answers = _continue(target, prompts, settings, room, greedy=greedy)
+    markers = special_ids(target.tokenizer, target.eos_token_id) - {target.eos_token_id}
     documents = []
     for prompt, answer in zip(prompts, answers):
-        if int(answer[-1]) in markers:
-            continue
-        tokens = np.concatenate([prompt, answer])[: settings.max_length_tokens]
-        documents.append(Document(tokens, np.arange(len(tokens)) >= len(prompt)))
+        if int(answer[-1]) not in markers:
+            tokens = np.concatenate([prompt, answer])[: settings.max_length_tokens]
+            documents.append(Document(tokens, np.arange(len(tokens)) >= len(prompt)))
     return documents
 
 
-def chat_headers(tokenizer, thinking: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """What stands before a user turn, and between it and the answer (the user's end-of-turn token first); int32 ids.
-
-    Both are cut out of the tokenizer's own chat template. For SmolLM2: ``<|im_start|>system…<|im_end|>\\n<|im_start|>user\\n``
-    and ``<|im_end|>\\n<|im_start|>assistant\\n``. Without ``thinking``, Qwen3's template closes an empty thought there.
-    """
-    message = [{"role": "user", "content": "USERTURN"}]
-    try:
-        text = tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-        )
-    except ValueError as error:
+def _headers(target: Target, settings: GeneratorSettings) -> tuple[np.ndarray, np.ndarray]:
+    """`chat_headers`, if the longest prompt leaves room for an answer."""
+    headers = chat_headers(target.tokenizer, settings.thinking)
+    longest = sum(map(len, headers)) + settings.max_user_tokens
+    if longest + MIN_ANSWER_TOKENS > settings.max_length_tokens:
         raise StudyError(
-            "this target has no chat template, so it can't write dialogues; choose an instruct model"
-        ) from error
-    before, after = text.split("USERTURN")
-    ids = lambda part: np.array(tokenizer(part, add_special_tokens=False)["input_ids"], dtype=np.int32)
-    return ids(before), ids(after)
-
-
-def special_ids(target: Target) -> set[int]:
-    """The ids that never belong into a turn's text: end of turn and every other special token."""
-    added = target.tokenizer.added_tokens_decoder
-    return {target.eos_token_id, *(number for number, token in added.items() if token.special)}
+            f"max_length_tokens is {settings.max_length_tokens}; a prompt alone may take {longest}; raise it"
+        )
+    return headers
 
 
 @torch.inference_mode()
-def _continue(target, prompts, settings, max_new_tokens, *, greedy, streamer) -> list[np.ndarray]:
+def _continue(target, prompts, settings, max_new_tokens, *, greedy) -> list[np.ndarray]:
     """Continue each prompt up to and including its first special token, int32 [new tokens] each.
 
     Prompts are padded on the left and the padding is masked, so that all continuations start in the same column.
     """
-    width = max(map(len, prompts))
-    stops = sorted(special_ids(target))
+    width, stops = max(map(len, prompts)), sorted(special_ids(target.tokenizer, target.eos_token_id))
     padded = np.full((len(prompts), width), target.eos_token_id)  # [B, width]
     for row, prompt in zip(padded, prompts):
         row[width - len(prompt) :] = prompt
     real = np.arange(width) >= width - np.array([[len(prompt)] for prompt in prompts])
     # Every rule is set here: what is left out would come from the model's own generation_config.json.
+    rules = {"num_beams": 1, "repetition_penalty": 1.0, "eos_token_id": stops, "pad_token_id": target.eos_token_id}
     sampling = {} if greedy else {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-    config = GenerationConfig(
-        **sampling,
-        do_sample=not greedy,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stops,
-        pad_token_id=target.eos_token_id,
-    )
-    output = target.model.generate(
-        torch.from_numpy(padded).to(target.device),
-        attention_mask=torch.from_numpy(real).long().to(target.device),
-        generation_config=config,
-        streamer=streamer,
-    )
+    config = GenerationConfig(do_sample=not greedy, max_new_tokens=max_new_tokens, **rules, **sampling)
+    ids, mask = torch.from_numpy(padded).to(target.device), torch.from_numpy(real).long().to(target.device)
+    with tqdm(total=max_new_tokens, desc="batch in hand", unit="token", delay=5, leave=False) as bar:
+        output = target.model.generate(ids, attention_mask=mask, generation_config=config, streamer=_Ticker(bar))
     new = output[:, width:].cpu().numpy().astype(np.int32)  # [B, new tokens]; after a row's end there is padding
     stopped = np.isin(new, stops)
     ends = np.where(stopped.any(axis=1), stopped.argmax(axis=1) + 1, new.shape[1])
@@ -217,7 +190,7 @@ def _continue(target, prompts, settings, max_new_tokens, *, greedy, streamer) ->
 
 
 def _collect(
-    target, parts: Path, split: str, count: int, settings, seen: set[bytes], turns: Sequence[str] | None = None
+    target, parts: Path, split: str, count: int, settings, seen: set[bytes], turns: Sequence[str] | None
 ) -> list[Document]:
     """Read or make batches until ``count`` documents with new user turns are there; adds their keys to ``seen``."""
     documents, number, empty = [], 0, 0
@@ -225,17 +198,17 @@ def _collect(
         while len(documents) < count:
             if turns is not None and number * settings.batch_size >= len(turns):
                 raise StudyError(
-                    f"the {len(turns):,} user turns of the {split} split gave {len(documents):,} dialogues, not {count:,}; "
-                    "ask for fewer, raise max_user_tokens, or add a source"
+                    f"the {len(turns):,} user turns of the {split} split gave {len(documents):,} dialogues, "
+                    f"not {count:,}; ask for fewer, raise max_user_tokens, or add a source"
                 )
             part = parts / f"{split}-{number:05d}.npz"
             if not part.exists():
-                batch = generate_batch(target, split, number, settings, _Ticker(bar), turns)
+                batch = generate_batch(target, split, number, settings, turns)
                 write_atomically(part, lambda path, batch=batch: write_documents(path, batch))
-            fresh = {prompt_key(d): d for d in read_documents(part) if prompt_key(d) not in seen}
-            taken = list(fresh.items())[: count - len(documents)]
-            seen.update(key for key, _ in taken)
-            documents += [document for _, document in taken]
+            fresh = {key: d for d in read_documents(part) if (key := prompt_key(d)) not in seen}
+            taken = dict(list(fresh.items())[: count - len(documents)])
+            seen |= taken.keys()
+            documents += taken.values()
             bar.update(len(taken))
             number, empty = number + 1, 0 if taken else empty + 1
             if empty == MAX_EMPTY_BATCHES:
@@ -245,62 +218,27 @@ def _collect(
     return documents
 
 
-def _claim(path: Path, facts: dict) -> None:
-    """Remember what the parts in a folder were made with, and refuse to mix."""
+def _refuse_to_mix(path: Path, facts: dict) -> None:
+    """Remember in ``path`` what the parts beside it are made with. They are hours of work: others are refused, not removed."""
     if not path.exists():
         write_json(path, facts)
     before = read_json(path, f"delete {path.parent} and generate again")
     for name in before | facts:
         if before.get(name) != facts.get(name):
             raise StudyError(
-                f"{path.parent} was begun with {name}={before.get(name)!r}, not {facts.get(name)!r}; choose another folder"
+                f"{path.parent} was begun with {name}={before.get(name)!r}, not {facts.get(name)!r}; "
+                "choose another folder"
             )
 
 
 class _Ticker(BaseStreamer):
-    """Shows every few seconds in a progress bar how far the batch in hand is."""
+    """Shows how far a long batch is."""
 
     def __init__(self, bar: tqdm):
-        self.bar, self.column, self.shown = bar, 0, time.monotonic()
+        self.bar = bar
 
     def put(self, value: torch.Tensor) -> None:
-        self.column += 1
-        if time.monotonic() - self.shown > 5:
-            self.shown = time.monotonic()
-            self.bar.set_postfix_str(f"batch in hand: token {self.column}")
+        self.bar.update()
 
     def end(self) -> None:
-        self.column = 0
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: ``python -m kvshot_lib.text.generate --out FOLDER --train 10000``."""
-    parser = argparse.ArgumentParser(prog="python -m kvshot_lib.text.generate", description=__doc__)
-    parser.add_argument("--out", required=True, help="corpus folder to make or to go on with")
-    parser.add_argument("--target", default="smollm2-135m-instruct", help="as in kvshot_lib.target.load.load_target")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    for split in SPLITS:
-        parser.add_argument(f"--{split}", type=int, default=0, metavar="N", help=f"{split} documents to write")
-    for name, default in asdict(GeneratorSettings()).items():
-        option = "--" + name.replace("_", "-")
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
-        parser.add_argument(option, **kind, default=default, help="default %(default)s")
-    parser.add_argument(
-        "--user-turns",
-        default="",
-        metavar="SOURCE",
-        help="dialogues whose user turns are answered (default: self-generated)",
-    )
-    options = vars(parser.parse_args(arguments))
-    settings = GeneratorSettings(**{name: options[name] for name in asdict(GeneratorSettings())})
-    target = load_target(options["target"], device=options["device"], dtype=options["dtype"])
-    counts = {split: options[split] for split in SPLITS}
-    print(generate_corpus(target, options["out"], counts, settings, user_turns=options["user_turns"]))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except StudyError as error:
-        raise SystemExit(f"StudyError: {error}") from None
+        pass

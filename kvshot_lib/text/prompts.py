@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import StudyError
+from ..target.chat import chat_headers, next_user_header, special_ids, turn_ids
 from ..target.load import Target
-from .generate import chat_headers, special_ids
 
 STUDY_PROMPTS = Path(__file__).parents[2] / "data" / "prompts" / "prompts.jsonl"
 CATEGORIES = (
@@ -92,13 +92,14 @@ def encode_turn(target: Target, history: Sequence[str | np.ndarray]) -> np.ndarr
     turns = [] if isinstance(history, str) else history[::2]
     if len(history) % 2 == 0 or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise StudyError("a dialogue to answer is a list of user turn, answer, user turn, …; no user turn may be empty")
-    header, assistant_header = chat_headers(target.tokenizer)
-    pieces = [header, _text_ids(target, history[0]), assistant_header]
+    tokenizer, special = target.tokenizer, special_ids(target.tokenizer, target.eos_token_id)
+    header, assistant_header = chat_headers(tokenizer)
+    pieces = [header, turn_ids(tokenizer, history[0]), assistant_header]
     for answer, turn in zip(history[1::2], history[2::2]):
-        ids = _text_ids(target, answer) if isinstance(answer, str) else np.asarray(answer, dtype=np.int32)
-        if len(ids) and int(ids[-1]) in special_ids(target):
+        ids = turn_ids(tokenizer, answer) if isinstance(answer, str) else np.asarray(answer, dtype=np.int32)
+        if len(ids) and int(ids[-1]) in special:
             ids = ids[:-1]  # the next header brings its own
-        pieces += [ids, _next_user_header(target.tokenizer), _text_ids(target, turn), assistant_header]
+        pieces += [ids, next_user_header(tokenizer), turn_ids(tokenizer, turn), assistant_header]
     return np.concatenate(pieces)
 
 
@@ -138,17 +139,3 @@ def _human_eval() -> list[Prompt]:
         Prompt(problem["task_id"], "coding", (request.format(problem["prompt"].strip()),))
         for problem in problems.values()
     ]
-
-
-def _text_ids(target: Target, text: str) -> np.ndarray:
-    """Ids of plain text, int32; a chat marker written in it is split up like any other word."""
-    ids = target.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return np.array(ids, dtype=np.int32)
-
-
-def _next_user_header(tokenizer) -> np.ndarray:
-    """What the chat template puts between an answer and the next user turn (end-of-turn token first); int32 ids."""
-    texts = [("user", "USERTURN"), ("assistant", "REPLY"), ("user", "FOLLOWUP")]
-    text = tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in texts], tokenize=False)
-    between = text.split("REPLY")[1].split("FOLLOWUP")[0]
-    return np.array(tokenizer(between, add_special_tokens=False)["input_ids"], dtype=np.int32)

@@ -1,8 +1,8 @@
 """First user turns of public dialogues, for a target to answer: UltraChat, ShareGPT, or a local file of either form.
 
-A source is a ``.jsonl`` or ``.json`` file (read as it is), or anything else that `datasets.load_dataset` knows, with the split after a
-colon: ``HuggingFaceH4/ultrachat_200k:train_sft``. Several are joined by commas. Only the first user turn of a dialogue is taken; the
-answer in the data set is thrown away, for the target writes its own.
+A source is a ``.jsonl`` or ``.json`` file (read as it is), or anything else that `datasets.load_dataset` knows, with the
+split after a colon: ``HuggingFaceH4/ultrachat_200k:train_sft``. Several are joined by commas. Only the first user turn of a
+dialogue is taken; the answer in the data set is thrown away, for the target writes its own.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ from pathlib import Path
 from ..errors import StudyError
 from .corpus import SPLITS
 
-EVERY = 20  # one turn in twenty is kept for validation, one for evaluation
 FORMS = "messages/conversations of role/from and content/value (UltraChat, ShareGPT), or prompt"
 
 
@@ -22,7 +21,8 @@ def read_user_turns(sources: str) -> list[str]:
 
     Raises
     ------
-    StudyError : a file that isn't there or isn't JSON, a data set that can't be had, no package ``datasets`` for it, or a form that isn't known.
+    StudyError : a file that isn't there or isn't JSON, a data set that can't be had, no package ``datasets`` for it, or a
+        form that isn't known.
     """
     turns = dict.fromkeys(
         turn for source in sources.split(",") for record in _records(source.strip()) if (turn := first_turn(record))
@@ -40,22 +40,10 @@ def first_turn(record: dict) -> str:
     """
     messages = record.get("messages") or record.get("conversations")
     if isinstance(messages, Sequence) and messages and isinstance(messages[0], dict):
-        opening = [m for m in messages if (m.get("role") or m.get("from")) != "system"][:1]
-        spoken = [
-            m.get("content") or m.get("value") for m in opening if (m.get("role") or m.get("from")) in ("user", "human")
-        ]
-        return str(spoken[0] or "").strip() if spoken else ""
+        said = [(m.get("role") or m.get("from"), m.get("content") or m.get("value")) for m in messages]
+        speaker, text = next((turn for turn in said if turn[0] != "system"), ("", ""))
+        return str(text or "").strip() if speaker in ("user", "human") else ""
     return record["prompt"].strip() if isinstance(record.get("prompt"), str) else ""
-
-
-def of_split(turns: Sequence[str], split: str) -> list[str]:
-    """A split's share: the turn's number in the list, modulo twenty, says whose it is; 0 validation, 1 evaluation, the rest training.
-
-    >>> of_split([str(number) for number in range(42)], "evaluation")
-    ['1', '21', '41']
-    """
-    kept = {"validation": (0,), "evaluation": (1,), "train": tuple(range(2, EVERY))}[split]
-    return [turn for number, turn in enumerate(turns) if number % EVERY in kept]
 
 
 def turns_hash(turns: Iterable[str]) -> str:
@@ -67,9 +55,10 @@ def turns_hash(turns: Iterable[str]) -> str:
 
 
 def by_split(sources: str) -> dict[str, list[str]]:
-    """User turns of every split."""
+    """User turns of every split: of twenty in the list the first is for validation, the second for evaluation."""
     turns = read_user_turns(sources)
-    return {split: of_split(turns, split) for split in SPLITS}
+    places = {"validation": (0,), "evaluation": (1,), "train": range(2, 20)}
+    return {split: [turn for number, turn in enumerate(turns) if number % 20 in places[split]] for split in SPLITS}
 
 
 def _records(source: str) -> Iterator[dict]:
@@ -96,11 +85,8 @@ def _records(source: str) -> Iterator[dict]:
 def _local(path: Path) -> Iterator[dict]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-        records = (
-            json.loads(text)
-            if path.suffix == ".json"
-            else [json.loads(line) for line in text.split("\n") if line.strip()]
-        )
+        lines = [line for line in text.split("\n") if line.strip()]
+        records = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise StudyError(
             f"could not read dialogues from {path} ({error}); give JSON in UTF-8, one record a line in a .jsonl file"

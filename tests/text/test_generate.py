@@ -1,17 +1,17 @@
 """The generator: turns end where they should, nothing depends on batching or on a kill, and nothing strays in."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from kvshot_lib.errors import StudyError
+from kvshot_lib.target.chat import chat_headers
 from kvshot_lib.target.load import load_target
 from kvshot_lib.text import generate
 from kvshot_lib.text.corpus import SPLITS, check_disjoint, load_corpus
-from kvshot_lib.text.generate import GeneratorSettings, chat_headers, generate_batch, generate_corpus, write_answers
+from kvshot_lib.text.generate import GeneratorSettings, generate_batch, generate_corpus, write_answers
 
 SETTINGS = GeneratorSettings(max_length_tokens=60, max_user_tokens=24, batch_size=8, seed=0)
 END, START, NEWLINE, USER, ASSISTANT = 2, 1, 3, 5, 6  # of the tiny tokenizer
@@ -196,13 +196,22 @@ def test_a_dialogue_too_short_for_its_prompt_and_an_unknown_split_are_refused(ta
         generate_corpus(target, tmp_path, {"test": 1}, SETTINGS)
 
 
-def test_command_line(target, tmp_path, monkeypatch, capsys):
-    asked = SimpleNamespace()
-    monkeypatch.setattr(generate, "load_target", lambda name, **how: vars(asked).update(name=name, **how) or target)
-    words = f"--out {tmp_path / 'made'} --target tiny --device cpu --dtype float32 --train 3 --seed 5"
-    words += " --max-length-tokens 60 --max-user-tokens 24 --batch-size 8"
-    generate.main(words.split())
-    assert vars(asked) == {"name": "tiny", "device": "cpu", "dtype": "float32"}
-    assert capsys.readouterr().out.strip().endswith("made")
-    corpus = load_corpus(tmp_path / "made", "train", whole_answers=True)
-    assert len(corpus.documents) == 3 and corpus.provenance["seed"] == 5
+def test_words_of_the_command_line_reach_the_generator(target, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(generate, "load_target", lambda name, **how: asked.append((name, how)) or target)
+    folder = generate.generate(
+        out=tmp_path / "made", target="tiny", device="cpu", dtype="float32", train=3, seed=5, max_length_tokens=60,
+        max_user_tokens=24, batch_size=8,
+    )  # fmt: skip
+    assert asked == [("tiny", {"device": "cpu", "dtype": "float32"})]
+    corpus = load_corpus(folder, "train", whole_answers=True)
+    assert len(corpus.documents) == 3
+    given = {
+        "seed": 5,
+        "max_length_tokens": 60,
+        "max_user_tokens": 24,
+        "batch_size": 8,
+        "temperature": 1.0,
+        "top_p": 0.95,
+    }
+    assert given.items() <= corpus.provenance.items() and corpus.provenance["thinking"] is False

@@ -9,9 +9,10 @@ import pytest
 from test_generate import ASSISTANT, END, NEWLINE, START, USER, target  # noqa: F401 - a fixture
 
 from kvshot_lib.errors import StudyError
+from kvshot_lib.target.chat import chat_headers
 from kvshot_lib.text.corpus import load_corpus
-from kvshot_lib.text.generate import GeneratorSettings, chat_headers, generate_corpus
-from kvshot_lib.text.user_turns import by_split, first_turn, of_split, read_user_turns, turns_hash
+from kvshot_lib.text.generate import GeneratorSettings, generate_corpus
+from kvshot_lib.text.user_turns import by_split, first_turn, read_user_turns, turns_hash
 
 SETTINGS = GeneratorSettings(max_length_tokens=60, max_user_tokens=6, batch_size=4)
 
@@ -42,7 +43,7 @@ def test_splits_share_no_turn_and_leave_none_out(tmp_path):
     splits = by_split(write(tmp_path / "a.jsonl", [{"prompt": turn} for turn in turns]))
     assert {name: len(found) for name, found in splits.items()} == {"train": 90, "validation": 5, "evaluation": 5}
     assert sorted(turn for found in splits.values() for turn in found) == sorted(turns)
-    assert of_split(turns, "validation")[:2] == ["turn 0", "turn 20"]
+    assert splits["validation"][:2] == ["turn 0", "turn 20"] and splits["evaluation"][:2] == ["turn 1", "turn 21"]
     assert turns_hash(["a", "b"]) != turns_hash(["ab"])
 
 
