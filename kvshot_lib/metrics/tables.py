@@ -47,6 +47,10 @@ ANSWER = _table(  # a row an answer
     "drafted:int? accepted:int? seconds:float fastest_s:float slowest_s:float repeats" + PARTS + "*dtype:str device:str",
     large=True,
 )  # fmt: skip
+FACTS = (  # what was measured, on what, by which code
+    " target:str target_hash:str documents *documents_hash:str dtype:str seconds:float device:str git_revision:str "
+    "torch:str transformers:str date:str"
+)
 TABLES = {
     # What a run leaves, and what is collected from it.
     "runs": _table(
@@ -103,7 +107,6 @@ TABLES = {
         "new_mass:float entropy:float", large=True,
     ),
     "attention_matches": _table(RUN + "*document *draft_step matches:str", large=True),
-    "recoverable": _table("*source:str *distance *document positions correct nats:float", large=True),
     "attention_overlap": _table(
         RUN + "*document *source:str *draft_step *layer:int? *target_layer anchors js:float js_with_sink:float "
         "recall:float recall_with_sink:float", large=True,
@@ -112,6 +115,8 @@ TABLES = {
         RUN + "*document *labels:str *draft_step *layer *target_layer residual:float total:float", large=True
     ),
     "query_oracle": _table(RUN + "*arm:str trained_tokens *document *draft_step" + CHAIN, large=True),
+    "query_estimation_facts": _table("*runs:str" + FACTS),
+    "attention_shift_facts": _table("kv_layers:str" + FACTS),
     # Verdicts.
     "scorecard": _table(
         "*claim:str kind:str statement:str statistic:str paper_value:float value:float low:float high:float "

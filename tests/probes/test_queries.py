@@ -106,3 +106,12 @@ def test_what_cannot_be_measured_is_refused_by_name(results, monkeypatch, capsys
 
 def test_nothing_to_measure(tmp_path):
     assert main([str(tmp_path)]) == 1
+
+
+def test_drafters_without_comparable_queries_are_refused_by_name():
+    assert {name for name, config in VARIANTS.items() if reuses_kv(config)} >= set(REUSING)
+    for name in ("hidden", "kv_2_mlp", "kv_1_unrotate", "none_1", "kv_1_zero", "kv_2_lagged", "states_2"):
+        with pytest.raises(StudyError, match=f"{name}/seed0: query estimation needs a kv or hybrid drafter"):
+            check_drafter(VARIANTS[name], f"{name}/seed0")
+    with pytest.raises(StudyError, match="paradigm='block'"):
+        check_drafter(DrafterConfig("block"), "block_kv_2/seed0")

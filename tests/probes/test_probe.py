@@ -4,19 +4,17 @@ import pytest
 import torch
 from examples import STEPS, drafter, live, live_of, target
 
-from kvshot_lib.probes import query_probe
-from kvshot_lib.probes.kv_attention import compute_state
-from kvshot_lib.probes.query_probe import (
+from kvshot_lib.probes import probe as query_probe
+from kvshot_lib.probes.probe import (
     best_penalty,
     fit,
-    plain_queries,
     probe,
     probe_anchors,
     probe_data,
     probe_rows,
     squares,
 )
-from kvshot_lib.probes.readout import rotary_of
+from kvshot_lib.probes.target_rows import compute_state, plain_queries, rotary_of
 from kvshot_lib.text.corpus import Document
 from kvshot_lib.training.ttt import find_anchors
 

@@ -1,4 +1,4 @@
-"""Attention overlap: hand-made rows, a drafter that is the target's own layer, a naive computation, and what anchors may see."""
+"""Standing in a drafter's attention, and its overlap with the target's: hand-made rows, naive computations, all put back."""
 
 import math
 from dataclasses import replace
@@ -7,10 +7,71 @@ import pytest
 import torch
 from examples import DOCUMENTS, STEPS, drafter, live, live_of, target, target_layer_as_drafter
 
-from kvshot_lib.probes import overlap as attention_overlap
-from kvshot_lib.probes.kv_attention import compute_state
-from kvshot_lib.probes.overlap import layer_row, overlap, overlap_rows, recall, reference_rows, watch
-from kvshot_lib.training.ttt import find_anchors
+from kvshot_lib.probes import attention
+from kvshot_lib.probes.attention import (
+    attending,
+    kv_attentions,
+    layer_row,
+    overlap,
+    overlap_rows,
+    own_query,
+    recall,
+    reference_rows,
+    watch,
+)
+from kvshot_lib.probes.target_rows import compute_state
+from kvshot_lib.training.ttt import draft_steps, find_anchors
+
+REUSING = ["kv_1", "kv_2", "hybrid"]
+
+
+def outputs(built, document=0):
+    features = live().batch([document])
+    anchors = find_anchors(features.answer_mask, STEPS)
+    with torch.no_grad():
+        return [output for _, _, output in draft_steps(built, features, anchors, STEPS)]
+
+
+@pytest.mark.parametrize("variant", REUSING)
+def test_watching_changes_nothing_and_sees_every_step_and_place(variant):
+    built, seen = drafter(variant), []
+    before, weights = outputs(built), {name: t.clone() for name, t in built.state_dict().items()}
+
+    def see(call):
+        places = call.places(len(DOCUMENTS[0].tokens))
+        seen.append((call.layer, call.draft_step, call.anchors.tolist(), places.tolist()))
+        return own_query(call)
+
+    with attending(built, see):
+        watched = outputs(built)
+    assert all(torch.equal(a, b) for a, b in zip(before, watched, strict=True))
+    assert [key[:2] for key in seen] == [(layer, k) for k in range(STEPS) for layer in range(len(built.layers))]
+    for _, k, anchors, places in seen:
+        assert anchors == list(range(2, 10))  # answer x3 … x11: the first anchor is the last prompt token
+        assert places == [min(t + 1 + k, 11) for t in anchors]
+    assert all(torch.equal(weights[name], t) for name, t in built.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(before, outputs(built), strict=True))
+
+
+def test_drafter_is_as_it_was_after_an_error():
+    built = drafter("hybrid")
+    before = outputs(built)
+    with pytest.raises(RuntimeError, match="out of memory"), attending(built, lambda call: _fail()):
+        outputs(built)
+    assert all("forward" not in vars(module) for module in kv_attentions(built))
+    assert all(torch.equal(a, b) for a, b in zip(before, outputs(built), strict=True))
+
+
+def _fail():
+    raise RuntimeError("out of memory")
+
+
+def test_what_is_replaced_matters():
+    built = drafter("kv_2")
+    with attending(built, lambda call: 0 * own_query(call)):
+        changed = outputs(built)
+    assert not torch.allclose(changed[0], outputs(built)[0])
+
 
 LAYERS = (1, 2, 3)  # what feature_spec reuses of the tiny target
 
@@ -26,7 +87,7 @@ def watched(built, document=1, source=None):
 
 def test_overlap_of_hand_made_rows(monkeypatch):
     """Anchor t = 3: entries 1, 2, 3 count (and 0, with the sink); the entry after it doesn't."""
-    monkeypatch.setattr(attention_overlap, "TOP", 2)
+    monkeypatch.setattr(attention, "TOP", 2)
     mine = torch.tensor([[0.6, 0.2, 0.1, 0.0, 0.1]])
     true = torch.tensor([[0.5, 0.0, 0.1, 0.1, 0.3]])
     js, with_sink, found, found_with_sink = overlap(mine, true, torch.tensor([3])).tolist()
@@ -41,7 +102,7 @@ def test_overlap_of_hand_made_rows(monkeypatch):
 
 
 def test_recall_counts_the_largest_kept_entries(monkeypatch):
-    monkeypatch.setattr(attention_overlap, "TOP", 3)
+    monkeypatch.setattr(attention, "TOP", 3)
     row = torch.tensor([[9.0, 1, 2, 3, 4, 5]])
     kept = torch.tensor([[False, True, True, True, True, True]])
     assert recall(row, -row + 10, kept).tolist() == [pytest.approx(1 / 3)]  # {3, 4, 5} and {1, 2, 3}

@@ -2,20 +2,18 @@
 
 import pytest
 import torch
-from examples import DRAFT_IDS, STEPS, drafter, live, target, target_layer_as_drafter
+from examples import STEPS, drafter, live, target, target_layer_as_drafter
 
 from kvshot_lib.drafters.variants import QUERY_ARMS
-from kvshot_lib.errors import StudyError
-from kvshot_lib.probes import query_oracle
-from kvshot_lib.probes.kv_attention import compute_state
-from kvshot_lib.probes.overlap import watch
-from kvshot_lib.probes.query_oracle import (
+from kvshot_lib.probes import oracle as query_oracle
+from kvshot_lib.probes.attention import watch
+from kvshot_lib.probes.oracle import (
+    Retraining,
     all_query_maps,
     apply_rows,
     evaluate,
     head_layers,
     key_moments,
-    make_attend,
     oracle_query,
     output_side,
     perfect_rows,
@@ -24,6 +22,7 @@ from kvshot_lib.probes.query_oracle import (
     run_arm,
     working_copy,
 )
+from kvshot_lib.probes.target_rows import compute_state
 from kvshot_lib.training.ttt import find_anchors
 
 LAYERS = live().spec.kv_layers
@@ -31,6 +30,11 @@ LAYERS = live().spec.kv_layers
 
 def states(document):
     return compute_state(target(), live().batch([document]).tokens[0, : live().lengths[document]], LAYERS)
+
+
+def retraining(documents):
+    both = ("train", "evaluation")
+    return Retraining(dict.fromkeys(both, live()), dict.fromkeys(both, states), documents, STEPS)
 
 
 def calls_of(built, document=1):
@@ -139,7 +143,7 @@ def test_an_arm_trains_the_output_side_of_a_copy_and_nothing_else(variant, arm):
     maps = all_query_maps(built, key_moments(states, [0, 1]))
     copied = working_copy(built)
     assert copied.embedding.data_ptr() == built.embedding.data_ptr()
-    tokens = query_oracle.retrain(copied, arm, live(), states, [0, 1, 4], maps, STEPS)
+    tokens = query_oracle.retrain(copied, arm, maps, retraining([0, 1, 4]))
     assert tokens == sum(live().lengths[d] for d in (0, 1, 4))
     trained = {id(parameter) for parameter in output_side(copied)}
     for name, parameter in copied.named_parameters():
@@ -151,18 +155,10 @@ def test_an_arm_trains_the_output_side_of_a_copy_and_nothing_else(variant, arm):
 
 
 def test_arms_are_judged_on_the_same_anchors_and_own_queries_change_nothing():
-    sources, kept = {"train": live(), "evaluation": live()}, {"train": states, "evaluation": states}
-    built = drafter("kv_1")
-    maps = all_query_maps(built, key_moments(states, [0, 1]))
-    made = {arm: run_arm(built, arm, sources, kept, [0, 1], maps, STEPS) for arm in QUERY_ARMS}
-    plain = evaluate(built, "own", live(), states, maps, STEPS, 0)
+    built, how = drafter("kv_1"), retraining([0, 1])
+    made = {arm: run_arm(built, arm, how) for arm in QUERY_ARMS}
+    plain = evaluate(built, "own", [], how)
     for arm, rows in made.items():
         assert rows["anchors"].equals(plain["anchors"]) and len(rows) == len(live()) * STEPS
         assert set(rows["trained_tokens"]) == {0 if arm == "as_trained" else sum(live().lengths[:2])}
     assert made["as_trained"]["matches"].equals(plain["matches"])
-
-
-def test_unknown_arm_is_refused():
-    with pytest.raises(StudyError, match="arm 'orcle' is not known; choose from as_trained, own"):
-        make_attend("orcle", drafter("kv_1"), states(1), [], 0)
-    assert len(DRAFT_IDS)

@@ -1,14 +1,14 @@
-"""How much of the target's true query can be read, by a linear map, from a drafter's state before its attention over the target's KV?
+"""How much of the target's true query can be read, by a linear map, from a drafter's state before its attention?
 
-The state is what the query projection reads (after the norm), so no query projection of any training could do better in R² than the best
-linear map. The label is the target's true query at the same position t+1+k in the reused layers, all heads, with its RoPE taken off: a
-linear map of a state that holds no position could not turn it.
+The state is what the query projection reads (after the norm), so no training of that projection could do better in R² than
+the best linear map. The label is the target's true query at the same position t+1+k in the reused layers, all heads, with
+its RoPE taken off: a linear map of a state that holds no position could not turn it.
 
     R² = 1 - Σ ‖q - q̂‖² / Σ ‖q - mean‖²        mean: of the documents that the map was fitted on
 
-Ridge regression on one half of the documents (even or odd), scored on the other, and the other way round, so that every document is
-scored by a map that has not seen it. The penalty is the best of ``PENALTIES`` on a part of the fitted half. Channels are standardised.
-The floor is the same with the labels of the fitted half shuffled: it should be 0 or a little less.
+Ridge regression on one half of the documents (even or odd), scored on the other, and the other way round, so that every
+document is scored by a map that has not seen it. The penalty is the best of ``PENALTIES`` on a part of the fitted half.
+Channels are standardised. The floor is the same with the labels of the fitted half shuffled: 0 or a little less.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from ..drafters.drafter import Drafter
-from ..drafters.layers import rotated
 from ..training.ttt import Anchors
-from .kv_attention import TargetState
-from .overlap import watch
+from .attention import watch
 
 PENALTIES = (1e-2, 1e-1, 1.0, 10.0, 100.0)
 ANCHORS = 64  # of a document, evenly spaced among those valid at every draft step: bounds the memory
@@ -32,26 +30,21 @@ def probe_anchors(anchors: Anchors) -> Tensor:
     return rows[torch.linspace(0, max(0, len(rows) - 1), min(ANCHORS, len(rows)), device=rows.device).round().long()]
 
 
-def plain_queries(state: TargetState, rotary) -> Tensor:
-    """True queries without RoPE: [n, S, H · D]; ``rotary`` is the target's (`recoverable.rotary_of`)."""
-    cos, sin = rotary(state.queries, torch.arange(state.queries.shape[2], device=state.queries.device)[None])
-    scale = rotary.attention_scaling**2
-    return rotated(state.queries, (cos / scale, -sin / scale)).permute(2, 0, 1, 3).flatten(2)
-
-
 def probe_data(drafter: Drafter, features, anchors: Anchors, steps: Sequence[int], labels: Tensor) -> dict:
-    """(layer, draft step) -> states [m, width], and draft step -> true queries [m, S, H · D], of one document's `probe_anchors`."""
-    rows, found = probe_anchors(anchors), {}
+    """(layer, draft step) -> states [m, width] and true queries [m, S, H · D] at the `probe_anchors` of one document.
+
+    labels : [n, S, H · D], from `target_rows.plain_queries`.
+    """
+    rows = probe_anchors(anchors)
     if not len(rows):
         return {}
     few = Anchors(anchors.index[:, rows], anchors.valid[:, rows], anchors.weight[:, rows])
-    for call in watch(drafter, features, few, steps):
-        found[call.layer, call.draft_step] = call.inputs.float(), labels[call.places(len(labels))]
-    return found
+    calls = watch(drafter, features, few, steps)
+    return {(c.layer, c.draft_step): (c.inputs.float(), labels[c.places(len(labels))]) for c in calls}
 
 
 def fit(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, ...]:
-    """Ridge regression: means and spreads of x, mean of y, weights [width, out]. The penalty is in units of the mean eigenvalue."""
+    """Ridge regression: means and spreads of x, mean of y, weights; ``penalty`` in units of the mean eigenvalue."""
     mean, spread, centre = x.mean(0), x.std(0).clamp(min=1e-6), y.mean(0)
     z = (x - mean) / spread
     gram = z.T @ z
@@ -60,7 +53,7 @@ def fit(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, ...]:
 
 
 def squares(x: Tensor, y: Tensor, fitted: tuple[Tensor, ...]) -> Tensor:
-    """Squared errors of the fit and of its mean alone, summed over the channels of each reused layer: y [m, S, out] -> [m, S, 2]."""
+    """Squared errors of the fit and of its mean alone, summed over the channels of each layer: y [m, S, out] -> [m, S, 2]."""
     mean, spread, centre, weights = fitted
     flat = y.flatten(1)
     guess = (x - mean) / spread @ weights + centre
@@ -68,7 +61,7 @@ def squares(x: Tensor, y: Tensor, fitted: tuple[Tensor, ...]) -> Tensor:
 
 
 def probe(x: Tensor, y: Tensor, document: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Squared errors of every row by a map that was fitted on the other half: true labels and shuffled ones, [m, S, 2] each.
+    """Squared errors of every row by a map fitted on the other half: with true labels and shuffled ones, [m, S, 2] each.
 
     x [m, width], y [m, S, out], document [m] which document each row is of.
     """
@@ -95,16 +88,15 @@ def best_penalty(x: Tensor, y: Tensor, document: Tensor) -> float:
 
 def probe_rows(data: list[tuple[int, dict]], layers: Sequence[int], seed: int = 0) -> list[dict]:
     """Rows of ``query_probe`` (without variant and seed) from (document, `probe_data`) of every document."""
-    rows, keys = [], sorted({key for _, found in data for key in found})
-    for layer, step in keys:
+    rows = []
+    for layer, step in sorted({key for _, found in data for key in found}):
         own = [(document, *found[layer, step]) for document, found in data if found]
         document = torch.cat([torch.full((len(x),), number) for number, x, _ in own])
         x, y = (torch.cat(parts) for parts in list(zip(*own, strict=True))[1:])
         for labels, errors in zip(("true", "shuffled"), probe(x, y, document.to(x.device), seed), strict=True):
             for number in document.unique().tolist():
-                for target_layer, (residual, total) in zip(
-                    layers, errors[document == number].sum(0).tolist(), strict=True
-                ):
+                sums = errors[document == number].sum(0).tolist()
+                for target_layer, (residual, total) in zip(layers, sums, strict=True):
                     names = {"document": number, "layer": layer, "target_layer": target_layer, "draft_step": step}
                     rows.append({"labels": labels, **names, "residual": residual, "total": total})
     return rows

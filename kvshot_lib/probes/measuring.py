@@ -1,0 +1,118 @@
+"""What every measuring of trained drafters shares: runs and features opened, parts named, tables written."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from ..drafters.checkpoint import DESCRIPTION, find_runs
+from ..errors import StudyError
+from ..features.shuffled import ShuffledKV
+from ..features.store import StoredFeatures
+from ..files import read_json
+from ..metrics import tables
+from ..provenance import provenance
+from ..target.load import Target, load_target
+
+
+@dataclass(frozen=True)
+class Results:
+    """The finished runs of a results folder (``variant/seedN`` -> folder), their target, and its features by split."""
+
+    folder: Path
+    runs: dict[str, Path]
+    target: Target
+    sources: dict[str, StoredFeatures]
+
+    @property
+    def draft_length(self) -> int:
+        """Draft steps K that the runs were judged on."""
+        counts = pd.read_csv(next(iter(self.runs.values())) / "counts.csv")
+        return int(counts["draft_step"].max()) + 1
+
+    @property
+    def hashes(self) -> str:
+        """What the features are: target and documents of every split."""
+        return " ".join([self.target.hash, *(source.documents_hash for source in self.sources.values())])
+
+
+def open_results(results_dir: str | Path, runs: Sequence[str] = (), splits: Sequence[str] = ("evaluation",)) -> Results:
+    """Open a results folder, its target in float32.
+
+    Raises
+    ------
+    StudyError : no such finished run; features of another target.
+    """
+    folder = Path(results_dir)
+    found = find_runs(folder, runs)
+    sources = {split: StoredFeatures(folder / "features" / split) for split in splits}
+    spec = next(iter(sources.values())).spec
+    target = load_target(spec.target, dtype="float32")
+    if target.hash != spec.target_hash:
+        raise StudyError(
+            f"the features in {folder} come from other weights of {target.name}; run notebook 01_extract_kv_cache anew"
+        )
+    return Results(folder, found, target, sources)
+
+
+def read_by(drafter, source):
+    """Features as ``drafter`` was trained to read them: its layers' KV, another document's if it is that control."""
+    source = source.with_kv_layers(drafter.spec.kv_layers)
+    return ShuffledKV(source) if drafter.config.kv_control == "shuffled" else source
+
+
+def described(folder: Path) -> dict:
+    """What a run's ``drafter.json`` says."""
+    return read_json(folder / DESCRIPTION, f"delete {folder} and train again")
+
+
+def part_name(folder: Path, *more: str) -> str:
+    """A part's name: the run, its weights' hash (so that retrained ones are measured anew), and what of it."""
+    return ".".join([folder.parent.name, folder.name, described(folder)["weights_sha256"][:8], *more])
+
+
+def table_of(name: str, rows: pd.DataFrame, folder: Path | None = None) -> pd.DataFrame:
+    """Rows with the columns, types and digits of table ``name``; variant and seed are those of a run's folder.
+
+    Raises
+    ------
+    StudyError : no rows.
+    """
+    if rows.empty:
+        raise StudyError("no anchors in the evaluation documents: extract documents with longer answers")
+    if folder is not None:
+        rows = rows.assign(variant=folder.parent.name, seed=int(folder.name.removeprefix("seed")))
+    return tables.rounded(rows[list(tables.SCHEMAS[name])].astype(tables.SCHEMAS[name]))
+
+
+def facts_of(results: Results, seconds: float, **more) -> pd.DataFrame:
+    """One row: what was measured, on what, by which code."""
+    found, source = {"target": results.target.name, "target_hash": results.target.hash}, results.sources["evaluation"]
+    found |= {"runs": " ".join(results.runs), "documents": len(source), "documents_hash": source.documents_hash, **more}
+    found |= {"dtype": "float32", "seconds": round(seconds, 1), **provenance(results.target.device)}
+    return pd.DataFrame([found])
+
+
+def write_tables(results_dir: str | Path, made: Mapping[str, pd.DataFrame], keep: str | Path = "") -> dict[str, Path]:
+    """Write tables into RESULTS_DIR/tables; of those in folder ``keep``, made before, the other runs stay.
+
+    Raises
+    ------
+    StudyError : tables to keep that are about other documents.
+    """
+    written = {}
+    for name, new in made.items():
+        if keep and {"variant", "document"} <= set(new):
+            new = _with_others(tables.read(keep, name), new)
+        written[name] = tables.write(Path(results_dir) / "tables", name, new)
+    return written
+
+
+def _with_others(before: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
+    """The rows measured now, and those of other runs measured before on the same documents."""
+    if len(new) and len(before) and set(before["document"]) != set(new["document"]):
+        raise StudyError("the tables to keep are about other documents: leave them out")
+    runs = set(zip(new["variant"], new["seed"], strict=True))
+    others = [run not in runs for run in zip(before["variant"], before["seed"], strict=True)]
+    return pd.concat([before[others], new], ignore_index=True)
