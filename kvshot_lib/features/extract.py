@@ -89,7 +89,9 @@ def hold(extraction: Extraction, values: Mapping, folder: str | Path) -> dict[st
     """Features by split in the memory of the target's device; only the answer-token counts go to ``folder``."""
     write_counts(folder, extraction.answer_token_counts)
     device, batch = extraction.target.device, values["batch_documents"]
-    return {split: ResidentFeatures(live, device, batch_documents=batch) for split, live in extraction.documents.items()}
+    return {
+        split: ResidentFeatures(live, device, batch_documents=batch) for split, live in extraction.documents.items()
+    }
 
 
 def write_counts(folder: str | Path, counts: np.ndarray) -> Path:

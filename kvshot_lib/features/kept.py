@@ -1,10 +1,9 @@
-"""What notebook 01 leaves in ``results_dir/features/<split>``: a feature store, or for training also a recipe to compute them on the fly.
+"""What notebook 01 leaves in ``results_dir/features/<split>``: a store, or for training also a recipe to compute it anew.
 
-At the paper's scale a store takes terabytes. ``features="live"`` keeps only a recipe (`live.json`: corpus, documents, layers) for the
-training split; each training then runs the target over every batch once more. Validation and evaluation are always stored.
+At the paper's scale a store takes terabytes. ``features="live"`` keeps only a recipe (`live.json`: corpus, documents, layers)
+for the training split; each training then runs the target over every batch once more. The other splits are always stored.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,7 +13,7 @@ import pandas as pd
 
 from .. import parallel
 from ..errors import StudyError
-from ..files import write_json
+from ..files import read_json, write_json
 from ..target.load import Target
 from ..text.corpus import CORPORA, load_corpus
 from .live import LiveFeatures
@@ -23,12 +22,14 @@ from .store import MANIFEST, StoredFeatures, write_store
 
 RECIPE = "live.json"
 MODES = ("stored", "live")
+AGAIN = "run notebook 01_extract_kv_cache again"
 
 
 def keep_features(
-    folder: str | Path, sources: Mapping[str, LiveFeatures], corpus: str, mode: str = "stored", *, replace: bool = False, **sizes: int
+    folder: str | Path, sources: Mapping[str, LiveFeatures], corpus: str, mode: str = "stored",
+    *, replace: bool = False, **sizes: int,
 ) -> pd.DataFrame:  # fmt: skip
-    """Write every split's store (its training split's recipe, if ``mode`` is ``live``); ``sizes`` as in `feature_store.write_store`.
+    """Write every split's store (the training split's recipe, if ``mode`` is ``live``); ``sizes`` as in `write_store`.
 
     Returns
     -------
@@ -83,18 +84,11 @@ def open_features(folder: Path, target: Target) -> StoredFeatures | LiveFeatures
     documents = load_corpus(recipe["corpus"], recipe["split"]).documents[: recipe["documents"]]
     live = LiveFeatures(target, documents, FeatureSpec.from_json(recipe["spec"]), recipe["max_length_tokens"])
     if live.documents_hash != recipe["documents_hash"]:
-        raise StudyError(
-            f"the corpus {recipe['corpus']} is not the one that {folder / RECIPE} was made from; run notebook 01_extract_kv_cache again"
-        )
+        raise StudyError(f"the corpus {recipe['corpus']} is not the one that {folder / RECIPE} was made from; {AGAIN}")
     return live
 
 
 def _recipe(folder: Path) -> dict:
     if (folder / MANIFEST).exists():
         raise StudyError(f"{folder} holds a store and a recipe; delete one of {MANIFEST} and {RECIPE}")
-    try:
-        recipe = json.loads((folder / RECIPE).read_text())
-        _ = recipe["spec"], recipe["corpus"], recipe["documents_hash"]
-        return recipe
-    except (ValueError, KeyError, TypeError) as error:
-        raise StudyError(f"{folder / RECIPE} is damaged; run notebook 01_extract_kv_cache again") from error
+    return read_json(folder / RECIPE, AGAIN)

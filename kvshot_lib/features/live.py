@@ -1,9 +1,11 @@
-"""TODO"""
+"""Target state computed when it is asked for: no disk, one forward of the target a batch."""
 
 import copy
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -23,7 +25,8 @@ class LiveFeatures:
         too_large = max(int(document.tokens.max()) for document in documents)
         if too_large >= spec.vocab_size:
             raise StudyError(
-                f"the corpus has token id {too_large}, target {target.name} only {spec.vocab_size}; use a corpus made with this target"
+                f"the corpus has token id {too_large}, target {target.name} only {spec.vocab_size}; "
+                "use a corpus made with this target"
             )
         self.target, self.spec, self.max_length_tokens = target, spec, max_length_tokens
         longest = min(max_length_tokens, max(len(document.tokens) for document in documents))
@@ -74,6 +77,30 @@ class LiveFeatures:
     def argmax(self, final_hidden: Tensor, rows: int = 2048) -> Tensor:
         """argmax p_t over the whole vocabulary, [B, n, d] -> [B, n] int64; a chunk of rows at a time, so logits stay small."""
         flat = final_hidden.flatten(0, 1)
-        return torch.cat([self.target.logits(part).argmax(-1) for part in flat.split(rows)]).view(
-            final_hidden.shape[:-1]
-        )
+        found = torch.cat([self.target.logits(part).argmax(-1) for part in flat.split(rows)])
+        return found.view(final_hidden.shape[:-1])
+
+
+@torch.inference_mode()
+def extraction_speed(live: LiveFeatures, indices: Sequence[int], repeats: int = 3) -> dict[str, float]:
+    """Tokens/s of the bare target forward (up to the argmax that decoding needs) and of handing out every feature.
+
+    The same documents, by turns; medians of ``repeats``, and of the ratio of the two.
+    """
+    model, tokens = live.target.model, sum(live.lengths[i] for i in indices)
+    ids = live.batch(indices, ()).tokens
+    runs = {
+        "bare": lambda: live.argmax(model.get_decoder()(input_ids=ids, use_cache=False)[0]),
+        "extraction": lambda: live.batch(indices, STATE),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if live.target.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    bare, full = (seconds[name][1:] for name in runs)  # the first of each warmed up
+    speeds = {f"{name}_tokens_per_s": tokens / median(seconds[name][1:]) for name in runs}
+    return speeds | {"ratio": median(one / other for one, other in zip(bare, full, strict=True))}

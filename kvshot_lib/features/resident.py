@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from ..errors import StudyError
 from .spec import STATE, Features
 
 
@@ -50,10 +49,8 @@ class ResidentFeatures:
 
     def with_kv_layers(self, layers: Sequence[int]) -> "ResidentFeatures":
         """The same features, with keys and values of some of their target layers only."""
-        if missing := [layer for layer in layers if layer not in self.spec.kv_layers]:
-            raise StudyError(f"no keys and values of target layers {missing} here, only of {list(self.spec.kv_layers)}")
         view = copy.copy(self)
-        view._kv_places = [self.spec.kv_layers.index(layer) for layer in layers]
+        view._kv_places = self.spec.kv_places(layers)
         view.spec = replace(self.spec, kv_layers=tuple(layers))
         return view
 

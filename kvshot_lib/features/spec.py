@@ -1,4 +1,4 @@
-"""Target state of a batch of documents, from a live target or (feature_store.py) from disk, behind one interface."""
+"""What is recorded of a target, and a batch of it: the interface of all sources of features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -35,6 +35,15 @@ class FeatureSpec:
     def from_json(cls, read: dict) -> "FeatureSpec":
         """A spec back from JSON, which knows lists but no tuples."""
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in read.items()})
+
+    def kv_places(self, layers: Sequence[int]) -> list[int]:
+        """Where these target layers stand among those whose keys and values were recorded; others are refused."""
+        if missing := [layer for layer in layers if layer not in self.kv_layers]:
+            raise StudyError(
+                f"no keys and values of target layers {missing} were recorded, only of {list(self.kv_layers)}; "
+                f"run notebook 01_extract_kv_cache with kv_layers={sorted({*self.kv_layers, *layers})}"
+            )
+        return [self.kv_layers.index(layer) for layer in layers]
 
     @property
     def bytes_per_token(self) -> dict[str, int]:
@@ -113,5 +122,3 @@ def pad_documents(documents: Sequence[Document], indices: Sequence[int]) -> Feat
         tokens[row, : len(document.tokens)] = torch.from_numpy(document.tokens.astype("int64"))
         mask[row, : len(document.tokens)] = torch.from_numpy(document.answer_mask)
     return Features(tokens, mask, torch.tensor(list(indices)))
-
-

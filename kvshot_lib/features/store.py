@@ -9,19 +9,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .. import parallel
 from ..errors import StudyError
 from ..files import read_json, sha256, write_atomically, write_json
-from ..text.corpus import Document
 from .live import LiveFeatures
-from .spec import STATE, Features, FeatureSpec, pad_documents
+from .spec import STATE, Features, FeatureSpec
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+ANEW = "run notebook 01_extract_kv_cache anew"
+AGAIN = "run notebook 01_extract_kv_cache again, it makes that shard anew"
 
 
 def write_store(
@@ -30,8 +31,9 @@ def write_store(
 ) -> dict:  # fmt: skip
     """Run the target over every document of ``live`` and keep its features in ``folder``.
 
-    A shard holds ``shard_documents`` documents end to end, without padding: tensor ``name`` has shape [tokens, …]. Each shard
-    and then the manifest is written atomically, so a killed run goes on after the last whole shard.
+    A shard holds ``shard_documents`` documents end to end, without padding: tensor ``name`` has shape [tokens, …]. Shard i is
+    made by process i mod P. A finished one has a record beside it (``shard-00000.json``) until the manifest tells of all,
+    so a killed run goes on with the shards that have none, whatever the number of processes.
 
     Parameters
     ----------
@@ -44,87 +46,67 @@ def write_store(
 
     Raises
     ------
-    StudyError : the folder holds features of another target (or the same in another number format), layer choice or documents; or too
-        little disk space.
+    StudyError : the folder holds features of another target (or the same in another number format), layer choice or
+        documents; or too little disk space.
     """
     folder = Path(folder)
+    places = range(0, len(live), shard_documents)  # first document of each shard
+    paths = {first: folder / f"shard-{first // shard_documents:05d}.safetensors" for first in places}
+    tokens = {first: sum(live.lengths[first : first + shard_documents]) for first in places}
     manifest = {
         "schema": SCHEMA, "spec": asdict(live.spec), "target_dtype": str(live.target.dtype).removeprefix("torch."),
-        "dtype": str(dtype).removeprefix("torch."), "lengths": live.lengths,
-        "documents_hash": live.documents_hash, "shard_documents": shard_documents, "shards": [], "complete": False,
+        "dtype": str(dtype).removeprefix("torch."), "lengths": live.lengths, "documents_hash": live.documents_hash,
+        "shard_documents": shard_documents, "shards": [], "complete": False,
     }  # fmt: skip
-    manifest = json.loads(json.dumps(manifest))
-    if (folder / MANIFEST).exists() and parallel.is_main():
-        manifest = _resume(folder, manifest, replace)
-    if parallel.count() > 1:
-        return write_shares(folder, live, manifest, batch_documents, dtype)
-    needed = sum(live.lengths[_done(manifest) :]) * sum(live.spec.bytes_per_token.values())
-    _check_space(folder, needed * dtype.itemsize // 2)
-    with tqdm(
-        total=sum(live.lengths),
-        initial=sum(live.lengths[: _done(manifest)]),
-        unit="token",
-        desc=f"extract {folder.name}",
-    ) as bar:
-        for first in range(_done(manifest), len(live), shard_documents):
-            last = min(first + shard_documents, len(live))
-            path = folder / f"shard-{first // shard_documents:05d}.safetensors"
-            tensors = _shard(live, range(first, last), batch_documents, dtype, bar)
-            write_atomically(path, lambda p, t=tensors: save_file(t, p))
-            manifest["shards"].append(_shard_facts(path, last - first))
-            write_json(folder / MANIFEST, manifest)
-    manifest["complete"] = True
-    write_json(folder / MANIFEST, manifest)
-    return manifest
-
-
-def write_shares(folder: Path, live: LiveFeatures, manifest: dict, batch_documents: int, dtype: torch.dtype) -> dict:
-    """The same store from several processes: shard i is made by process i mod P, with a record beside it; the first writes one manifest.
-
-    A killed run goes on, with any number of processes, after the shards that have a record.
-    """
-    if parallel.is_main():
-        write_json(folder / MANIFEST, manifest | {"complete": False})
+    if parallel.is_main() and not _take_over(folder, json.loads(json.dumps(manifest)), replace):
+        missing = sum(tokens[first] for first, path in paths.items() if not _record(path).exists())
+        _check_space(folder, missing * sum(live.spec.bytes_per_token.values()) * dtype.itemsize // 2)
+        write_json(folder / MANIFEST, manifest)
     parallel.wait()
-    manifest, size = _read_manifest(folder), manifest["shard_documents"]
-    paths = {
-        first: folder / f"shard-{first // size:05d}.safetensors" for first in range(_done(manifest), len(live), size)
-    }
+    if (found := read_manifest(folder))["complete"]:
+        return found
     mine = parallel.share(list(paths))
-    lengths = [sum(live.lengths[first : first + size]) for first in mine]
-    _check_space(
-        folder, sum(lengths) * parallel.count() * sum(live.spec.bytes_per_token.values()) * dtype.itemsize // 2
-    )
-    with tqdm(total=sum(lengths), unit="token", desc=f"extract {folder.name}", disable=not parallel.is_main()) as bar:
-        for first in mine:
-            documents, record = range(first, min(first + size, len(live))), paths[first].with_suffix(".json")
-            if not _recorded(paths[first], record):
-                tensors = _shard(live, documents, batch_documents, dtype, bar)
-                write_atomically(paths[first], lambda p, t=tensors: save_file(t, p))
-                write_json(record, _shard_facts(paths[first], len(documents)))
+    undone = [first for first in mine if not _is_whole(paths[first])]
+    total, bar = sum(tokens[first] for first in mine), f"extract {folder.name}"
+    done = total - sum(tokens[first] for first in undone)
+    with tqdm(total=total, initial=done, unit="token", desc=bar, disable=not parallel.is_main()) as progress:
+        for first in undone:
+            documents = range(first, min(first + shard_documents, len(live)))
+            tensors = _shard(live, documents, batch_documents, dtype, progress)
+            path = write_atomically(paths[first], lambda p, t=tensors: save_file(t, p))
+            facts = {"documents": len(documents), "bytes": path.stat().st_size, "sha256": sha256(path)}
+            write_json(_record(path), {"file": path.name, **facts})
     parallel.wait()
     if parallel.is_main():
-        records = [path.with_suffix(".json") for path in paths.values()]
-        manifest["shards"] += [json.loads(record.read_text()) for record in records]
-        write_json(folder / MANIFEST, manifest | {"complete": True})
+        records = [_record(path) for path in paths.values()]
+        manifest |= {"shards": [read_json(record, AGAIN) for record in records], "complete": True}
+        write_json(folder / MANIFEST, manifest)
         for record in records:
             record.unlink()
     parallel.wait()
-    return _read_manifest(folder)
+    return read_manifest(folder)
 
 
-def _shard_facts(path: Path, documents: int) -> dict:
-    """What the manifest says of a shard."""
-    return {"file": path.name, "documents": documents, "bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _recorded(path: Path, record: Path) -> bool:
-    """Whether an earlier run has left this shard whole."""
-    try:
-        _check_shard(path, json.loads(record.read_text()), verify=True)
-        return True
-    except (OSError, ValueError, KeyError, StudyError):
+def _take_over(folder: Path, wanted: dict, replace: bool) -> bool:
+    """Whether ``folder`` has all of the store already; what it has of it gets records."""
+    if not (folder / MANIFEST).exists():
         return False
+    found = read_manifest(folder)
+    if differs := _differences({k: wanted[k] for k in wanted if k not in ("shards", "complete")}, found):
+        if not replace:
+            raise StudyError(
+                f"{folder} holds features made with another {differs}; delete it, or set replace_store=True, "
+                "or choose another results_dir"
+            )
+        shutil.rmtree(folder)
+        return False
+    bad = [shard for shard in found["shards"] if _trouble(folder / shard["file"], shard)]
+    if found["complete"] and not bad:
+        return True
+    for shard in found["shards"]:
+        if shard not in bad:
+            write_json(_record(folder / shard["file"]), shard)
+    return False
 
 
 class StoredFeatures:
@@ -133,7 +115,7 @@ class StoredFeatures:
     Parameters
     ----------
     expect : refuse a store of another target or layer choice.
-    verify : compare every shard's size and SHA-256 with the manifest first.
+    verify : compare every shard's SHA-256 with the manifest first, not its size alone.
     """
 
     def __init__(self, folder: str | Path, *, expect: FeatureSpec | None = None, verify: bool = True):
@@ -142,37 +124,31 @@ class StoredFeatures:
             raise StudyError(
                 f"no feature store at {self.folder}; run notebook 01_extract_kv_cache with the same results_dir"
             )
-        manifest = _read_manifest(self.folder)
+        manifest = read_manifest(self.folder)
         if not manifest["complete"]:
             raise StudyError(
                 f"the feature store at {self.folder} is not finished; run notebook 01_extract_kv_cache again, it resumes"
             )
         self.spec = FeatureSpec.from_json(manifest["spec"])
         if expect is not None and (differs := _differences(asdict(expect), asdict(self.spec))):
-            raise StudyError(
-                f"the feature store at {self.folder} was made with another {differs}; run notebook 01_extract_kv_cache anew"
-            )
+            raise StudyError(f"the feature store at {self.folder} was made with another {differs}; {ANEW}")
         self.lengths: list[int] = manifest["lengths"]
         self.documents_hash: str = manifest["documents_hash"]
         self._places: list[tuple[Path, int]] = []  # of each document: its shard and first row there
         for shard in manifest["shards"]:
-            _check_shard(self.folder / shard["file"], shard, verify)
-            row = 0
+            path, row = self.folder / shard["file"], 0
+            if trouble := _trouble(path, shard, verify):
+                raise StudyError(f"{path} {trouble}; {AGAIN}")
             for length in self.lengths[len(self._places) : len(self._places) + shard["documents"]]:
-                self._places.append((self.folder / shard["file"], row))
+                self._places.append((path, row))
                 row += length
         self._open: dict[Path, object] = {}
         self._kv_places: list[int] | None = None  # which stored layers keys and values are read of; None: all
 
     def with_kv_layers(self, layers: Sequence[int]) -> "StoredFeatures":
         """The same store, with keys and values of some of its target layers only."""
-        if missing := [layer for layer in layers if layer not in self.spec.kv_layers]:
-            raise StudyError(
-                f"{self.folder} holds no keys and values of target layers {missing}, only of {list(self.spec.kv_layers)}; "
-                f"run notebook 01_extract_kv_cache with kv_layers={sorted({*self.spec.kv_layers, *layers})}"
-            )
         view = copy.copy(self)
-        view._kv_places = [self.spec.kv_layers.index(layer) for layer in layers]
+        view._kv_places = self.spec.kv_places(layers)
         view.spec = dataclasses.replace(self.spec, kv_layers=tuple(layers))
         return view
 
@@ -181,18 +157,14 @@ class StoredFeatures:
 
     def batch(self, indices: Sequence[int], state: Sequence[str] = STATE) -> Features:
         """Read the chosen documents, right-padded with zeros; ``state`` names the fields wanted (the rest stay None)."""
-        plain = pad_documents(
-            [Document(self._read(i, "tokens").numpy(), self._read(i, "answer_mask").bool().numpy()) for i in indices],
-            range(len(indices)),
-        )
-        longest, padded = plain.tokens.shape[1], {}
-        for name in state:
+        longest, padded = max(2, *(self.lengths[i] for i in indices)), {}
+        for name in ("tokens", "answer_mask", *state):
             rows = [self._read(i, name) for i in indices]
             tensor = rows[0].new_zeros(len(rows), longest, *rows[0].shape[1:])
             for target, row in zip(tensor, rows, strict=True):
                 target[: len(row)] = row
-            padded[name] = tensor.long() if name == "target_argmax" else tensor
-        return Features(plain.tokens, plain.answer_mask, torch.tensor(list(indices)), **padded)
+            padded[name] = tensor.long() if name in ("tokens", "target_argmax") else tensor
+        return Features(documents=torch.tensor(list(indices)), **padded)
 
     def _read(self, index: int, name: str) -> torch.Tensor:
         path, row = self._places[index]
@@ -203,7 +175,7 @@ class StoredFeatures:
 
 
 def _shard(
-    live: LiveFeatures, documents: range, batch_documents: int, dtype: torch.dtype, bar: tqdm
+    live: LiveFeatures, documents: range, batch_documents: int, dtype: torch.dtype, progress: tqdm
 ) -> dict[str, torch.Tensor]:
     """Features of a run of documents, end to end; documents of like length share a batch so that little is padded."""
     order = sorted(documents, key=lambda i: live.lengths[i])
@@ -216,73 +188,53 @@ def _shard(
             tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
             for row, index in enumerate(indices):
                 by_document[index] = tensor[row, : live.lengths[index]].cpu()
-        bar.update(sum(live.lengths[i] for i in indices))
+        progress.update(sum(live.lengths[i] for i in indices))
     flat = {name: torch.cat([by_document[i] for i in documents]) for name, by_document in rows.items()}
     flat |= {name: flat[name].int() for name in ("tokens", "target_argmax")}
     return {name: tensor.contiguous() for name, tensor in flat.items()}
 
 
-def _done(manifest: dict) -> int:
-    return sum(shard["documents"] for shard in manifest["shards"])
+def read_manifest(folder: Path) -> dict:
+    """What a store says of itself."""
+    remedy = f"delete that folder and {ANEW}"
+    manifest = read_json(folder / MANIFEST, remedy)
+    if "schema" not in manifest:
+        raise StudyError(f"{folder / MANIFEST} is damaged; {remedy}")
+    if manifest["schema"] != SCHEMA:
+        raise StudyError(f"{folder} has schema {manifest['schema']}, this code reads {SCHEMA}; {remedy}")
+    return manifest
 
 
-def _read_manifest(folder: Path) -> dict:
-    remedy = "delete that folder and run notebook 01_extract_kv_cache"
+def _record(shard: Path) -> Path:
+    return shard.with_suffix(".json")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an earlier run has left this shard whole."""
     try:
-        manifest = read_json(folder / MANIFEST, remedy)
-        if manifest["schema"] != SCHEMA:
-            raise StudyError(
-                f"the feature store at {folder} has schema {manifest['schema']}, this code reads {SCHEMA}; run notebook 01_extract_kv_cache anew"
-            )
-        return manifest
-    except KeyError as error:
-        raise StudyError(f"{folder / MANIFEST} is damaged; {remedy}") from error
+        return not _trouble(path, read_json(_record(path), ""))
+    except StudyError:
+        return False
 
 
-def _resume(folder: Path, wanted: dict, replace: bool) -> dict:
-    """The manifest to go on from: the one on disk with its whole shards, or ``wanted`` from the start."""
-    found = _read_manifest(folder)
-    if differs := _differences({k: wanted[k] for k in wanted if k not in ("shards", "complete")}, found):
-        if not replace:
-            raise StudyError(
-                f"{folder} holds features made with another {differs}; delete it, or set replace_store=True, or choose another results_dir"
-            )
-        shutil.rmtree(folder)
-        return wanted
-    for number, shard in enumerate(found["shards"]):
-        try:
-            _check_shard(folder / shard["file"], shard, verify=True)
-        except StudyError:  # extract from the damaged shard on
-            found["shards"], found["complete"] = found["shards"][:number], False
-            break
-    return found
+def _trouble(path: Path, record: dict, verify: bool = True) -> str:
+    """What is wrong with a shard, by its record; empty if nothing is."""
+    if not path.exists():
+        return "is missing"
+    if (size := path.stat().st_size) != record["bytes"]:
+        return f"has {size} bytes, its manifest says {record['bytes']}"
+    return "was altered: its SHA-256 is not the manifest's" if verify and sha256(path) != record["sha256"] else ""
 
 
 def _differences(wanted: dict, found: dict) -> str:
     names = [name for name in wanted if wanted[name] != found.get(name)]
-    if names == ["spec"]:
-        return _differences(wanted["spec"], found["spec"])
-    return ", ".join(names)
-
-
-def _check_shard(path: Path, record: dict, verify: bool) -> None:
-    advice = "run notebook 01_extract_kv_cache again, it makes that shard anew"
-    if not path.exists():
-        raise StudyError(f"{path} is missing; {advice}")
-    if (size := path.stat().st_size) != record["bytes"]:
-        raise StudyError(f"{path} has {size} bytes, its manifest says {record['bytes']}; {advice}")
-    if verify and sha256(path) != record["sha256"]:
-        raise StudyError(f"{path} was altered: its SHA-256 is not the manifest's; {advice}")
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise StudyError(f"{path} is not a readable safetensors file ({error}); {advice}") from error
+    return _differences(wanted["spec"], found["spec"]) if names == ["spec"] else ", ".join(names)
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     if (free := shutil.disk_usage(existing).free) < needed_bytes * 1.05:
         raise StudyError(
-            f"the features need {needed_bytes / 1e9:.3g} GB, {existing} has {free / 1e9:.3g} GB free; free some space or use fewer documents"
+            f"the features need {needed_bytes / 1e9:.3g} GB, {existing} has {free / 1e9:.3g} GB free; "
+            "free some space or use fewer documents"
         )

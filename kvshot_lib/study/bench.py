@@ -1,111 +1,112 @@
-"""Speed and memory of the study's two heavy loops on this machine: `make bench`.
+"""Speed and memory of the study's two heavy loops on this machine: `make bench`."""
 
-Extraction is given as a ratio to the bare target forward, alternating in one run; training in tokens/s over batches of 4 × 512
-tokens read from a feature store (K = 7, draft vocabulary 8,192); and training by two processes under Accelerate, one GPU or one CPU
-thread each, against one. Nothing is asserted: machines differ.
-"""
-
-import argparse
 import os
 import re
 import resource
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import replace
+from collections.abc import Sequence
+from statistics import median
 
 import torch
+from torch.utils.benchmark import Timer
 
 from .. import parallel
 from ..drafters.checkpoint import draft_vocabulary
-from ..drafters.drafter import DrafterConfig, build_drafter
+from ..drafters.config import DrafterConfig
+from ..drafters.drafter import build_drafter
+from ..drafters.variants import parameters_of
 from ..errors import StudyError
+from ..features.extract import prepare
 from ..features.live import LiveFeatures
-from ..features.spec import feature_spec
 from ..features.store import StoredFeatures, write_store
-from ..plots.cache_facts import extraction_speed
 from ..provenance import device_name
-from ..target.load import Target, load_target
+from ..target.load import Target
 from ..target.smollm2 import DEFAULT_TARGET
-from ..text.corpus import answer_token_counts, load_corpus
-from ..training.loop import TrainConfig, train
-from ..training.ttt import ttt_loss
+from ..training.config import TrainConfig, configurations
+from ..training.loop import train
+from .notebooks import parameter_defaults
+from .profiles import NOTEBOOKS
 
-DRAFTERS = {
-    "hidden": DrafterConfig("hidden"),
-    "kv_2": DrafterConfig("kv", num_layers=2),
-    "hybrid": DrafterConfig("hybrid"),
-    "block_kv_2": DrafterConfig("block", num_layers=2),
-}
+BENCHED = ("hidden", "kv_2", "hybrid", "block_kv_2")
+TIMED = {"batch_documents": 4, "validate_every": 0, "checkpoint_every_s": 1e9}
+
+
+def bench(
+    *, target: str = DEFAULT_TARGET, corpus: str = "selfgen", documents: int = 8, steps: int = 3, vocabulary: int = 8192,
+    processes: Sequence[int] = (1, 2), share: bool = False,
+) -> None:  # fmt: skip
+    """Speed of extraction and training on this machine.
+
+    Extraction is given as a ratio to the bare target forward, alternating; training in tokens/s over batches of four
+    documents. Nothing is asserted: machines differ.
+
+    Parameters
+    ----------
+    documents : the longest of the corpus. steps : timed training steps. vocabulary : draft_vocab_size.
+    processes : numbers of processes to train with, one after the other. share : only this process's part of that.
+    """
+    if share:
+        parallel.begin()
+    values = parameter_defaults(NOTEBOOKS["extract"]) | {"target": target, "corpus": corpus, "dtype": "auto"}
+    made = prepare(values | {"train_documents": None})
+    draft_ids = draft_vocabulary(torch.from_numpy(made.answer_token_counts), min(vocabulary, made.target.vocab_size))
+    longest = sorted(made.documents["train"].documents, key=lambda d: -len(d.tokens))[:documents]
+    live = LiveFeatures(made.target, longest, made.spec)
+    kv_2 = configurations(parameters_of("kv_2"))[0]
+    if share:
+        found = training_speed(made.target, live, kv_2, draft_ids, steps)
+        if parallel.is_main():
+            print(f"data-parallel {found:.2f}", flush=True)
+        return
+    dtype = str(made.target.dtype).removeprefix("torch.")
+    print(f"{device_name(made.target.device)}, {dtype}, torch {torch.__version__}, target {made.target.name}")
+    extraction, bare = extraction_speed(live, range(min(4, len(live))))
+    print(f"extraction {extraction:,.0f} tokens/s, bare forward {bare:,.0f}: ratio {extraction / bare:.2f}")
+    with tempfile.TemporaryDirectory() as folder:
+        write_store(folder, live, batch_documents=4)
+        for name in BENCHED:
+            for fraction in (1.0, 0.2):
+                config = configurations(parameters_of(name))[0]
+                found = training_speed(made.target, StoredFeatures(folder), config, draft_ids, steps, fraction)
+                print(f"train {name:10} anchor_fraction {fraction:.1f}: {found:>8,.0f} tokens/s", flush=True)
+    own = {"target": target, "corpus": corpus, "documents": documents, "steps": steps, "vocabulary": vocabulary}
+    words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
+    speeds = [launched_speed(number, words) for number in processes]
+    for number, found in zip(processes, speeds, strict=True):
+        told = f"train kv_2 from live features, {number} process(es): {found:,.0f} tokens/s"
+        print(f"{told}, {found / speeds[0]:.2f} times the first")
+    print(f"peak memory {peak_memory_bytes(made.target.device) / 1e9:.1f} GB")
+
+
+def extraction_speed(live: LiveFeatures, indices: Sequence[int], repeats: int = 3) -> tuple[float, float]:
+    """Tokens/s of extraction and of the bare forward (which ends in logits' argmax) on one batch; medians, alternating."""
+    decoder, batch = live.target.model.get_decoder(), live.batch(indices, ()).tokens
+    bare = torch.inference_mode()(lambda: live.argmax(decoder(input_ids=batch, use_cache=False)[0]))
+    timers = [Timer("run()", globals={"run": run}) for run in (lambda: live.batch(indices), bare)]
+    rounds = [[timer.timeit(1).median for timer in timers] for _ in range(repeats)]  # timeit warms up itself
+    return tuple(sum(live.lengths[i] for i in indices) / median(seconds) for seconds in zip(*rounds, strict=True))
 
 
 def training_speed(
-    target: Target,
-    store: StoredFeatures,
-    config: DrafterConfig,
-    anchor_fraction: float,
-    *,
-    draft_ids: torch.Tensor,
-    steps: int,
+    target: Target, source, config: DrafterConfig, draft_ids: torch.Tensor, steps: int, anchor_fraction: float = 0.2
 ) -> float:
-    """Tokens/s of forward, backward and optimiser over batches of four documents; the first step warms up."""
-    drafter = build_drafter(config, target, store.spec, draft_ids)
-    optimiser = torch.optim.AdamW(drafter.parameters(), lr=1e-4, fused=True)
-    device, half = target.device.type, target.dtype != torch.float32
-    tokens = 0
-    for step in range(steps + 1):
-        if step == 1:
-            started, tokens = time.perf_counter(), 0
-        indices = [(4 * step + i) % len(store) for i in range(4)]
-        features = store.batch(indices, (*drafter.reads, "final_hidden", "target_argmax")).to(device, target.dtype)
-        with torch.autocast(device, target.dtype, enabled=half):
-            generator = torch.Generator().manual_seed(step)
-            loss = ttt_loss(drafter, features, anchor_fraction=anchor_fraction, generator=generator).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(drafter.parameters(), 0.5)
-        optimiser.step()
-        optimiser.zero_grad()
-        tokens += sum(store.lengths[i] for i in indices)
-        if device == "cuda":
-            torch.cuda.synchronize()
-    return tokens / (time.perf_counter() - started)
-
-
-def data_parallel_speed(target: Target, live: LiveFeatures, draft_ids: torch.Tensor, steps: int) -> float:
-    """Tokens/s of `training.train` on batches of four documents, features made on the fly, over however many processes there are."""
-    config = TrainConfig(
-        batch_documents=4,
-        epochs=steps + 1,
-        max_steps=steps,
-        anchor_fraction=0.2,
-        validate_every=0,
-        checkpoint_every_s=1e9,
-    )
+    """Tokens/s of a training on batches of four documents, over however many processes there are."""
     for number in (1, steps):  # the first warms up
-        drafter = build_drafter(DRAFTERS["kv_2"], target, live.spec, draft_ids)
+        drafter = build_drafter(config, target, source.spec, draft_ids)
+        training = TrainConfig(epochs=number + 1, max_steps=number, anchor_fraction=anchor_fraction, **TIMED)
         with tempfile.TemporaryDirectory() as folder:
-            history = train(drafter, live, live, replace(config, max_steps=number), folder, dtype=target.dtype)
+            history = train(drafter, source, source, training, folder, dtype=target.dtype)
     return history["trained_tokens"].max() / history["seconds"].max()
 
 
 def launched_speed(processes: int, words: list[str]) -> float:
-    """What `data_parallel_speed` finds in so many processes, started by `accelerate launch`."""
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        str(processes),
-        "--main_process_port",
-        "0",
-        "-m",
-    ]
-    launch = launch if processes > 1 else ["-m"]
-    command = [sys.executable, *launch, "kvshot_lib.study.bench", "--data-parallel", *words]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
-    )
+    """What `training_speed` finds in so many processes, started by `accelerate launch`."""
+    several = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0", "-m"]
+    command = [sys.executable, "-m", *(several if processes > 1 else []), "kvshot_lib", "bench", "--share", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     found = re.findall(r"^data-parallel ([\d.]+)$", ended.stdout, re.MULTILINE)
     if ended.returncode or len(found) != 1:
         why = (ended.stderr.strip().splitlines() or ["no message"])[-1]
@@ -118,65 +119,3 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def main(words: list[str] | None = None) -> None:
-    """Print the two tables."""
-    parser = argparse.ArgumentParser(prog="python -m kvshot_lib.study.bench", description=__doc__.split("\n")[0])
-    parser.add_argument("--target", default=DEFAULT_TARGET)
-    parser.add_argument("--corpus", default="selfgen")
-    parser.add_argument("--documents", type=int, default=8, help="the longest of the corpus")
-    parser.add_argument("--steps", type=int, default=3, help="timed training steps")
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2], help="to train with, one after the other")
-    parser.add_argument("--data-parallel", action="store_true", help="only this process's part of that measurement")
-    given = parser.parse_args(words)
-    if given.data_parallel:
-        parallel.begin()
-    target = load_target(given.target)
-    dtype = str(target.dtype).removeprefix("torch.")
-    if not given.data_parallel:
-        print(f"{device_name(target.device)}, {dtype}, torch {torch.__version__}, target {target.name}")
-    answers = load_corpus(given.corpus, "train").documents
-    counts = torch.from_numpy(answer_token_counts(answers, target.vocab_size))
-    draft_ids = draft_vocabulary(counts, min(given.vocabulary, target.vocab_size))
-    documents = sorted(answers, key=lambda d: -len(d.tokens))[: given.documents]
-    live = LiveFeatures(target, documents, feature_spec(target, 3))
-    if given.data_parallel:
-        found = data_parallel_speed(target, live, draft_ids, given.steps)
-        if parallel.is_main():
-            print(f"data-parallel {found:.2f}", flush=True)
-        return
-    speed = extraction_speed(live, list(range(min(4, len(live)))))
-    print(
-        f"extraction {speed['extraction_tokens_per_s']:,.0f} tokens/s, bare forward {speed['bare_tokens_per_s']:,.0f}: "
-        f"ratio {speed['ratio']:.2f}"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        write_store(folder, live, batch_documents=4)
-        store = StoredFeatures(folder)
-        for name, config in DRAFTERS.items():
-            for fraction in (1.0, 0.2):
-                tokens_per_s = training_speed(target, store, config, fraction, draft_ids=draft_ids, steps=given.steps)
-                print(f"train {name:10} anchor_fraction {fraction:.1f}: {tokens_per_s:>8,.0f} tokens/s", flush=True)
-    own = [
-        "--target",
-        given.target,
-        "--corpus",
-        given.corpus,
-        "--documents",
-        str(given.documents),
-        "--steps",
-        str(given.steps),
-    ]
-    speeds = {n: launched_speed(n, [*own, "--vocabulary", str(given.vocabulary)]) for n in given.processes}
-    for processes, tokens_per_s in speeds.items():
-        ratio = tokens_per_s / next(iter(speeds.values()))
-        print(
-            f"train kv_2 from live features, {processes} process(es): {tokens_per_s:,.0f} tokens/s, {ratio:.2f} times the first"
-        )
-    print(f"peak memory {peak_memory_bytes(target.device) / 1e9:.1f} GB")
-
-
-if __name__ == "__main__":
-    main()

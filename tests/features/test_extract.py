@@ -26,7 +26,11 @@ def own_corpus(folder, **facts):
 
 def test_parameters_choose_target_layers_and_documents(extraction):
     assert extraction.target.name == "tiny" and extraction.spec.kv_layers == (1, 3)
-    assert {split: len(live) for split, live in extraction.documents.items()} == {"train": 6, "validation": 2, "evaluation": 3}
+    assert {split: len(live) for split, live in extraction.documents.items()} == {
+        "train": 6,
+        "validation": 2,
+        "evaluation": 3,
+    }
     assert max(length for live in extraction.documents.values() for length in live.lengths) == 40
     answers = np.concatenate([document.answer for document in load_corpus("tiny", "train").documents])
     assert extraction.answer_token_counts.sum() == len(answers)  # of all 64 documents, uncut

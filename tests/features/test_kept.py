@@ -1,7 +1,5 @@
 """A recipe in place of a store: the same features, computed anew; and what can go wrong between the two."""
 
-import json
-
 import examples
 import pytest
 import torch
@@ -11,6 +9,7 @@ from kvshot_lib.features.kept import RECIPE, keep_features, open_features, read_
 from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.features.spec import feature_spec
 from kvshot_lib.features.store import MANIFEST, StoredFeatures
+from kvshot_lib.files import read_json, write_json
 from kvshot_lib.text.corpus import load_corpus
 
 
@@ -54,10 +53,9 @@ def test_bad_modes_and_changed_corpora_are_refused(tmp_path):
         keep_features(tmp_path, sources(), "tiny", "disk")
     keep_features(tmp_path, sources(), "tiny", "live")
     path = tmp_path / "train" / RECIPE
-    recipe = json.loads(path.read_text())
-    path.write_text(json.dumps(recipe | {"documents": 5}))
+    write_json(path, read_json(path, "") | {"documents": 5})
     with pytest.raises(StudyError, match="the corpus tiny is not the one that .*live.json was made from"):
         open_features(tmp_path / "train", examples.target())
     path.write_text("{")
-    with pytest.raises(StudyError, match="live.json is damaged; run notebook 01_extract_kv_cache again"):
+    with pytest.raises(StudyError, match="live.json can't be read .*; run notebook 01_extract_kv_cache again"):
         read_spec(tmp_path / "train")

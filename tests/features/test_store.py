@@ -136,10 +136,10 @@ def test_a_killed_extraction_goes_on_after_the_last_whole_shard(folder, live, tm
     if shard:
         with pytest.raises(StudyError, match="not finished; run notebook 01_extract_kv_cache again, it resumes"):
             StoredFeatures(folder)
-    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
     assert len(kept) == shard
     write_store(folder, live, **SMALL)
-    assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}.items()
+    assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}.items()
     whole = write_store(tmp_path / "undisturbed", live, **SMALL)
     assert read_json(folder / MANIFEST, "") == whole
 
@@ -157,7 +157,7 @@ def test_a_disk_that_fills_up_costs_no_finished_shard(folder, live, monkeypatch,
         with pytest.raises(StudyError, match="no space left on device; free some space.*then run again") as caught:
             write_store(folder, live, **SMALL)
         one_line(caught)
-    assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, "shard-00000.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, "shard-00000.json", "shard-00000.safetensors"]
     written.clear()
     write_store(folder, live, **SMALL)
     assert written == ["shard-00001", "shard-00002"] and len(StoredFeatures(folder)) == 5
@@ -196,7 +196,7 @@ def test_a_damaged_shard_is_refused_and_made_anew(store, live, written, damage, 
         StoredFeatures(store)
     one_line(error)
     write_store(store, live, **SMALL)
-    assert written == ["shard-00001", "shard-00002"]
+    assert written == ["shard-00001"]
     assert_equal(StoredFeatures(store).batch([2]), live.batch([2]), atol=1e-5)
 
 
