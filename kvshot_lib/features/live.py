@@ -2,13 +2,13 @@
 
 import copy
 import hashlib
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from ..errors import StudyError
 from ..target.capture import capture, check_layers
@@ -81,26 +81,10 @@ class LiveFeatures:
         return found.view(final_hidden.shape[:-1])
 
 
-@torch.inference_mode()
-def extraction_speed(live: LiveFeatures, indices: Sequence[int], repeats: int = 3) -> dict[str, float]:
-    """Tokens/s of the bare target forward (up to the argmax that decoding needs) and of handing out every feature.
-
-    The same documents, by turns; medians of ``repeats``, and of the ratio of the two.
-    """
-    model, tokens = live.target.model, sum(live.lengths[i] for i in indices)
-    ids = live.batch(indices, ()).tokens
-    runs = {
-        "bare": lambda: live.argmax(model.get_decoder()(input_ids=ids, use_cache=False)[0]),
-        "extraction": lambda: live.batch(indices, STATE),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats + 1):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            if live.target.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    bare, full = (seconds[name][1:] for name in runs)  # the first of each warmed up
-    speeds = {f"{name}_tokens_per_s": tokens / median(seconds[name][1:]) for name in runs}
-    return speeds | {"ratio": median(one / other for one, other in zip(bare, full, strict=True))}
+def extraction_speed(live: LiveFeatures, indices: Sequence[int], repeats: int = 3) -> tuple[float, float]:
+    """Tokens/s of extraction and of the bare forward (up to the argmax that decoding needs); medians, by turns."""
+    decoder, batch = live.target.model.get_decoder(), live.batch(indices, ()).tokens
+    bare = torch.inference_mode()(lambda: live.argmax(decoder(input_ids=batch, use_cache=False)[0]))
+    timers = [Timer("run()", globals={"run": run}) for run in (lambda: live.batch(indices), bare)]
+    rounds = [[timer.timeit(1).median for timer in timers] for _ in range(repeats)]  # timeit warms up itself
+    return tuple(sum(live.lengths[i] for i in indices) / median(seconds) for seconds in zip(*rounds, strict=True))

@@ -7,10 +7,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from statistics import median
 
 import torch
-from torch.utils.benchmark import Timer
 
 from .. import parallel
 from ..drafters.checkpoint import draft_vocabulary
@@ -19,7 +17,7 @@ from ..drafters.drafter import build_drafter
 from ..drafters.variants import parameters_of
 from ..errors import StudyError
 from ..features.extract import prepare
-from ..features.live import LiveFeatures
+from ..features.live import LiveFeatures, extraction_speed
 from ..features.store import StoredFeatures, write_store
 from ..provenance import device_name
 from ..target.load import Target
@@ -78,15 +76,6 @@ def bench(
         told = f"train kv_2 from live features, {number} process(es): {found:,.0f} tokens/s"
         print(f"{told}, {found / speeds[0]:.2f} times the first")
     print(f"peak memory {peak_memory_bytes(made.target.device) / 1e9:.1f} GB")
-
-
-def extraction_speed(live: LiveFeatures, indices: Sequence[int], repeats: int = 3) -> tuple[float, float]:
-    """Tokens/s of extraction and of the bare forward (which ends in logits' argmax) on one batch; medians, alternating."""
-    decoder, batch = live.target.model.get_decoder(), live.batch(indices, ()).tokens
-    bare = torch.inference_mode()(lambda: live.argmax(decoder(input_ids=batch, use_cache=False)[0]))
-    timers = [Timer("run()", globals={"run": run}) for run in (lambda: live.batch(indices), bare)]
-    rounds = [[timer.timeit(1).median for timer in timers] for _ in range(repeats)]  # timeit warms up itself
-    return tuple(sum(live.lengths[i] for i in indices) / median(seconds) for seconds in zip(*rounds, strict=True))
 
 
 def training_speed(
