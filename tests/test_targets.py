@@ -21,13 +21,15 @@ from kvshot_lib.errors import StudyError
 from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.features.spec import feature_spec
 from kvshot_lib.probes import gradients as gradient_flow
-from kvshot_lib.probes.shift import check_rows, entropy, shift_document
+from kvshot_lib.probes.shift import entropy, shift_document
+from kvshot_lib.probes.target_rows import check_rows
 from kvshot_lib.target.capture import capture
 from kvshot_lib.target.load import Target, full_attention_layers, load_target
 from kvshot_lib.target.shared import capped, check_length, norm_gain, rope_limit, rope_parameters
-from kvshot_lib.training.cross_entropy import score_rows
-from kvshot_lib.training.loop import TrainConfig, train
-from kvshot_lib.training.ttt import find_anchors
+from kvshot_lib.training.anchors import find_anchors
+from kvshot_lib.training.config import TrainConfig
+from kvshot_lib.training.loop import train
+from kvshot_lib.training.loss import score_rows
 
 FAMILIES = ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral", "tiny-olmo2", "tiny-gemma3"]
 SMALL = {

@@ -27,7 +27,8 @@ from ..drafters.attention import chain_attention
 from ..drafters.drafter import Drafter
 from ..drafters.hooks import watching
 from ..drafters.layers import Entries, extend
-from ..training.ttt import Anchors, draft_steps
+from ..training.anchors import Anchors
+from ..training.ttt import draft_steps
 from .target_rows import TargetState, jensen_shannon
 
 TOP = 8

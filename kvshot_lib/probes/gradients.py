@@ -41,8 +41,9 @@ from ..features.spec import Features, FeatureSpec
 from ..parts import Parts
 from ..target.load import Target, load_target
 from ..text.corpus import Document, load_corpus
+from ..training.anchors import Anchors, find_anchors
+from ..training.loss import ttt_loss
 from ..training.record import branch_of
-from ..training.ttt import Anchors, find_anchors, ttt_loss
 from .attention import draft_mass
 from .measuring import described, part_name, read_by, table_of, write_tables
 

@@ -103,7 +103,7 @@ def write_tables(results_dir: str | Path, made: Mapping[str, pd.DataFrame], keep
     """
     written = {}
     for name, new in made.items():
-        if keep and {"variant", "document"} <= set(new):
+        if keep and ("variant" in new or "runs" in tables.SCHEMAS[name]):
             new = _with_others(tables.read(keep, name), new)
         written[name] = tables.write(Path(results_dir) / "tables", name, new)
     return written
@@ -111,8 +111,9 @@ def write_tables(results_dir: str | Path, made: Mapping[str, pd.DataFrame], keep
 
 def _with_others(before: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
     """The rows measured now, and those of other runs measured before on the same documents."""
+    if "runs" in new:  # facts
+        return pd.concat([new, before[~before["runs"].isin(new["runs"])]], ignore_index=True)
     if len(new) and len(before) and set(before["document"]) != set(new["document"]):
         raise StudyError("the tables to keep are about other documents: leave them out")
-    runs = set(zip(new["variant"], new["seed"], strict=True))
-    others = [run not in runs for run in zip(before["variant"], before["seed"], strict=True)]
+    others = ~before.set_index(["variant", "seed"]).index.isin(new.set_index(["variant", "seed"]).index)
     return pd.concat([before[others], new], ignore_index=True)

@@ -41,8 +41,9 @@ from tqdm import tqdm
 from ..drafters.attention import chain_attention
 from ..drafters.drafter import Drafter
 from ..metrics.acceptance import COUNTS, count_document
-from ..training.judging import judge
-from ..training.ttt import find_anchors, predict, ttt_loss
+from ..training.anchors import find_anchors
+from ..training.judging import judge, predict
+from ..training.loss import ttt_loss
 from .attention import Attend, Call, attending, kv_attentions, own_query
 from .target_rows import TargetState
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..drafters.drafter import Drafter
-from ..training.ttt import Anchors
+from ..training.anchors import Anchors
 from .attention import watch
 
 PENALTIES = (1e-2, 1e-1, 1.0, 10.0, 100.0)

@@ -32,7 +32,7 @@ from ..features.shuffled import ShuffledKV
 from ..metrics import tables
 from ..metrics.acceptance import axis_steps
 from ..parts import Parts, claim
-from ..training.ttt import find_anchors
+from ..training.anchors import find_anchors
 from .attention import overlap_rows, reference_rows, watch
 from .measuring import Results, described, facts_of, open_results, part_name, table_of, write_tables
 from .oracle import RATE, Retraining, run_arm

@@ -36,8 +36,8 @@ from ..metrics.acceptance import AXES, axis_steps
 from ..parts import Parts
 from ..target.capture import uniform_layers
 from ..target.load import Target, full_attention_layers, resolve_dtype
+from ..training.anchors import find_anchors
 from ..training.judging import anchor_places, match_documents
-from ..training.ttt import find_anchors
 from .measuring import facts_of, open_results, part_name, read_by, table_of, write_tables
 from .target_rows import check_rows, compute_state, jensen_shannon
 

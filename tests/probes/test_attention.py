@@ -20,7 +20,8 @@ from kvshot_lib.probes.attention import (
     watch,
 )
 from kvshot_lib.probes.target_rows import compute_state
-from kvshot_lib.training.ttt import draft_steps, find_anchors
+from kvshot_lib.training.anchors import find_anchors
+from kvshot_lib.training.ttt import draft_steps
 
 REUSING = ["kv_1", "kv_2", "hybrid"]
 

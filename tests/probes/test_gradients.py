@@ -10,12 +10,17 @@ import pandas as pd
 import pytest
 import torch
 from examples import STEPS
+from finished import finished
 
 from kvshot_lib.drafters.attention import _plain_attention, prefix_mask
 from kvshot_lib.errors import StudyError
+from kvshot_lib.metrics import tables
 from kvshot_lib.probes import gradients as flow
+from kvshot_lib.probes.attention import draft_mass
 from kvshot_lib.text.corpus import Document
-from kvshot_lib.training.ttt import find_anchors, predict, ttt_loss
+from kvshot_lib.training.anchors import find_anchors
+from kvshot_lib.training.judging import predict
+from kvshot_lib.training.loss import ttt_loss
 
 EVERY = ("hidden", "hidden_post_norm", "kv_1", "kv_2", "hybrid", "cross_only", "kv_2_mlp", "none_1", "kv_1_unrotate")
 
@@ -32,7 +37,7 @@ def test_the_mass_of_two_entries_in_closed_form():
     prefix = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4, requires_grad=True)
     chain = torch.tensor([math.log(3), 0, 0, 0]).view(1, 1, 1, 1, 4), torch.zeros(1, 1, 1, 1, 4, requires_grad=True)
     mask = prefix_mask(torch.tensor([[1]]), 1)
-    assert flow.draft_mass(query, prefix, mask, chain).item() == pytest.approx(0.75)
+    assert draft_mass(query, prefix, mask, chain).item() == pytest.approx(0.75)
     _plain_attention(query[:, :, None], prefix, mask, chain).sum().backward()
     assert prefix[1].grad.flatten().tolist() == pytest.approx([0.25] * 4)
     assert chain[1].grad.flatten().tolist() == pytest.approx([0.75] * 4)
@@ -43,7 +48,7 @@ def test_mass_equals_that_of_a_softmax_spelled_out_and_hidden_entries_get_none()
     shapes = (2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 3, 2, 8)
     query, keys, own = (torch.randn(shape, generator=generator) for shape in shapes)
     visible = torch.tensor([[1, 3, 5], [2, 2, 4]])
-    found = flow.draft_mass(query, (keys, keys), prefix_mask(visible, 5), (own, own))
+    found = draft_mass(query, (keys, keys), prefix_mask(visible, 5), (own, own))
     for b, h, m in np.ndindex(2, 4, 3):
         seen = torch.cat([keys[b, h // 2, : visible[b, m]], own[b, h // 2, m]])
         weights = (seen @ query[b, h, m] / 8**0.5).softmax(0)
@@ -75,7 +80,7 @@ def test_block_drafters_are_measured_too(variant):
     anchors, attributes = flow.anchors_before(features.answer_mask, 8), [set(vars(m)) for m in drafter.modules()]
     with flow.watched_flow(drafter) as flows:
         ttt_loss(drafter, features, ttt_steps=STEPS, anchors=anchors).loss.backward()
-    modules = dict(flow.watched_modules(drafter))
+    modules = flow.projections(drafter)
     for key in [key for key, module in modules.items() if isinstance(module, torch.nn.Linear)]:
         parts = sum(found.weight for (*own, _), found in flows.items() if tuple(own) == key)
         torch.testing.assert_close(parts, modules[key].weight.grad, rtol=1e-4, atol=1e-6)
@@ -99,7 +104,7 @@ def test_both_sides_sum_to_the_gradient_of_autograd(variant):
     drafter, features, _ = prepared(variant)
     with flow.watched_flow(drafter) as flows:
         ttt_loss(drafter, features, ttt_steps=STEPS, step_decay=0.8).loss.backward()
-    modules = dict(flow.watched_modules(drafter))
+    modules = flow.projections(drafter)
     for key, module in modules.items():
         if isinstance(module, torch.nn.Linear):
             parts = sum(found.weight for (*own, _), found in flows.items() if tuple(own) == key)
@@ -178,20 +183,19 @@ def test_anchors_are_the_nearest_ones_that_see_no_more_than_the_context():
 
 
 def test_a_finished_run_is_measured_once_and_unknown_runs_are_refused(tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "runs/kv_1/seed0"
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text('{"variant": "kv_1", "seed": 0, "target": "tiny"}')
-    (folder / "drafter.safetensors").touch()
-    calls = []
+    finished(tmp_path, "kv_1")
+    calls, load = [], flow.load_drafter
     monkeypatch.setattr(flow, "load_target", lambda name, device: examples.target("tiny-llama"))
-    monkeypatch.setattr(flow, "load_drafter", lambda folder, target: calls.append(folder) or examples.drafter("kv_1"))
+    monkeypatch.setattr(flow, "load_drafter", lambda folder, target: calls.append(folder) or load(folder, target))
     documents = [examples.document("0" + "1" * 19, seed) for seed in range(8)]
     monkeypatch.setattr(flow, "load_corpus", lambda *_: SimpleNamespace(documents=documents))
-    words = [str(tmp_path), "--contexts", "16", "24", "512"]
-    assert flow.main(words) == 0 and flow.main(words) == 0
-    assert calls == [folder] and "too little text for contexts of 512 tokens" in capsys.readouterr().out
-    table = flow.tables.read(tmp_path / "tables", "gradient_flow")
+    measured = {"fingerprint": "code", "contexts": (16, 24, 512)}
+    flow.measure_gradients(tmp_path, **measured)
+    flow.measure_gradients(tmp_path, **measured)
+    assert len(calls) == 1 and "too little text for contexts of 512 tokens" in capsys.readouterr().out
+    table = tables.read(tmp_path / "tables", "gradient_flow")
     assert set(table["context_length_tokens"]) == {16, 24} and table["document"].nunique() == 4
-    assert flow.main([*words, "--documents", "2"]) == 0 and len(calls) == 2, "other settings, other numbers"
-    assert flow.main([str(tmp_path), "kv_9/seed0"]) == 1
-    assert "kv_9/seed0: no finished run in" in capsys.readouterr().err
+    flow.measure_gradients(tmp_path, **measured, documents=2)
+    assert len(calls) == 2, "other settings, other numbers"
+    with pytest.raises(StudyError, match="kv_9/seed0: no finished run in"):
+        flow.measure_gradients(tmp_path, ["kv_9/seed0"], **measured)

@@ -23,7 +23,7 @@ from kvshot_lib.probes.oracle import (
     working_copy,
 )
 from kvshot_lib.probes.target_rows import compute_state
-from kvshot_lib.training.ttt import find_anchors
+from kvshot_lib.training.anchors import find_anchors
 
 LAYERS = live().spec.kv_layers
 

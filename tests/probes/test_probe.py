@@ -16,7 +16,7 @@ from kvshot_lib.probes.probe import (
 )
 from kvshot_lib.probes.target_rows import compute_state, plain_queries, rotary_of
 from kvshot_lib.text.corpus import Document
-from kvshot_lib.training.ttt import find_anchors
+from kvshot_lib.training.anchors import find_anchors
 
 
 def made(noise=0.0, rows=240):

@@ -1,6 +1,5 @@
-"""Attention shift: hand-made rows, rows equal to the target's own, refusals, tables that resume, and a target left as it was."""
+"""Attention shift: hand-made rows, a naive computation, what it may see, and tables that resume."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -9,27 +8,16 @@ import pandas as pd
 import pytest
 import torch
 from examples import DOCUMENTS, STEPS, drafter, live, live_of, target
-from test_capture import left_behind
+from finished import finished
 
 from kvshot_lib.drafters.checkpoint import save_drafter
 from kvshot_lib.errors import StudyError
-from kvshot_lib.features.store import write_store
-from kvshot_lib.metrics import acceptance as metrics
 from kvshot_lib.metrics import tables
+from kvshot_lib.probes import measuring
 from kvshot_lib.probes import shift as attention_shift
-from kvshot_lib.probes.shift import (
-    check_rows,
-    entropy,
-    jensen_shannon,
-    measure,
-    measure_target,
-    row_error,
-    row_measures,
-    shift_document,
-)
+from kvshot_lib.probes.shift import check_counts, entropy, measure_shift, measure_target, row_measures, shift_document
+from kvshot_lib.probes.target_rows import jensen_shannon
 from kvshot_lib.target.capture import attention_rows, capture
-from kvshot_lib.target.load import load_target
-from kvshot_lib.training.judging import match_documents
 
 LAYERS = (1, 2, 3)
 
@@ -85,21 +73,13 @@ def test_a_token_changes_no_shift_of_steps_that_end_before_it():
 
 
 @pytest.fixture
-def results(tmp_path):
-    """Two finished runs on stored features."""
-    write_store(tmp_path / "features/evaluation", live(), dtype=torch.float32)
-    for variant in ("hidden", "kv_1"):
-        folder = tmp_path / f"runs/{variant}/seed0"
-        save_drafter(drafter(variant), folder)
-        counts, _ = metrics.count_run(variant, 0, match_documents(live(), drafter(variant), STEPS))
-        counts.to_csv(folder / "counts.csv", index=False)
-        (folder / "run.json").write_text("{}")
-    return tmp_path
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "load_target", lambda *_, **__: target())
+    return finished(tmp_path, "hidden", "kv_1")
 
 
 def test_tables_hold_every_valid_anchor_and_the_runs_own_matches(results, monkeypatch):
-    monkeypatch.setattr(attention_shift, "load_target", lambda *_, **__: target())
-    measure(results)
+    measure_shift(results, fingerprint="code")
     shift, matches = (tables.read(results / "tables", name) for name in ("attention_shift", "attention_matches"))
     sizes = shift.groupby(["document", "draft_step"]).size()
     for variant in ("hidden", "kv_1"):
@@ -111,49 +91,37 @@ def test_tables_hold_every_valid_anchor_and_the_runs_own_matches(results, monkey
     assert shift["shift"].dropna().between(0, math.log(2)).all() and shift["new_mass"].between(0, 1).all()
     assert shift["shift"].isna().sum() == (shift["context_length_tokens"] == 1).sum()
 
-    again = {path.name: path.read_bytes() for path in (results / "tables").glob("*.xz")}
-    monkeypatch.setattr(attention_shift, "measure_target", None)  # measured already
-    monkeypatch.setattr(attention_shift, "measure_run", None)
-    measure(results)
-    assert again and {path.name: path.read_bytes() for path in (results / "tables").glob("*.xz")} == again
-    measure(results, ["kv_1/seed0"], keep=results / "tables")
+    for name in ("measure_target", "measure_run"):  # measured already
+        monkeypatch.setattr(attention_shift, name, lambda *_: 1 / 0)
+    measure_shift(results, fingerprint="code")
+    assert tables.read(results / "tables", "attention_shift").equals(shift)
+    measure_shift(results, ["kv_1/seed0"], fingerprint="code", keep=results / "tables")
     assert set(tables.read(results / "tables", "attention_matches")["variant"]) == {"hidden", "kv_1"}
 
 
-def test_a_retrained_run_is_measured_again_and_one_of_other_documents_is_refused(results, monkeypatch, capsys):
-    monkeypatch.setattr(attention_shift, "load_target", lambda *_, **__: target())
-    measure(results)
-    folder = results / "runs/kv_1/seed0"
-    changed = drafter("kv_1")
+def test_a_retrained_run_is_measured_again_and_one_of_other_documents_is_refused(results, monkeypatch):
+    measure_shift(results, fingerprint="code")
+    folder, changed, asked, original = results / "runs/kv_1/seed0", drafter("kv_1"), [], attention_shift.load_drafter
     torch.nn.init.zeros_(changed.layers[0].mlp.down_proj.weight)
     save_drafter(changed, folder)
-    asked = []
-    original = attention_shift.measure_run
-    monkeypatch.setattr(
-        attention_shift, "measure_run", lambda *given: asked.append(given[1].parent.name) or original(*given)
-    )
-    monkeypatch.setattr(attention_shift, "_check_counts", lambda *_: None)
-    measure(results)
+    monkeypatch.setattr(attention_shift, "load_drafter", lambda f, t: asked.append(f.parent.name) or original(f, t))
+    measure_shift(results, fingerprint="code")
     assert asked == ["kv_1"]
-    monkeypatch.undo()
-    monkeypatch.setattr(attention_shift, "load_target", lambda *_, **__: target())
     counts = pd.read_csv(folder / "counts.csv")
     counts.loc[0, "anchors"] += 1
     counts.to_csv(folder / "counts.csv", index=False)
-    description = json.loads((folder / "drafter.json").read_text())
-    for path in (results / "attention_shift").glob(f"kv_1.*{description['weights_sha256'][:8]}*"):
-        path.unlink()
-    assert attention_shift.main([str(results)]) == 1
-    assert "was evaluated on other documents or anchors" in capsys.readouterr().err
-    assert attention_shift.main([str(results), "kv_9/seed0"]) == 1
+    with pytest.raises(StudyError, match="was evaluated on other documents or anchors"):
+        measure_shift(results, fingerprint="other code")
+    with pytest.raises(StudyError, match="kv_9/seed0: no finished run"):
+        measure_shift(results, ["kv_9/seed0"], fingerprint="code")
 
 
 def test_fewer_documents_than_the_run_was_judged_on_will_do(tmp_path):
     counts = pd.DataFrame({"document": [0, 1], "draft_step": [0, 0], "anchors": [2, 3], "matches": [1, 2]})
     counts.to_csv(tmp_path / "counts.csv", index=False)
     rows = pd.DataFrame([{"document": 0, "draft_step": 0, "matches": "10"}])
-    attention_shift._check_counts(rows, tmp_path, 1)
+    check_counts(rows, tmp_path, 1)
     with pytest.raises(StudyError, match="was evaluated on other documents"):
-        attention_shift._check_counts(rows, tmp_path, 2)
+        check_counts(rows, tmp_path, 2)
     with pytest.raises(StudyError, match="of its matches are not those"):
-        attention_shift._check_counts(rows.assign(matches="11"), tmp_path, 1)
+        check_counts(rows.assign(matches="11"), tmp_path, 1)

@@ -102,7 +102,4 @@ def test_target_is_left_as_it_was_also_after_an_error(monkeypatch):
         row_error(loaded, LAYERS, tokens)
     assert left_behind(loaded.model) == before[0]
     assert torch.equal(loaded.model(tokens[None]).logits, before[1])
-    assert (
-        attention_shift.load_target is load_target
-        and load_target("tiny-llama", device="cpu", dtype="float32").hash == before[2]
-    )
+    assert load_target("tiny-llama", device="cpu", dtype="float32").hash == before[2]
