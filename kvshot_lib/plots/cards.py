@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from ..metrics.claims import CLAIMS, Claim, in_favour
 from ..metrics.resampling import Interval
 from ..metrics.tables import in_order
-from .report import markdown_table
 from .forest import forest
+from .report import markdown_table
 from .style import STYLE
 
 # Colour and marker of each verdict.

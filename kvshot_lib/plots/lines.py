@@ -104,6 +104,7 @@ def lines(
         if words or ticks is not None:
             shown = range(len(words)) if words else ticks
             axes.set_xticks(shown, words or [f"{tick:,g}" for tick in ticks])
+            axes.tick_params(axis="x", rotation=40 if len("".join(words)) > 60 / across else 0)
             axes.minorticks_off()
         axes.set_ylim(*ylim)
     for axes in grid[:, 0]:
@@ -118,6 +119,8 @@ def _line(axes: Axes, at: np.ndarray, line: pd.DataFrame, y, low, high, look_, s
     (colour, marker), (dash, face) = look_, style
     if {low, high} <= set(line) and line[low].notna().any():
         axes.fill_between(at, line[low].to_numpy(float), line[high].to_numpy(float), color=colour, alpha=0.15, lw=0)
+        if len(at) == 1:
+            axes.vlines(at, line[low], line[high], color=colour, lw=1.8)
     if {"seed_low", "seed_high"} <= set(line):
         axes.vlines(at, line["seed_low"], line["seed_high"], color=colour, lw=5, alpha=0.35)
     axes.plot(at, line[y], color=colour, ls=dash, marker=marker, ms=5, mfc=face or colour, clip_on=False)

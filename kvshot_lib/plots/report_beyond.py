@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from ..metrics.budgets import at_compute
-from ..metrics.decode_tables import ALL, decoding_table
+from ..metrics.decoding import ALL, decoding_table
 from ..metrics.goals import contenders
 from ..metrics.resampling import Draws, Interval
 from ..metrics.tables import in_order

@@ -1,0 +1,36 @@
+"""Numbers of the recorded runs, for tests of what a person wrote about them: drawn once a process."""
+
+from functools import cache
+
+import pandas as pd
+from notebook_checks import ROOT
+
+from kvshot_lib.metrics import resampling, tables
+
+
+def table(name: str, profile: str = "full") -> pd.DataFrame:
+    """A recorded table."""
+    return tables.read(ROOT / "data/recorded" / profile, name)
+
+
+@cache
+def draws(profile: str = "full") -> resampling.Draws:
+    """Every metric on the documents and on the resamples that notebooks draw by default."""
+    return resampling.draw(table("counts", profile), table("run_lengths", profile), samples=2000, seed=0)
+
+
+@cache
+def summary(profile: str = "full") -> pd.DataFrame:
+    """Mean over seeds of every metric."""
+    return resampling.summary_table(draws(profile))
+
+
+def value(variant: str, metric: str, step: int | None = None) -> float:
+    """A metric's mean over seeds."""
+    return float(draws().rows(variant, metric, step)[:, 0].mean())
+
+
+def minus(a: str, b: str, metric: str = "measured_mat", *step: int) -> tuple[float, float, float]:
+    """a's metric minus b's, with its interval over documents and seeds: (value, low, high)."""
+    found = draws().contrast((1, a, metric, *step), (-1, b, metric, *step))
+    return found.value, found.low, found.high
