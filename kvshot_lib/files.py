@@ -1,7 +1,7 @@
 """Writing files so that a kill or a full disk never leaves half a file behind, and an altered one is not read as good.
 
 JSON objects carry the SHA-256 of the rest of them, checkpoints end with that of all bytes before, and listed files stand in a
-``SHA256SUMS`` beside them (`sha256sum --check` reads it too). Files of earlier versions of the study have none and are read unchecked.
+``SHA256SUMS`` beside them (`sha256sum --check` reads it too). Files of earlier versions have none and are read unchecked.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import re
 import socket
@@ -20,6 +21,9 @@ from .errors import StudyError
 SEAL = "sha256_of_the_rest"  # key of a JSON object
 SUMS = "SHA256SUMS"
 _END = re.compile(rb"\nsha256 ([0-9a-f]{64})\n")
+_END_BYTES = 73
+_HOST = re.sub(r"[^\w-]", "-", socket.gethostname())
+os.umask(_UMASK := os.umask(0))  # it can only be read by setting it
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -45,8 +49,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except Exception as error:
-        reason = disk_trouble(error)
-        if reason is None:
+        if (reason := disk_trouble(error)) is None:
             raise
         raise StudyError(
             f"could not write {path}: {reason}; free some space or choose another folder, then run again"
@@ -55,10 +58,6 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         with contextlib.suppress(OSError):  # a folder that can't be written can't be tidied either
             temporary.unlink(missing_ok=True)
     return path
-
-
-_HOST = re.sub(r"[^\w-]", "-", socket.gethostname())
-os.umask(_UMASK := os.umask(0))  # it can only be read by setting it
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -73,7 +72,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def disk_trouble(error: BaseException | None) -> str | None:
-    """Name what is wrong with the disk, or None if ``error`` is about something else (libraries wrap OSErrors, or hide them)."""
+    """What is wrong with the disk, or None if ``error`` is about something else (libraries wrap OSErrors, or hide them)."""
     while error is not None:
         number, text = getattr(error, "errno", None), str(error)
         for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
@@ -91,12 +90,7 @@ def write_json(path: str | Path, value: object) -> Path:
 
 
 def read_json(path: str | Path, remedy: str) -> dict:
-    """Read an object that `write_json` wrote.
-
-    Raises
-    ------
-    StudyError : not there, no JSON object, or altered; ends with ``remedy``.
-    """
+    """Read an object that `write_json` wrote; what is not there, no object, or altered is refused with ``remedy``."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -114,7 +108,7 @@ def _json_hash(value: dict) -> str:
 
 
 def write_csv(path: str | Path, table, *, listed: bool = False) -> Path:
-    """Write a pandas DataFrame as CSV without its index, atomically; ``listed`` in the folder's ``SHA256SUMS``, if wanted."""
+    """Write a pandas DataFrame without its index, atomically; ``listed`` in the folder's ``SHA256SUMS``, if wanted."""
 
     def write(temporary: Path) -> None:
         table.to_csv(temporary, index=False, lineterminator="\n")
@@ -129,13 +123,12 @@ def list_file(path: str | Path, content: Path) -> None:
 
     A kill before the file itself is in place leaves a list that refuses the old one: made again it fits.
     """
-    path = Path(path)
-    sums = path.with_name(SUMS)
-    handle = os.open(path.parent, os.O_RDONLY)
+    sums = Path(path).with_name(SUMS)
+    handle = os.open(sums.parent, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         known = dict(line.split("  ")[::-1] for line in _lines(sums) if line.count("  ") == 1)
-        known[path.name] = sha256(content)
+        known[Path(path).name] = sha256(content)
         text = "".join(f"{digest}  {name}\n" for name, digest in sorted(known.items()))
         write_atomically(sums, lambda p: p.write_text(text))
     finally:
@@ -162,38 +155,23 @@ def write_sealed(path: str | Path, save: Callable[[object], object]) -> Path:
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as handle:
-            hashing = _Hashing(handle)
-            save(hashing)
-            handle.write(b"\nsha256 " + hashing.digest.hexdigest().encode() + b"\n")
+            save(handle)
+        digest = sha256(temporary)
+        with open(temporary, "ab") as handle:
+            handle.write(f"\nsha256 {digest}\n".encode())
 
     return write_atomically(path, write)
 
 
-class _Hashing:
-    """A file that takes the SHA-256 of what is written."""
-
-    def __init__(self, handle):
-        self.handle, self.digest, self.flush = handle, hashlib.sha256(), handle.flush
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        return self.handle.write(data)
-
-
 def check_seal(path: str | Path, remedy: str) -> None:
     """Refuse a file of `write_sealed` that was altered; one without such an end is older and passes."""
-    with open(path, "rb") as handle:
-        length = max(0, os.fstat(handle.fileno()).st_size - len("\nsha256 \n") - 64)
-        handle.seek(length)
-        if not (end := _END.fullmatch(handle.read())):
-            return
-        handle.seek(0)
-        digest = hashlib.sha256()
-        while length and (part := handle.read(min(length, 1 << 20))):
-            digest.update(part)
-            length -= len(part)
-    if digest.hexdigest().encode() != end[1]:
-        raise StudyError(f"{path} is damaged: it is not what was written; {remedy}")
+    if Path(path).stat().st_size < _END_BYTES:
+        return
+    with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        end = _END.fullmatch(data[-_END_BYTES:])
+        with memoryview(data)[:-_END_BYTES] as body:
+            if end and hashlib.sha256(body).hexdigest().encode() != end[1]:
+                raise StudyError(f"{path} is damaged: it is not what was written; {remedy}")
 
 
 def sha256(path: str | Path) -> str:

@@ -21,7 +21,6 @@ from .spec import STATE, Features, FeatureSpec
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-ANEW = "run notebook 01_extract_kv_cache anew"
 AGAIN = "run notebook 01_extract_kv_cache again, it makes that shard anew"
 
 
@@ -112,13 +111,10 @@ def _take_over(folder: Path, wanted: dict, replace: bool) -> bool:
 class StoredFeatures:
     """Features read back from a folder that :func:`write_store` made; the same interface as ``LiveFeatures``.
 
-    Parameters
-    ----------
-    expect : refuse a store of another target or layer choice.
-    verify : compare every shard's SHA-256 with the manifest first, not its size alone.
+    ``verify`` compares every shard's SHA-256 with the manifest first, not its size alone.
     """
 
-    def __init__(self, folder: str | Path, *, expect: FeatureSpec | None = None, verify: bool = True):
+    def __init__(self, folder: str | Path, *, verify: bool = True):
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).exists():
             raise StudyError(
@@ -130,8 +126,6 @@ class StoredFeatures:
                 f"the feature store at {self.folder} is not finished; run notebook 01_extract_kv_cache again, it resumes"
             )
         self.spec = FeatureSpec.from_json(manifest["spec"])
-        if expect is not None and (differs := _differences(asdict(expect), asdict(self.spec))):
-            raise StudyError(f"the feature store at {self.folder} was made with another {differs}; {ANEW}")
         self.lengths: list[int] = manifest["lengths"]
         self.documents_hash: str = manifest["documents_hash"]
         self._places: list[tuple[Path, int]] = []  # of each document: its shard and first row there
@@ -196,7 +190,7 @@ def _shard(
 
 def read_manifest(folder: Path) -> dict:
     """What a store says of itself."""
-    remedy = f"delete that folder and {ANEW}"
+    remedy = "delete that folder and run notebook 01_extract_kv_cache"
     manifest = read_json(folder / MANIFEST, remedy)
     if "schema" not in manifest:
         raise StudyError(f"{folder / MANIFEST} is damaged; {remedy}")

@@ -84,15 +84,11 @@ def load_corpus(name: str | Path, split: str, *, seed: int = 0, whole_answers: b
         )
     provenance = read_json(facts, "fetch or generate the corpus again")
     if provenance.get("schema_version") != SCHEMA_VERSION or split not in provenance.get("splits", {}):
-        raise StudyError(
-            f"{facts} does not describe a {split!r} split in format {SCHEMA_VERSION}; make the corpus anew"
-        )
+        raise StudyError(f"{facts} describes no {split!r} split in format {SCHEMA_VERSION}; make the corpus anew")
     of_split = provenance["splits"][split]
     path = folder / of_split["file"]
     if not path.is_file() or sha256(path) != of_split["sha256"]:
-        raise StudyError(
-            f"{path} is missing or is not the file its provenance.json describes; fetch or generate it again"
-        )
+        raise StudyError(f"{path} is missing or is not the file its provenance.json describes; make the corpus anew")
     documents = read_documents(path)
     if not whole_answers:
         if of_split["answers"] == "greedy":
@@ -146,12 +142,11 @@ def prompt_key(document: Document) -> bytes:
 
 
 def write_documents(path: Path, documents: Sequence[Document]) -> None:
-    """Write documents end to end as an ``.npz`` file that `numpy.load` reads.
+    """Write documents end to end as an ``.npz`` file that `numpy.load` reads; equal documents make equal files.
 
     ``prefix`` [p] is what all documents begin with (the chat header), stored once. ``tokens`` holds the rest of every document
     end to end, ``lengths`` [documents] how many tokens of it each document takes, ``answer_mask`` one bit a token.
     For example [7 7 1 2], [7 7 3] become prefix [7 7], tokens [1 2 3], lengths [2 1].
-    LZMA makes the file a fifth smaller than `numpy.savez_compressed` does, and the fixed date makes equal corpora equal files.
     """
     prefix = _common_prefix(documents)
     flat = np.concatenate([d.tokens[len(prefix) :] for d in documents] or [prefix])
@@ -180,7 +175,7 @@ def read_documents(path: str | Path) -> list[Document]:
         raise StudyError(f"{path} can't be read ({type(error).__name__}); delete it and make it again") from error
     if lengths.sum() != len(flat):
         raise StudyError(
-            f"{path} holds {len(flat)} tokens but its documents add up to {lengths.sum()}; make the corpus anew"
+            f"{path} holds {len(flat)} tokens, its documents add up to {lengths.sum()}; make the corpus anew"
         )
     ends = np.cumsum(lengths)
     no_answer = np.zeros(len(prefix), dtype=bool)
@@ -220,13 +215,6 @@ def cut_repetition(document: Document, repeat_tokens: int = REPEAT_TOKENS) -> Do
     answer = document.answer
     keep = len(document.tokens) - (len(answer) - repetition_start(answer, repeat_tokens))
     return Document(document.tokens[:keep], document.answer_mask[:keep])
-
-
-def repetition_share(documents: Sequence[Document], repeat_tokens: int = REPEAT_TOKENS) -> dict[str, float]:
-    """Share of documents, and of answer tokens, that `cut_repetition` takes away."""
-    before = np.array([d.answer_mask.sum() for d in documents])
-    after = np.array([repetition_start(d.answer, repeat_tokens) for d in documents])
-    return {"documents": float((after < before).mean()), "answer_tokens": float(1 - after.sum() / before.sum())}
 
 
 def _common_prefix(documents: Sequence[Document]) -> np.ndarray:

@@ -18,7 +18,6 @@ from kvshot_lib.text.corpus import (
     cut_repetition,
     load_corpus,
     prompt_key,
-    repetition_share,
     repetition_start,
     save_corpus,
 )
@@ -60,11 +59,6 @@ def test_cut_repetition_keeps_the_prompt_and_cuts_mask_and_tokens_alike():
     cut = cut_repetition(document([1, 2, 3], [1, 2, 3, 8, 1, 2, 3, 9]), repeat_tokens=3)
     assert cut.tokens.tolist() == [1, 2, 3, 1, 2, 3, 8]
     assert cut.answer_mask.tolist() == [False] * 3 + [True] * 4
-
-
-def test_repetition_share_counts_documents_and_tokens():
-    documents = [document([5], [1, 2, 3, 4, 1, 2, 3, 4]), document([5], [1, 2])]
-    assert repetition_share(documents, repeat_tokens=3) == {"documents": 0.5, "answer_tokens": pytest.approx(0.4)}
 
 
 @pytest.mark.parametrize("big", [9, 300, 151_000])
