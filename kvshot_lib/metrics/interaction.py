@@ -1,31 +1,30 @@
-"""Does acceptance fall faster with the attention shift for one drafter than for another? Slopes, bins and their intervals (no torch).
+"""Does acceptance fall faster with the attention shift for one drafter than for another? (no torch)
 
-For each run and draft step a logistic regression, log-odds of a match = b0 + b1 shift + b2 entropy, both predictors in standard deviations over all
-anchors of that step. A model of two drafters with drafter × (shift + entropy) has every term once for each, so it is these two
-regressions, and its interaction is the difference of their b1: `shift_slope(a) - shift_slope(b)`, on the same anchors.
+For each run and draft step a logistic regression, log-odds of a match = b0 + b1 shift + b2 entropy, both predictors in
+standard deviations over all anchors of that step. A model of two drafters with drafter × (shift + entropy) has every term
+once for each, so it is these two regressions, and its interaction is the difference of their b1, on the same anchors.
 
-Anchors of one document are no independent sample: intervals come from resampled documents, the same ones for every run
-(`bootstrap.resample_weights`). A resample's slopes are one Newton step from the fit, with that resample's own score and information
-(summed from those of each document); tests hold that to a full fit on every resample.
+Anchors of one document are no independent sample: intervals come from resampled documents, the same ones for every run. A
+resample's slopes are one Newton step from the fit, with that resample's own score and information (summed from those of
+each document); tests hold that to a full fit on every resample.
 """
 
 import numpy as np
 import pandas as pd
 
+from ..drafters.variants import in_study_order
 from ..errors import StudyError
-from .claims import scorecard, shift_claim
-from .resampling import Draws, interval, resample_weights
-from .tables import in_order
+from .resampling import Draws, resample_weights
 
 SHIFT_BINS, ENTROPY_BINS = 5, 4
 LEAST_MATCHES = 50  # fewer matches (or misses) can't carry three coefficients and their resamples: no slope
 
 
 def fit_logistic(x: np.ndarray, y: np.ndarray, iterations: int = 30) -> np.ndarray:
-    """Coefficients [p] that maximise the likelihood of y in {0, 1} given x [n, p], by Newton's method; NaN where there is no maximum.
+    """Coefficients [p] that maximise the likelihood of y in {0, 1} given x [n, p], by Newton's method; NaN if none do.
 
-    With x = 1 alone: the log-odds of the mean. With x = 1 and a group's indicator: a group's log-odds, and the difference of the
-    other's.
+    With x = 1 alone: the log-odds of the mean. With x = 1 and a group's indicator: the log-odds of the others, and the
+    difference of the group's.
     """
     beta = np.zeros(x.shape[1])
     for _ in range(iterations):
@@ -75,13 +74,13 @@ def join_matches(shift: pd.DataFrame, matches: pd.DataFrame) -> dict[tuple[str, 
     sizes = shift.groupby(["document", "draft_step"], sort=True).size()
     order = np.argsort(shift["document"].to_numpy() * 1000 + shift["draft_step"].to_numpy(), kind="stable")
     found, runs = {}, matches.groupby(["variant", "seed"])
-    for variant in in_order(matches["variant"]):
+    for variant in in_study_order(matches["variant"]):
         for seed in sorted(matches.loc[matches["variant"] == variant, "seed"].unique()):
             texts = runs.get_group((variant, seed)).set_index(["document", "draft_step"])["matches"].sort_index()
             if not texts.str.len().rename(None).equals(sizes.rename(None)):
                 raise StudyError(
                     f"attention_matches has other anchors for {variant} seed {seed} than attention_shift: run "
-                    "`python -m kvshot_lib.probes.shift RESULTS_DIR` again"
+                    "`kvshot measure shift RESULTS_DIR` again"
                 )
             bits = np.frombuffer("".join(texts).encode(), dtype=np.uint8) - ord("0")
             found[variant, seed] = np.empty(len(shift), dtype=np.int8)
@@ -97,34 +96,34 @@ def shift_draws(
     samples: int = 2000,
     seed: int = 0,
 ) -> Draws:
-    """Slopes and standardised falls of every run at every draft step, with resamples: metrics for `bootstrap.Draws`.
+    """Slopes of every run at every draft step, and its acceptance by fifths of shift at an equal mix of entropies.
 
-    shift_slope, entropy_slope : change of the log-odds of a match per standard deviation of shift and of entropy, the other held.
-        NaN for a run with fewer than ``LEAST_MATCHES`` matches or misses there.
-    standardised_fall : acceptance in the lowest shift bin minus that in the highest, both at the same mix of entropies.
+    shift_slope, entropy_slope : change of the log-odds of a match per standard deviation of shift and of entropy, the
+        other held. NaN for a run with fewer than ``LEAST_MATCHES`` matches or misses there.
+    fifth_1 … fifth_5 : acceptance where the shift is smallest … largest (`standardised`).
+    standardised_fall : fifth_1 minus fifth_5.
 
     Parameters
     ----------
-    documents : how many evaluation documents there are; with the same number and seed, column i here and in `bootstrap.draw` used the same ones.
-    measure : which column of ``shift`` is the shift: one of `attention_shift.MEASURES`.
+    documents : how many evaluation documents there are; with the same number and seed, column i here and in
+        `resampling.draw` used the same ones.
+    measure : which column of ``shift`` is the shift.
     """
     weights, runs = resample_weights(documents, samples, seed), join_matches(shift, matches)
     keys, values = [], []
     for step in sorted(shift["draft_step"].unique()):
         used = ((shift["draft_step"] == step) & shift[measure].notna()).to_numpy()
         rows = shift[used]
-        x = np.column_stack([np.ones(len(rows)), _standardised(rows[measure]), _standardised(rows["entropy"])])
+        x = np.column_stack([np.ones(len(rows)), _in_deviations(rows[measure]), _in_deviations(rows["entropy"])])
         document, cells = rows["document"].to_numpy(), bin_cells(rows, measure)
         for (variant, run_seed), match in runs.items():
             slopes = np.full((len(weights), 3), np.nan)
             if LEAST_MATCHES <= match[used].sum() <= len(rows) - LEAST_MATCHES:
                 slopes = slope_draws(x, match[used].astype(float), document, weights)
-            falls = standardised(cell_rates(cells, match[used], document, weights), cells)
-            found = {
-                "shift_slope": slopes[:, 1],
-                "entropy_slope": slopes[:, 2],
-                "standardised_fall": falls[:, 0] - falls[:, -1],
-            }
+            fifths = standardised(cell_rates(cells, match[used], document, weights), cells)
+            found = {"shift_slope": slopes[:, 1], "entropy_slope": slopes[:, 2]}
+            found |= {f"fifth_{place}": row for place, row in enumerate(fifths.T, start=1)}
+            found["standardised_fall"] = fifths[:, 0] - fifths[:, -1]
             for metric, row in found.items():
                 keys.append([variant, run_seed, metric, step, len(rows), rows["document"].nunique()])
                 values.append(row)
@@ -132,18 +131,7 @@ def shift_draws(
     return Draws(keys.astype({"draft_step": "Int64"}), np.stack(values), seed)
 
 
-def hypothesis_row(
-    shift: pd.DataFrame, matches: pd.DataFrame, paper: pd.DataFrame, documents: int, samples: int = 2000, seed: int = 0
-) -> pd.DataFrame:
-    """The scorecard's row of H1; *not run* where its tables are empty or a drafter is missing."""
-    claim = shift_claim(set(matches["variant"]))
-    if len(shift):
-        return scorecard(shift_draws(shift, matches, documents, samples=samples, seed=seed), paper, (claim,))
-    nothing = Draws(pd.DataFrame({"variant": [""], "metric": [""], "draft_step": [0]}), np.zeros((1, 1)))
-    return scorecard(nothing, paper, (claim,)).assign(missing="attention_shift")
-
-
-def _standardised(column: pd.Series) -> np.ndarray:
+def _in_deviations(column: pd.Series) -> np.ndarray:
     """(x - mean) / sd; a constant column becomes zeros (its slope is then undefined)."""
     spread = column.std(ddof=0)
     return ((column - column.mean()) / (spread if spread > 0 else 1)).to_numpy()
@@ -164,70 +152,14 @@ def bin_cells(rows: pd.DataFrame, measure: str) -> np.ndarray:
 
 
 def cell_rates(cells: np.ndarray, match: np.ndarray, document: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Share of matches in each cell on the documents and their resamples: [1 + samples, shift bins, entropy bins]; NaN if empty."""
-    return _ratio(
-        match, np.ravel_multi_index(cells.T, (SHIFT_BINS, ENTROPY_BINS)), SHIFT_BINS * ENTROPY_BINS, document, weights
-    ).reshape(len(weights), SHIFT_BINS, ENTROPY_BINS)
-
-
-def _ratio(match: np.ndarray, cell: np.ndarray, cells: int, document: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Matches / anchors in each cell [1 + samples, cells], summed over the resampled documents before dividing."""
-    place, documents = document * cells + cell, weights.shape[1]
-    sums = [np.bincount(place, weights=w, minlength=documents * cells).reshape(documents, cells) for w in (match, None)]
+    """Share of matches in each cell, summed over the resampled documents: [1 + samples, shift, entropy]; NaN if empty."""
+    shape, documents = (SHIFT_BINS, ENTROPY_BINS), weights.shape[1]
+    place, size = document * np.prod(shape) + np.ravel_multi_index(cells.T, shape), documents * np.prod(shape)
+    sums = [np.bincount(place, weights=each, minlength=size).reshape(documents, -1) for each in (match, None)]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (weights @ sums[0]) / (weights @ sums[1])
+        return ((weights @ sums[0]) / (weights @ sums[1])).reshape(len(weights), *shape)
 
 
 def standardised(rates: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Direct standardisation: each shift bin's acceptance at the same mix of entropies, that of all anchors. [S, shift, entropy] -> [S, shift]"""
+    """Each shift bin's acceptance at the same mix of entropies, that of all anchors: [S, shift, entropy] -> [S, shift]"""
     return rates @ (np.bincount(cells[:, 1], minlength=ENTROPY_BINS) / len(cells))
-
-
-def binned_table(
-    shift: pd.DataFrame,
-    matches: pd.DataFrame,
-    documents: int,
-    measure: str = "shift",
-    samples: int = 2000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Step acceptance by shift bin with 95% intervals, mean over seeds: as it is, standardised, and in each entropy bin.
-
-    Returns
-    -------
-    variant, draft_step, kind (raw, standardised, cell), shift_bin, entropy_bin (cells only), mean_shift, value, low, high, anchors.
-    """
-    weights, runs, found = resample_weights(documents, samples, seed), join_matches(shift, matches), []
-    for step in sorted(shift["draft_step"].unique()):
-        used = ((shift["draft_step"] == step) & shift[measure].notna()).to_numpy()
-        rows, document = shift[used], shift.loc[used, "document"].to_numpy()
-        cells = bin_cells(rows, measure)
-        means = rows[measure].groupby(cells[:, 0]).mean().reindex(range(SHIFT_BINS)).to_numpy()
-        sizes = np.zeros((SHIFT_BINS, ENTROPY_BINS), dtype=int)
-        np.add.at(sizes, tuple(cells.T), 1)
-        for variant in in_order(matches["variant"]):
-            own = [match[used] for (name, _), match in runs.items() if name == variant]
-            rates = np.mean([cell_rates(cells, match, document, weights) for match in own], axis=0)
-            raw = np.mean([_ratio(match, cells[:, 0], SHIFT_BINS, document, weights) for match in own], axis=0)
-            even = standardised(rates, cells)
-            for s in range(SHIFT_BINS):
-                add = lambda kind, e, draws, size, s=s, variant=variant, step=step, means=means: found.append(
-                    [variant, step, kind, s, e, means[s], *vars(interval(draws)).values(), size]
-                )
-                add("raw", None, raw[:, s], sizes[s].sum())
-                add("standardised", None, even[:, s], sizes[s].sum())
-                for e in range(ENTROPY_BINS):
-                    add("cell", e, rates[:, s, e], sizes[s, e])
-    columns = [
-        "variant",
-        "draft_step",
-        "kind",
-        "shift_bin",
-        "entropy_bin",
-        "mean_shift",
-        "value",
-        "low",
-        "high",
-        "anchors",
-    ]
-    return pd.DataFrame(found, columns=columns).astype({"entropy_bin": "Int64"})

@@ -5,20 +5,18 @@ import pandas as pd
 import pytest
 
 from kvshot_lib.errors import StudyError
-from kvshot_lib.metrics.claims import scorecard, shift_claim
+from kvshot_lib.metrics.claims import shift_claim
 from kvshot_lib.metrics.interaction import (
-    SHIFT_BINS,
-    binned_table,
+    cell_rates,
     fit_logistic,
-    hypothesis_row,
     join_matches,
     quantile_bin,
     shift_draws,
     slope_draws,
     standardised,
 )
-from kvshot_lib.metrics.paper import read_paper
 from kvshot_lib.metrics.resampling import resample_weights
+from kvshot_lib.metrics.scorecard import read_paper, scorecard
 
 
 def made_up(slopes: dict[str, float], seed=0, documents=40, anchors=60, on_entropy=0.0):
@@ -97,9 +95,9 @@ def test_entropy_alone_makes_no_shift_slope_and_standardising_takes_it_out():
     draws = shift_draws(table, matches, 150, samples=200)
     assert draws.mean("hidden", "shift_slope", 6).verdict(0) == "not distinguishable from"
     assert draws.mean("hidden", "entropy_slope", 6).verdict(0) == "below"
-    binned = binned_table(table, matches, 150, samples=50).set_index(["kind", "shift_bin"])["value"]
-    fall = {kind: binned.loc[kind, 0] - binned.loc[kind, SHIFT_BINS - 1] for kind in ("raw", "standardised")}
-    assert fall["raw"] > 0.15 and abs(fall["standardised"]) < 0.06  # entropy bins are wide: a little is left
+    match, bins = join_matches(table, matches)["hidden", 0], quantile_bin(table["shift"], 5)
+    raw = match[bins == 0].mean() - match[bins == 4].mean()
+    assert raw > 0.15 and abs(draws.mean("hidden", "standardised_fall", 6).value) < 0.06  # wide bins leave a little
 
 
 def test_quantile_bins_and_standardisation_by_hand():
@@ -109,14 +107,14 @@ def test_quantile_bins_and_standardisation_by_hand():
     assert standardised(rates, cells) == pytest.approx(np.array([[0.8 * 3 / 8 + 0.4 * 2 / 8]]))
 
 
-def test_binned_table_counts_by_hand_and_rows_without_shift_are_left_out():
+def test_rates_are_counted_by_hand_and_rows_without_shift_are_left_out():
+    cells, match = np.array([[0, 0], [0, 0], [4, 3]]), np.array([1, 0, 1])
+    rates = cell_rates(cells, match, np.array([0, 1, 1]), np.array([[1, 1], [2, 0]]))
+    assert rates[:, 0, 0].tolist() == [0.5, 1] and rates[0, 4, 3] == 1 and np.isnan(rates[1, 4, 3])
     table = pd.DataFrame({"document": 0, "draft_step": 0, "shift": [0.1, 0.2, 0.3, 0.4, 0.5, np.nan], "entropy": 1.0})
-    matches = pd.DataFrame(
-        [["hidden", 0, 0, 0, "110101"]], columns=["variant", "seed", "document", "draft_step", "matches"]
-    )
-    raw = binned_table(table, matches, 1, samples=5).query("kind == 'raw'")
-    assert raw["value"].tolist() == [1, 1, 0, 1, 0] and raw["anchors"].tolist() == [1] * 5
-    assert raw["mean_shift"].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    columns = ["variant", "seed", "document", "draft_step", "matches"]
+    draws = shift_draws(table, pd.DataFrame([["hidden", 0, 0, 0, "110101"]], columns=columns), 1, samples=5)
+    assert draws.keys["anchors"].unique() == [5]
 
 
 def test_matches_are_joined_in_any_order_of_rows_and_other_anchors_are_refused():
@@ -129,14 +127,6 @@ def test_matches_are_joined_in_any_order_of_rows_and_other_anchors_are_refused()
     assert (moved[other["document"] == 2] == mixed["hidden", 0][table["document"] == 2]).all()
     with pytest.raises(StudyError, match="has other anchors for hidden seed 0"):
         join_matches(table[1:], matches)
-
-
-def test_h1_joins_the_scorecard_also_where_nothing_was_measured():
-    table, matches = made_up({"hidden": -1.0, "kv_2": -0.3})
-    found = hypothesis_row(table, matches, read_paper(), 40, samples=100).iloc[0]
-    assert (found["claim"], found["kind"], found["verdict"]) == ("H1", "hypothesis", "supported")
-    nothing = hypothesis_row(table[:0], matches[:0], read_paper(), 40).iloc[0]
-    assert (nothing["verdict"], nothing["missing"]) == ("not run", "attention_shift")
 
 
 def test_a_handful_of_matches_gives_no_slope():

@@ -1,0 +1,163 @@
+"""Statistics of the diagnostics, on tables small enough to compute by hand: pooled, paired, and read by the claims."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kvshot_lib.metrics import diagnostics, tables
+from kvshot_lib.metrics.claims import FLOW_CLAIMS, GATE_CLAIMS, query_claims
+from kvshot_lib.metrics.scorecard import read_paper, scorecard
+
+DOCUMENTS, STEPS = 30, 7
+RECALLS = {"kv_1": [0.3], "kv_2": [0.2, 0.5]}
+
+
+def overlap_rows(recalls=None):
+    """Recall of each layer, alike in all documents but for some noise; two target layers, one .1 above the other."""
+    chance, rows = np.random.default_rng(0), []
+    sources = [("target", "row_t", None, 0.8)]
+    sources += [(v, "drafter", layer, r) for v, own in (recalls or RECALLS).items() for layer, r in enumerate(own)]
+    for variant, source, layer, recall in sources:
+        for document in range(DOCUMENTS):
+            for step in (0, 3, 6):
+                for target_layer, more in ((9, 0.0), (19, 0.1)):
+                    value = recall + more + 0.02 * chance.normal()
+                    labels = [variant, 0, document, source, step, layer, target_layer, 10 + document]
+                    rows.append([*labels, 1 - value, 0.5, value, 0.25])
+    made = pd.DataFrame(rows, columns=list(tables.SCHEMAS["attention_overlap"]))
+    return tables.check(made, "attention_overlap", "made")
+
+
+def oracle_rows(oracle=0.0, perfect=0.0, random=-0.1, better=0.1):
+    """Step acceptance .4 for kv_1 and .4 + ``better`` for kv_2 with its own query; other arms differ from it as given."""
+    chance, rows = np.random.default_rng(1), []
+    arms = {"as_trained": -0.02, "own": 0.0, "oracle": oracle, "perfect": perfect, "random": random}
+    for variant in ("kv_1", "kv_2"):
+        for arm, more in arms.items():
+            for document in range(DOCUMENTS):
+                for step in range(STEPS):
+                    anchors = 200 - step
+                    share = 0.4 + more + better * (variant == "kv_2") + 0.01 * chance.normal()
+                    rows.append([variant, 0, arm, 100, document, step, anchors, round(share * anchors), 1, 1])
+    return tables.check(pd.DataFrame(rows, columns=list(tables.SCHEMAS["query_oracle"])), "query_oracle", "made")
+
+
+def flow_table(variant="kv_1", seed=0, scale=1.0, contexts=(128, 512, 1024)):
+    """A drafter of one layer: ∂L/∂W of each matrix is a literal times the document's number, 1 or 2."""
+    rows, branches = [], {"cross": 1.0, "self": 10.0} if variant.startswith("hybrid") else {"cross": 1.0}
+    for document, context in np.ndindex(2, len(contexts)):
+        for branch, larger in branches.items():
+            at = [variant, seed, document, contexts[context], 16, 0, branch]
+            for matrix, side, norm, numel in (
+                ("q_proj", "draft", 4.0, 16), ("o_proj", "draft", 6.0, 9), ("k_proj", "draft", 0.3 * scale, 4),
+                ("v_proj", "draft", 0.2 * scale, 4), ("fusion.keys", "prefix", 1.0, 4),
+            ):  # fmt: skip
+                values = {"grad_norm": larger * norm * (1 + document), "numel": numel, "entries": 10}
+                rows += [[*at, matrix, side, None, name, value] for name, value in values.items()]
+            rows.append([*at, "attention", "draft", 0, "draft_mass", 0.1 * (1 + document)])
+    return pd.DataFrame(rows, columns=list(tables.SCHEMAS["gradient_flow"])).astype({"draft_step": "Int64"})
+
+
+def gradients_table(variant="hybrid_warm", seed=0, gates=(0.5, 0.3, 0.1)):
+    """The gate at steps 1, 10 and 100, on two validation documents, the second .02 higher; other rows beside it."""
+    rows = []
+    for step, gate in zip((1, 10, 100), gates, strict=True):
+        at = [variant, seed, step, 50 * step, 0]
+        rows += [[*at, "layer", "gate", k, d, "gate_mean", gate + 0.02 * d] for k in (0, 1) for d in (0, 1)]
+        rows += [[*at, "cross", "q_proj", None, None, "grad_norm", 3.0]]
+    types = {"layer": "Int64", "draft_step": "Int64", "document": "Int64"}
+    return pd.DataFrame(rows, columns=list(tables.SCHEMAS["gradients"])).astype(types)
+
+
+def test_ratios_sum_before_dividing():
+    """Two documents with 0 of 5 and 6 of 6: 6 / 11, and of a root √(6 / 11); two seeds of one variant are averaged."""
+    table = pd.DataFrame({"variant": "kv_1", "seed": 0, "document": [0, 1], "top": [0, 6], "bottom": [5, 6]})
+    found = diagnostics.ratios(table, ["variant"], 50).iloc[0]
+    assert (found["value"], found["low"], found["high"], found["seeds"]) == pytest.approx((6 / 11, 0, 1, 1))
+    assert diagnostics.ratios(table, ["variant"], 50, root=True)["value"].item() == pytest.approx((6 / 11) ** 0.5)
+    both = pd.concat([table, table.assign(seed=1, top=[5, 6])])
+    assert diagnostics.ratios(both, ["variant"], 50)["value"].item() == pytest.approx((6 / 11 + 1) / 2)
+
+
+def test_recall_is_of_the_last_layer_pooled_over_anchors_and_target_layers():
+    draws = diagnostics.query_draws(overlap_rows(), tables.empty("query_oracle"), 50)
+    assert draws.mean("kv_2", "overlap_recall").value == pytest.approx(0.55, abs=0.02)
+    rows = overlap_rows()[lambda t: t["document"] < 2].assign(anchors=lambda t: 1 + 2 * t["document"])
+    draws = diagnostics.query_draws(rows.assign(recall=1.0 - rows["document"]), tables.empty("query_oracle"), 50)
+    assert draws.mean("kv_1", "overlap_recall").value == pytest.approx(0.25)  # (1·1 + 3·0) / 4
+
+
+def test_gains_are_differences_of_expected_mat():
+    draws = diagnostics.query_draws(overlap_rows(), oracle_rows(oracle=0.1, perfect=0.2), 200)
+    mat = lambda a: 1 + sum(a**i for i in range(1, STEPS + 1))
+    gain = {arm: draws.mean("kv_1", f"{arm}_gain").value for arm in ("own", "oracle", "perfect", "random")}
+    assert gain["oracle"] == pytest.approx(mat(0.5) - mat(0.4), abs=0.02)
+    assert gain["perfect"] == pytest.approx(mat(0.6) - mat(0.4), abs=0.02)
+    assert gain["own"] == pytest.approx(mat(0.4) - mat(0.38), abs=0.02) and gain["random"] < -0.1
+    arms = diagnostics.arm_table(oracle_rows(), 50)
+    assert len(arms) == 2 * 5 * STEPS and arms["value"].between(0.25, 0.55).all()
+    alone = oracle_rows()[lambda t: t["arm"] == "as_trained"]  # measured without the oracle
+    assert diagnostics.query_draws(overlap_rows(), alone, 50).has("kv_1", "mat_as_trained")
+
+
+def test_claims_on_queries_in_both_directions():
+    def verdicts(overlap, oracle):
+        draws = diagnostics.query_draws(overlap, oracle, 200)
+        card = scorecard(draws, read_paper(), query_claims(set(draws.variants)))
+        return dict(zip(card["claim"], card["verdict"], strict=True))
+
+    good = verdicts(overlap_rows(), oracle_rows(oracle=0.1, perfect=0.1))
+    assert good == dict.fromkeys(["C15", "C15a", "C15b", "C15c"], "reproduced")
+    bad = verdicts(overlap_rows({"kv_1": [0.5], "kv_2": [0.3, 0.3]}), oracle_rows(oracle=0.0, better=-0.1))
+    assert bad == dict.fromkeys(["C15", "C15a", "C15b", "C15c"], "not reproduced")
+    assert verdicts(overlap_rows(), oracle_rows(oracle=0.0))["C15"] == "not reproduced"  # one part is enough
+    assert set(verdicts(tables.empty("attention_overlap"), tables.empty("query_oracle")).values()) == {"not run"}
+
+
+def test_gradients_are_pooled_over_documents_layers_and_seeds_and_divided_by_parameters():
+    """k: √((.3² + .6²) / 8) over q: √((4² + 8²) / 32); every document has the same ratio, so its interval is a point."""
+    draws = diagnostics.flow_draws(flow_table(), samples=50)
+    found = draws.mean("kv_1", "key_gradient")
+    assert (found.value, found.low, found.high) == pytest.approx((0.15, 0.15, 0.15))
+    assert draws.mean("kv_1", "value_gradient").value == pytest.approx((0.2 / 2) / (6 / 3))
+    layers = pd.concat([flow_table(), flow_table().assign(layer=1)], ignore_index=True)
+    assert diagnostics.flow_draws(layers, 20).mean("kv_1", "key_gradient").value == pytest.approx(0.15)
+    seeds = pd.concat([flow_table(), flow_table(seed=1, scale=3.0)], ignore_index=True)
+    assert diagnostics.flow_draws(seeds, 20).mean("kv_1", "key_gradient").value == pytest.approx((0.15 + 0.45) / 2)
+
+
+def test_a_hybrid_has_both_branches_and_what_lies_between_them():
+    draws = diagnostics.flow_draws(flow_table("hybrid"), samples=50)
+    metrics = ("key_gradient", "self_key_gradient", "cross_over_self_k_proj")
+    assert [draws.mean("hybrid", metric).value for metric in metrics] == pytest.approx([0.15, 0.15, 0.1])
+    assert not diagnostics.flow_draws(flow_table(), 50).has("kv_1", "self_key_gradient")
+
+
+def test_the_context_of_the_claim_is_the_longest_that_training_knew():
+    for contexts, wanted in (((128, 512, 1024), 512), ((128, 256), 256), ((1024, 2048), 1024)):
+        assert diagnostics.nearest_context(flow_table(contexts=contexts)) == wanted
+
+
+def test_the_gate_of_the_claim_is_the_first_with_a_tenth_of_the_steps_behind_it():
+    """Of 100 steps that is step 10: gates .3 and .32 in the two documents. The least is not the last."""
+    draws = diagnostics.gate_draws(gradients_table(gates=(0.5, 0.3, 0.4)), samples=100)
+    found = draws.mean("hybrid_warm", "gate_after_a_tenth")
+    assert (found.value, found.low, found.high) == pytest.approx((0.31, 0.3, 0.32))
+    assert draws.mean("hybrid_warm", "gate_least").value == pytest.approx(0.31)
+    assert draws.mean("hybrid_warm", "gate_at_the_end").value == pytest.approx(0.41)
+
+
+@pytest.mark.parametrize(
+    "draws, claims, wanted",
+    [
+        (diagnostics.flow_draws(flow_table(scale=0.5), 50), FLOW_CLAIMS, ["reproduced"] * 3),
+        (diagnostics.flow_draws(flow_table(), 50), FLOW_CLAIMS, ["not reproduced", "not reproduced", "reproduced"]),
+        (diagnostics.flow_draws(tables.empty("gradient_flow"), 9), FLOW_CLAIMS, ["not run"] * 3),
+        (diagnostics.gate_draws(gradients_table(gates=(0.5, 0.1, 0.9)), 50), GATE_CLAIMS, ["reproduced"]),
+        (diagnostics.gate_draws(gradients_table(gates=(0.5, 0.3, 0.1)), 50), GATE_CLAIMS, ["not reproduced"]),
+        (diagnostics.gate_draws(gradients_table(gates=(0.5, 0.19, 0)), 50), GATE_CLAIMS, ["inconclusive"]),
+        (diagnostics.gate_draws(tables.empty("gradients"), 9), GATE_CLAIMS, ["not run"]),
+    ],
+)
+def test_verdicts_on_gradients_and_gates(draws, claims, wanted):
+    assert scorecard(draws, read_paper(), claims)["verdict"].tolist() == wanted
