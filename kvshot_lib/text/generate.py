@@ -50,7 +50,7 @@ class GeneratorSettings:
 
 
 def generate(
-    *, out: str, target: str = DEFAULT_TARGET, device: str = "auto", dtype: str = "auto", user_turns: str = "",
+    out: str, *, target: str = DEFAULT_TARGET, device: str = "auto", dtype: str = "auto", user_turns: str = "",
     train: int = 0, validation: int = 0, evaluation: int = 0, max_length_tokens: int = 512, max_user_tokens: int = 96,
     temperature: float = 1.0, top_p: float = 0.95, batch_size: int = 32, seed: int = 0, thinking: bool = False,
 ) -> Path:  # fmt: skip

@@ -200,7 +200,7 @@ def test_words_of_the_command_line_reach_the_generator(target, tmp_path, monkeyp
     asked = []
     monkeypatch.setattr(generate, "load_target", lambda name, **how: asked.append((name, how)) or target)
     folder = generate.generate(
-        out=tmp_path / "made", target="tiny", device="cpu", dtype="float32", train=3, seed=5, max_length_tokens=60,
+        tmp_path / "made", target="tiny", device="cpu", dtype="float32", train=3, seed=5, max_length_tokens=60,
         max_user_tokens=24, batch_size=8,
     )  # fmt: skip
     assert asked == [("tiny", {"device": "cpu", "dtype": "float32"})]
