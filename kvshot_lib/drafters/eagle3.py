@@ -33,8 +33,7 @@ from ..target.capture import hidden_layers
 from ..target.load import Target, load_target
 from ..target.smollm2 import DEFAULT_TARGET
 from ..text.corpus import load_corpus
-from ..training.judging import match_documents
-from ..training.run import acceptance_by_step
+from ..training.judging import acceptance_by_step, match_documents
 from .checkpoint import load_drafter
 from .drafter import Drafter, DrafterConfig
 

@@ -23,10 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..drafters.attention import chain_attention
+from ..drafters.attention import Entries, chain_attention, extend
 from ..drafters.drafter import Drafter
 from ..drafters.hooks import watching
-from ..drafters.layers import Entries, extend
 from ..training.anchors import Anchors
 from ..training.ttt import draft_steps
 from .target_rows import TargetState, jensen_shannon

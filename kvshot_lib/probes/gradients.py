@@ -29,11 +29,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..drafters.block import BlockLayer
+from ..drafters.attention import Entries
 from ..drafters.checkpoint import find_runs, load_drafter
 from ..drafters.drafter import Drafter
 from ..drafters.hooks import watching
-from ..drafters.layers import Entries, View
+from ..drafters.layers import BlockLayer, View
 from ..errors import StudyError
 from ..features.live import LiveFeatures
 from ..features.resident import ResidentFeatures

@@ -108,7 +108,7 @@ def measure_target(source, target: Target, draft_length: int, layers: Sequence[i
         tokens = features.tokens[0, : source.lengths[document]]
         measured = shift_document(target, tokens, index, steps, layers).cpu()
         uncertainty = entropy(target, features.final_hidden[0])
-        axes = dict(zip(AXES, anchor_places(source, [document])[0].T, strict=True))
+        axes = dict(zip(AXES, anchor_places(source, document).T, strict=True))
         for place, k in enumerate(steps):
             rows = valid[:, k]
             columns = dict(zip(MEASURES, [*measured[place][:, rows], uncertainty[index[rows] + 1 + k]], strict=True))
@@ -130,8 +130,7 @@ def measure_run(source, folder: Path, target: Target, draft_length: int) -> pd.D
     print(f"{folder.parent.name}/{folder.name}", file=sys.stderr, flush=True)
     drafter = load_drafter(folder, target)
     device, dtype = target.device, resolve_dtype("auto", target.device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        matched = match_documents(read_by(drafter, source), drafter, draft_length, device=device, dtype=dtype)
+    matched = match_documents(read_by(drafter, source), drafter, draft_length, device=device, dtype=dtype)
     rows = [
         [document, k, "".join(map(str, match[valid[:, k], k].astype(int)))]
         for document, (match, valid) in enumerate(matched)

@@ -1,202 +1,100 @@
-"""What drafting with a drafter costs: arithmetic counted from its modules, bytes, and seconds measured.
+"""What drafting with a drafter costs and what its training took, counted from its modules: arithmetic and memory traffic, no clock.
 
-python -m kvshot_lib.training.cost [--target NAME] [--vocabulary N]    the study's variants side by side, on an otherwise idle machine
+Counted are multiplications and additions of matrix products (2 · inputs · outputs for a linear map), and attention over the
+entries that an anchor really sees. Padding, norms, RoPE, softmax, the optimiser, and what a kernel computes only to mask it are
+left out, and so is the target's own pass in training (equal for equal tokens). Bytes are those read, in bfloat16: every weight
+once, and the keys and values seen. One row uses a weight in 2 FLOPs, and a weight has 2 bytes: in linear maps they are equal.
 
-Acceptance says how many drafts are right; whether that pays depends on what a draft costs. Counted are multiplications and additions
-of matrix products (2 · inputs · outputs for a linear map); norms, RoPE, softmax and the other small operations are left out.
+Backward counts twice the forward: once for the gradient of the weights, once for that of the inputs. The frozen LM head has no
+gradient of weights, a map that reads target state as it is no gradient of inputs; these count once.
 """
 
-import argparse
-import sys
-import time
-from dataclasses import fields
-from statistics import median
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
-from ..drafters.drafter import Drafter, DrafterConfig, build_drafter
-from ..drafters.variants import VARIANTS, parameters_of
-from ..errors import one_line_errors
-from ..features.spec import Features, feature_spec
-from ..provenance import device_name
-from ..target.load import load_target
-from ..target.smollm2 import DEFAULT_TARGET
-from .ttt import Anchors, draft_steps
+from ..drafters.drafter import Drafter
+from ..features.spec import feature_spec
+from ..target.load import Target
+from ..text.corpus import Document
+from .anchors import find_anchors
+from .config import TrainConfig, batches, total_steps
 
-BYTES = 2  # of a stored number: bfloat16, whatever the measured run computed in
+BYTES = 2  # of a stored number: bfloat16, whatever the run computed in
+CHAIN = 7  # draft steps of the chain whose cost is counted
+CONTEXT = 512  # tokens that it and the target see
 
 
-def drafting_cost(drafter: Drafter, context_length_tokens: int = 512, draft_length: int = 7) -> dict[str, int]:
-    """Columns for ``runs.csv``: what is counted. (Time is not: trainings side by side would lengthen it; see :func:`draft_step_s`.)
+@dataclass(frozen=True)
+class Cost:
+    """Arithmetic, and memory read (or, of prefix entries, held)."""
 
-    Parameters
-    ----------
-    context_length_tokens : N, prefix entries that the chain's anchor sees. draft_length : K, steps of the chain.
+    flops: float
+    bytes: float
 
-    Returns
-    -------
-    ``drafting_flops`` of one draft step, the mean over the chain's K (of a block, its one pass over the K tokens that it drafts);
-    ``prefix_flops_per_token`` and ``prefix_bytes_per_token``, for
-    each token that the target verified; ``draft_context_tokens`` N.
+
+def drafting_cost(drafter: Drafter, context_length_tokens: int = CONTEXT, draft_length: int = CHAIN) -> dict[str, int]:
+    """Columns for ``runs.csv``, for an anchor that sees N prefix entries.
+
+    ``drafting_flops`` of one draft step, the mean over the chain's K (of a block, its one pass over the tokens that it drafts);
+    ``prefix_flops_per_token`` and ``prefix_bytes_per_token``, for each token that the target verified; and N.
     """
-    if drafter.config.paradigm == "block":
-        draft_length = drafter.config.block_size - 1
-        total = block_flops(drafter, context_length_tokens)
-    else:
-        total = sum(step_flops(drafter, context_length_tokens, k) for k in range(draft_length))
+    steps = drafter.config.block_size - 1 if drafter.config.paradigm == "block" else draft_length
+    prefix = prefix_cost(drafter)
     return {
-        "drafting_flops": round(total / draft_length),
-        "prefix_flops_per_token": prefix_flops_per_token(drafter),
-        "prefix_bytes_per_token": prefix_bytes_per_token(drafter),
+        "drafting_flops": round(chain_cost(drafter, context_length_tokens, draft_length).flops / steps),
+        "prefix_flops_per_token": prefix.flops,
+        "prefix_bytes_per_token": prefix.bytes,
         "draft_context_tokens": context_length_tokens,
     }
 
 
-def step_flops(drafter: Drafter, context_length_tokens: int, draft_step: int) -> int:
-    """FLOPs of draft step k of one chain whose anchor sees N prefix entries.
+def chain_cost(drafter: Drafter, context_length_tokens: int = CONTEXT, draft_length: int = CHAIN) -> Cost:
+    """Of a chain's draft steps together, or of a block's one pass."""
+    passes = 1 if drafter.config.paradigm == "block" else draft_length
+    steps = [pass_cost(drafter, context_length_tokens, k) for k in range(passes)]
+    return Cost(sum(step.flops for step in steps), sum(step.bytes for step in steps))
 
-    FLOPs = 2 d V + Σ over layers of (Σ over linear maps 2 in · out + Σ over branches 4 H D (N + J)), with V draft tokens, H query heads
-    of size D, and J entries of the chain itself: k + 1 for a branch over the target's KV; k for one over hidden states, whose step 0
-    makes no entry (the prefix has it) and needs no key and value map.
+
+def pass_cost(drafter: Drafter, context_length_tokens: float, draft_step: int = 0) -> Cost:
+    """Of draft step k of one chain whose anchor sees N positions of target state; of a block of b slots, its one pass.
+
+    FLOPs of a step = 2 d V + Σ over layers of (Σ over linear maps 2 in · out + Σ over branches 4 H D (N + J)), with V draft
+    tokens, H query heads of size D, and J entries of the chain itself: k + 1 for a branch over the target's KV; k for one over
+    hidden states, whose step 0 makes no entry (the prefix has it) and needs no key and value map. Of a block: b times the
+    layers, (b - 1) times the head, J = b, and with ``block_context="both"`` 2 N.
     """
-    total = 2 * drafter.head.numel()
+    block, head = drafter.config.paradigm == "block", 2 * drafter.head.numel()
+    rows = drafter.config.block_size if block else 1
+    maps, attended, read = 0, 0, 0
     for layer in drafter.layers:
-        total += _linear(layer) - _linear(getattr(layer, "fusion", None))
+        maps += _linear(layer) - _linear(getattr(layer, "fusion", None))
         for attention in _attentions(layer):
-            own, unused = _chain_entries(layer, attention, draft_step)
-            total += 4 * attention.q_proj.out_features * (context_length_tokens + own) - unused
-    return total
+            chain = rows if block else draft_step + 1
+            if layer.reads_state and _makes_its_prefix(layer, attention):
+                chain -= 1
+                maps -= 0 if draft_step else _keys_and_values(attention)
+            seen = context_length_tokens * _entries_a_position(drafter) + chain
+            attended += 4 * attention.q_proj.out_features * seen
+            read += _entry_bytes(attention) * seen
+    return Cost(head * max(1, rows - 1) + rows * (maps + attended), head + maps + read)
 
 
-def _chain_entries(layer: nn.Module, attention: nn.Module, draft_step: int) -> tuple[int, int]:
-    """J, and the FLOPs of key and value maps that the step does without."""
-    if _makes_its_prefix(layer, attention) and layer.reads_state:
-        return draft_step, (draft_step == 0) * _keys_and_values(attention)
-    return draft_step + 1, 0
+def prefix_cost(drafter: Drafter) -> Cost:
+    """Of one more token's target state: FLOPs that turn it into prefix entries, and bytes of these entries.
 
-
-def block_flops(drafter: Drafter, context_length_tokens: int) -> int:
-    """FLOPs of one whole block of b slots whose anchor sees N positions of target state; b - 1 tokens are drafted by it.
-
-    FLOPs = 2 d V (b - 1) + b Σ over layers of (Σ over linear maps 2 in · out + 4 H D (C N + b)), C = 2 for ``block_context="both"``,
-    whose positions have two entries each, else 1.
+    With ``kv_fusion="heads"`` they are the target's own cache and take no memory besides.
     """
-    slots, seen = drafter.config.block_size, context_length_tokens * _contexts(drafter)
-    total = 2 * drafter.head.numel() * (slots - 1)
+    flops, entries = _linear(getattr(drafter, "fuse_hidden", None)), 0
     for layer in drafter.layers:
-        maps = _linear(layer) - _linear(layer.fusion)
-        total += slots * (maps + 4 * layer.attention.q_proj.out_features * (seen + slots))
-    return total
-
-
-def step_bytes(drafter: Drafter, context_length_tokens: int, draft_step: int) -> int:
-    """Bytes that draft step k of one chain reads, in bfloat16: every weight that it uses once, and the keys and values that it sees.
-
-    One row uses a weight in 2 FLOPs, and a weight has 2 bytes: in linear maps, bytes equal FLOPs.
-    """
-    total = 2 * drafter.head.numel()
-    for layer in drafter.layers:
-        total += _linear(layer) - _linear(getattr(layer, "fusion", None))
+        flops += _linear(getattr(layer, "fusion", None))
         for attention in _attentions(layer):
-            own, unused = _chain_entries(layer, attention, draft_step)
-            total += _entry_bytes(attention) * (context_length_tokens + own) - unused
-    return total
-
-
-def block_bytes(drafter: Drafter, context_length_tokens: int) -> int:
-    """Bytes that one pass over a block reads, in bfloat16: every weight once for all slots, the prefix, and the block's own entries."""
-    maps = sum(_linear(layer) - _linear(layer.fusion) for layer in drafter.layers)
-    own = sum(_entry_bytes(layer.attention) for layer in drafter.layers)
-    seen = prefix_bytes_per_token(drafter) * context_length_tokens
-    return 2 * drafter.head.numel() + maps + seen + own * drafter.config.block_size
-
-
-def _contexts(drafter: Drafter) -> int:
-    """Prefix entries per position and branch."""
-    return 2 if drafter.config.paradigm == "block" and drafter.config.block_context == "both" else 1
-
-
-def prefix_flops_per_token(drafter: Drafter) -> int:
-    """FLOPs that turn one more token's target state into prefix entries: fusing layers, and keys and values where the drafter makes them."""
-    total = _linear(getattr(drafter, "fuse_hidden", None))
-    for layer in drafter.layers:
-        total += _linear(getattr(layer, "fusion", None))
-        total += sum(_keys_and_values(a) for a in _attentions(layer) if _makes_its_prefix(layer, a))
-    return total
-
-
-def prefix_bytes_per_token(drafter: Drafter) -> int:
-    """Bytes of keys and values that the drafter's attention reads per context token, in bfloat16.
-
-    With ``kv_fusion="heads"`` these are the target's own cache and take no memory besides.
-    """
-    attentions = [attention for layer in drafter.layers for attention in _attentions(layer)]
-    return _contexts(drafter) * sum(map(_entry_bytes, attentions))
-
-
-def _entry_bytes(attention: nn.Module) -> int:
-    """Bytes of one entry's key and value."""
-    return (attention.k_proj.out_features + attention.v_proj.out_features) * BYTES
-
-
-@torch.no_grad()
-def draft_step_s(
-    drafter: Drafter,
-    context_length_tokens: int,
-    draft_length: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    repeats: int = 7,
-) -> float:
-    """Seconds of one draft step of one chain (batch 1), prefix entries ready, LM head and argmax included: median over ``repeats`` chains.
-
-    A block drafts all its tokens in one pass, whatever ``draft_length``: the pass, by the tokens that it drafts.
-
-    Values don't matter to the time, so everything the drafter reads is zero; and it runs as it is written, not compiled. Other work on
-    the machine, trainings side by side say, lengthens it.
-    """
-    device, block = drafter.norm.weight.device, drafter.config.paradigm == "block"
-    draft_length = drafter.config.block_size - 1 if block else draft_length
-    features, anchors = _zeros(drafter, context_length_tokens, draft_length)
-    seconds = []
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), torch.compiler.set_stance("force_eager"):
-        ready = _WithPrefix(drafter, features)
-        for _ in range(repeats + 1):
-            _wait(device)
-            started = time.perf_counter()
-            steps = (output for _, _, output in draft_steps(ready, features, anchors, draft_length))
-            for output in [torch.cat([*steps], 1)] if block else steps:
-                drafter.logits(drafter.norm(output[0])).argmax(-1)
-            _wait(device)
-            seconds.append((time.perf_counter() - started) / draft_length)
-    return median(seconds[1:])  # the first warms up
-
-
-class _WithPrefix:
-    """A drafter whose prefix entries are made once."""
-
-    def __init__(self, drafter: Drafter, features: Features):
-        self._drafter, self._entries = drafter, drafter.prefix(features)
-
-    def prefix(self, features: Features):
-        return self._entries
-
-    def __getattr__(self, name: str):
-        return getattr(self._drafter, name)
-
-
-def _zeros(drafter: Drafter, context_length_tokens: int, draft_length: int) -> tuple[Features, Anchors]:
-    """A document of N + 1 tokens and its anchor t = N - 1, which sees prefix entries s = 0 … N-1; steps k ≥ 1 reread its last token."""
-    spec, device, length = drafter.spec, drafter.norm.weight.device, context_length_tokens + 1
-    kv = (1, length, len(spec.kv_layers), spec.num_kv_heads, spec.head_dim)
-    shapes = {"hidden_states": (1, length, len(spec.hidden_layers), spec.hidden_size), "keys": kv, "values": kv}
-    state = {name: torch.zeros(shapes[name], device=device) for name in drafter.reads}
-    tokens = torch.zeros(1, length, dtype=torch.int64, device=device)
-    features = Features(tokens, tokens.bool(), tokens[:, 0], **state)
-    index = torch.tensor([[context_length_tokens - 1]], device=device)
-    valid = torch.ones(1, 1, draft_length, dtype=torch.bool, device=device)
-    return features, Anchors(index, valid, valid[..., 0].float())
+            flops += _keys_and_values(attention) * _makes_its_prefix(layer, attention)
+            entries += _entry_bytes(attention)
+    return Cost(flops, entries * _entries_a_position(drafter))
 
 
 def _attentions(layer: nn.Module) -> list[nn.Module]:
@@ -210,6 +108,15 @@ def _makes_its_prefix(layer: nn.Module, attention: nn.Module) -> bool:
     return over_state or over_hidden or getattr(layer, "fusion", None) is None
 
 
+def _entries_a_position(drafter: Drafter) -> int:
+    return 2 if drafter.config.paradigm == "block" and drafter.config.block_context == "both" else 1
+
+
+def _entry_bytes(attention: nn.Module) -> int:
+    """Of one entry's key and value."""
+    return (attention.k_proj.out_features + attention.v_proj.out_features) * BYTES
+
+
 def _linear(module: nn.Module | None) -> int:
     """FLOPs of every linear map in a module, each used once on one row; None has none."""
     parts = [] if module is None else module.modules()
@@ -220,39 +127,82 @@ def _keys_and_values(attention: nn.Module) -> int:
     return _linear(attention.k_proj) + _linear(attention.v_proj)
 
 
-def _wait(device: torch.device) -> None:
-    """Let a GPU finish what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def target_cost(target: Target, context_length_tokens: int = CONTEXT) -> Cost:
+    """Of one target forward over one new token, LM head included."""
+    config = target.config
+    weights = sum(m.weight.numel() for m in target.model.modules() if isinstance(m, nn.Linear))
+    layers, size = config.num_hidden_layers, feature_spec(target).head_dim
+    attention = 4 * layers * config.num_attention_heads * size * context_length_tokens
+    entries = 2 * BYTES * layers * config.num_key_value_heads * size * context_length_tokens
+    return Cost(2 * weights + attention, BYTES * weights + entries)
 
 
-@one_line_errors
-def main(words: list[str] | None = None) -> int:
-    """Print device and costs of every drafter that the study names, untrained: neither weights nor training matter to the cost."""
-    parser = argparse.ArgumentParser(prog="python -m kvshot_lib.training.cost", description=__doc__.split("\n")[0])
-    parser.add_argument("--target", default=DEFAULT_TARGET)
-    parser.add_argument("--vocabulary", type=int, default=8192, help="draft_vocab_size")
-    given = parser.parse_args(words)
-    known, shown = {field.name for field in fields(DrafterConfig)}, set()
-    target = load_target(given.target)
-    draft_ids = torch.arange(min(given.vocabulary, target.vocab_size))
-    print(f"{device_name(target.device)}, {target.dtype}, torch {torch.__version__}, target {target.name}")
-    print(
-        f"{'variant':18} {'parameters':>12} {'FLOPs/step':>14} {'FLOPs/token':>12} {'bytes/token':>11} {'ms/step':>8}"
-    )
-    for variant in VARIANTS:
-        config = DrafterConfig(**{name: value for name, value in parameters_of(variant).items() if name in known})
-        if config not in shown:  # variants that differ in their training alone cost the same
-            drafter = build_drafter(config, target, feature_spec(target, config.kv_layers), draft_ids)
-            parameters = sum(p.numel() for p in drafter.parameters())
-            found = drafting_cost(drafter)
-            counts = [parameters, found["drafting_flops"], found["prefix_flops_per_token"]]
-            numbers = " ".join(f"{count:>{width},}" for count, width in zip(counts, (12, 14, 12), strict=True))
-            seconds = 1000 * draft_step_s(drafter, found["draft_context_tokens"], 7, dtype=target.dtype)
-            print(f"{variant:18} {numbers} {found['prefix_bytes_per_token']:>11,} {seconds:>8.2f}", flush=True)
-        shown.add(config)
-    return 0
+@dataclass(frozen=True)
+class Work:
+    """What one training computed; its batches are a function of its seed, so it is counted by walking them again.
+
+    tokens, columns : of all documents that went through; prefix entries are made for every token but a document's last.
+    rows : float [K], anchors that draft step k ran on (expected, where they are drawn). entries : float [K], prefix entries
+        that they saw. scored : float [K], pairs (t, k) whose loss was taken; those outside the draft vocabulary are among them.
+    steps : of the optimiser.
+    """
+
+    tokens: int
+    columns: int
+    rows: np.ndarray
+    entries: np.ndarray
+    scored: np.ndarray
+    steps: int
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def document_work(answer_mask: np.ndarray, ttt_steps: int, fraction: float, dense_first: bool = True) -> np.ndarray:
+    """``rows``, ``entries`` and ``scored`` of one document, float [3, K].
+
+    An answer of 6 tokens after 3 others, K = 3, all anchors: steps 0, 1, 2 have 5, 4, 3 pairs; 5 anchors t = 2 … 6 see
+    3 + … + 7 = 25 entries, at every step, because a chain runs to its end. With ``fraction=.2`` one anchor of the five is drawn
+    for k ≥ 1 (``dense_first=False``, a block: for step 0 too), and sees 5 entries on average.
+    """
+    anchors = find_anchors(torch.from_numpy(answer_mask)[None], ttt_steps)
+    used = anchors.valid[0, :, 0]
+    number = used.sum()
+    share = float(torch.ceil(number * fraction) / number.clamp(min=1)) if fraction < 1 else 1.0
+    shares = np.full(ttt_steps, share)
+    if dense_first:
+        shares[0] = 1.0
+    seen = float((anchors.index[0] + 1)[used].sum())
+    return np.stack([shares * float(number), shares * seen, shares * anchors.valid[0].sum(0).numpy()])
+
+
+def run_work(documents: Sequence[Document], config: TrainConfig, dense_first: bool = True) -> Work:
+    """What a training on these documents computes, from start to end."""
+    options = config.ttt_steps, config.anchor_fraction, dense_first
+    each = [document_work(document.answer_mask, *options) for document in documents]
+    lengths, total = [len(document.tokens) for document in documents], total_steps(config, len(documents))
+    times = np.zeros(len(documents), dtype=np.int64)
+    for indices in batches(lengths, config, 0, total):
+        times[indices] += 1
+    tokens = int(times @ np.array(lengths))
+    return Work(tokens, tokens - int(times.sum()), *np.tensordot(times, np.stack(each), 1), total)
+
+
+def training_flops(drafter: Drafter, work: Work) -> float:
+    """Layers 3 times their forward, prefix maps 2 or 3 times, LM head 2 times, and the target's probabilities."""
+    block, head = drafter.config.paradigm == "block", 2 * drafter.head.numel()
+    drafted = drafter.config.block_size - 1 if block else 1
+    seen = work.entries / np.maximum(work.rows, 1)  # on average; costs are linear in it
+    passes = range(1 if block else len(work.rows))
+    layers = sum(work.rows[k] * (pass_cost(drafter, seen[k], k).flops - head * drafted) for k in passes)
+    prefix = work.columns * (3 * prefix_cost(drafter).flops - plain_prefix_flops(drafter))
+    return float(3 * layers + prefix + 2 * head * work.scored.sum() + head * work.tokens)
+
+
+def plain_prefix_flops(drafter: Drafter) -> int:
+    """FLOPs a token of the maps that read target state as it is stored: nothing before them is trained."""
+    config, maps = drafter.config, []
+    if config.fuses_hidden and not config.hidden_norm:
+        maps.append(drafter.fuse_hidden)
+    if config.kv_control != "from_hidden":
+        fusions = [fusion for layer in drafter.layers if (fusion := getattr(layer, "fusion", None))]
+        maps += [part for fusion in fusions for part in (fusion.keys, fusion.values)]
+    first = [part[0] if isinstance(part, nn.Sequential) else part for part in maps]
+    return sum(2 * part.weight.numel() for part in first if isinstance(part, nn.Linear))

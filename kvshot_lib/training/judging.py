@@ -1,25 +1,41 @@
 """Acceptance under teacher forcing: which drafts equal the target's argmax, document by document."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from ..drafters.drafter import Drafter
 from ..features.spec import Features
-from .ttt import Anchors, find_anchors, predict
+from ..metrics.acceptance import COUNTS, RUNS, metrics_of
+from .anchors import Anchors, find_anchors
+from .ttt import draft_steps
 
 Predictor = Callable[[Features, Anchors, int], Tensor]
 """(features, anchors, K) -> drafted token ids [B, M, K]"""
 
 
+@torch.no_grad()
+def predict(drafter: Drafter, features: Features, anchors: Anchors, ttt_steps: int) -> Tensor:
+    """Greedy drafts under teacher forcing: argmax q_{t,k} as target token ids, [B, M, K] (rubbish where not valid)."""
+    predictions = torch.zeros(anchors.valid.shape, dtype=torch.int64, device=anchors.index.device)
+    for k, _, output in draft_steps(drafter, features, anchors, ttt_steps):
+        document, row = anchors.valid[..., k].nonzero(as_tuple=True)
+        for part in torch.arange(len(row), device=row.device).split(2048):
+            hidden = drafter.norm(output[document[part], row[part]])
+            best = drafter.logits(hidden).argmax(-1)
+            predictions[document[part], row[part], k] = drafter.draft_ids[best]
+    return predictions
+
+
 def judge(predictions: Tensor, features: Features, anchors: Anchors) -> Tensor:
     """match_{t,k}: does the token drafted at anchor t, step k equal argmax p_{t+1+k}?
 
-    ``predictions`` [B, M, K] token ids -> [B, M, K] bool, False where not valid. The target's argmax is over its whole vocabulary,
-    so one that the drafter can't draft counts as a rejection.
+    ``predictions`` [B, M, K] token ids -> [B, M, K] bool, False where not valid. The target's argmax is over its whole
+    vocabulary, so one that the drafter can't draft counts as a rejection.
     """
     steps = torch.arange(predictions.shape[2], device=predictions.device)
     places = (anchors.index[..., None] + 1 + steps).clamp(max=features.tokens.shape[1] - 1)
@@ -29,42 +45,47 @@ def judge(predictions: Tensor, features: Features, anchors: Anchors) -> Tensor:
 
 @torch.no_grad()
 def match_documents(
-    source, predictor: Drafter | Predictor, ttt_steps: int, *, documents: Sequence[int] | None = None,
-    batch_documents: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    source,
+    predictor: Drafter | Predictor,
+    ttt_steps: int,
+    *,
+    batch_documents: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Match and validity of every anchor of every document.
 
     Parameters
     ----------
     source : `StoredFeatures` or `LiveFeatures`.
     predictor : a drafter, or any function that drafts tokens.
-    documents : which ones; all by default. batch_documents : 8 at a time, or 64 on a GPU; it changes nothing but the speed.
+    batch_documents : 8 at a time, or 64 on a GPU; it changes nothing but the speed.
+    dtype : bfloat16 computes under autocast.
 
     Returns
     -------
-    Per document ``match`` and ``valid``, bool [anchors, K], in the order of ``documents``.
+    Per document ``match`` and ``valid``, bool [anchors, K].
     """
-    state = ("target_argmax",)
+    kind, state = torch.device(device).type, ("target_argmax", "final_hidden")
     if isinstance(predictor, Drafter):
-        state, predictor = (*state, *predictor.reads), partial(predict, predictor)
-    else:
-        state = (*state, "final_hidden")
-    batch_documents = batch_documents or (8 if torch.device(device).type == "cpu" else 64)
-    wanted = range(len(source)) if documents is None else documents
-    order, found = sorted(wanted, key=lambda i: source.lengths[i]), {}
-    for start in range(0, len(order), batch_documents):
-        indices = order[start : start + batch_documents]
-        features = source.batch(indices, state).to(device, dtype)
-        anchors = find_anchors(features.answer_mask, ttt_steps)
-        match = judge(predictor(features, anchors, ttt_steps), features, anchors).cpu().numpy()
-        valid = anchors.valid.cpu().numpy()
-        found |= {index: (match[row], valid[row]) for row, index in enumerate(indices)}
-    kept = {index: valid[:, 0] for index, (_, valid) in found.items()}
-    return [tuple(part[kept[index]] for part in found[index]) for index in wanted]
+        state, predictor = ("target_argmax", *predictor.reads), partial(predict, predictor)
+    batch_documents = batch_documents or (8 if kind == "cpu" else 64)
+    order, found = sorted(range(len(source)), key=lambda i: source.lengths[i]), {}
+    with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+        for start in range(0, len(order), batch_documents):
+            indices = order[start : start + batch_documents]
+            features = source.batch(indices, state).to(device, dtype)
+            anchors = find_anchors(features.answer_mask, ttt_steps)
+            match = judge(predictor(features, anchors, ttt_steps), features, anchors).cpu().numpy()
+            valid = anchors.valid.cpu().numpy()
+            for row, index in enumerate(indices):
+                used = valid[row, :, 0]
+                found[index] = match[row, used], valid[row, used]
+    return [found[index] for index in range(len(source))]
 
 
-def anchor_places(source, documents: Sequence[int] | None = None) -> list[np.ndarray]:
-    """Where the anchors of each document lie, in the order in which `match_documents` gives them.
+def anchor_places(source, document: int) -> np.ndarray:
+    """Where the anchors of a document lie, in the order in which `match_documents` gives them.
 
     An anchor t has a generated offset, the answer tokens of its span at positions ≤ t, and a context length, t + 1:
 
@@ -76,25 +97,20 @@ def anchor_places(source, documents: Sequence[int] | None = None) -> list[np.nda
 
     Returns
     -------
-    Per document int64 [anchors, 2], the columns of ``metrics.AXES``.
+    int64 [anchors, 2], the columns of ``metrics.AXES``.
     """
-    found = []
-    for index in range(len(source)) if documents is None else documents:
-        answer_mask = source.batch([index], ("target_argmax",)).answer_mask.cpu()
-        anchors = find_anchors(answer_mask, 1)
-        places = anchors.index[anchors.valid[..., 0]]
-        position = torch.arange(answer_mask.shape[1])
-        last_outside = (
-            torch.where(answer_mask[0], -1, position).cummax(0).values
-        )  # the last token at or before t outside an answer
-        found.append(torch.stack([places - last_outside[places], places + 1], dim=1).numpy())
-    return found
+    answer_mask = source.batch([document], ("target_argmax",)).answer_mask.cpu()
+    anchors = find_anchors(answer_mask, 1)
+    places = anchors.index[anchors.valid[..., 0]]
+    position = torch.arange(answer_mask.shape[1])
+    last_outside = torch.where(answer_mask[0], -1, position).cummax(0).values  # at or before t, outside an answer
+    return torch.stack([places - last_outside[places], places + 1], dim=1).numpy()
 
 
-def outside_vocabulary(source, drafter: Drafter, documents: Sequence[int] | None = None) -> float:
+def outside_vocabulary(source, drafter: Drafter) -> float:
     """Share of drafted positions whose target argmax is outside the draft vocabulary: no drafter can be right there."""
     known, outside, total = drafter.to_draft.cpu() >= 0, 0, 0
-    for index in range(len(source)) if documents is None else documents:
+    for index in range(len(source)):
         features = source.batch([index], ("target_argmax",)).to("cpu")
         anchors = find_anchors(features.answer_mask, 1)
         wanted = features.target_argmax[0, anchors.index[anchors.valid[..., 0]] + 1]
@@ -102,12 +118,20 @@ def outside_vocabulary(source, drafter: Drafter, documents: Sequence[int] | None
     return outside / max(1, total)
 
 
-def greedy_agreement(source, documents: Sequence[int] | None = None) -> float:
-    """Share of answer tokens x_{t+1} that equal argmax p_t: 1 for greedy answers, up to near-ties that round differently."""
+def greedy_agreement(source) -> float:
+    """Share of answer tokens x_{t+1} that equal argmax p_t: 1 for greedy answers, up to near-ties."""
     equal, total = 0, 0
-    for index in range(len(source)) if documents is None else documents:
+    for index in range(len(source)):
         features = source.batch([index], ("target_argmax",)).to("cpu")
         answers = features.answer_mask[0, 1:]
         same = features.target_argmax[0, :-1] == features.tokens[0, 1:]
         equal, total = equal + int(same[answers].sum()), total + int(answers.sum())
     return equal / max(1, total)
+
+
+def acceptance_by_step(counts: pd.DataFrame) -> pd.DataFrame:
+    """Step and chain acceptance of one run, one row a draft step, from document counts summed first."""
+    total = counts.groupby("draft_step")[COUNTS].sum()
+    found = metrics_of(total.to_numpy(), np.ones(len(RUNS)))
+    table = {"draft step": total.index, "step": found["step_acceptance"], "chain": found["chain_acceptance"]}
+    return pd.DataFrame({**table, "anchors": total["anchors"].to_numpy()})

@@ -1,6 +1,6 @@
-"""What a training records of its gradients: norm and Adam step of every matrix, and the hybrid's gate, some ten to forty times.
+"""What a training records of its gradients: norm and Adam step of every matrix, and the hybrid's gate, ten to forty times.
 
-Recording reads what the optimiser step makes anyway and changes no number of the training. Its rows are those of ``gradients.csv``:
+Recording reads what the optimiser step makes anyway and changes no number of the training. Its rows are `gradients.csv`:
 
     quantity        of what                                             draft_step  document
     grad_norm       a matrix's gradient in this step, before clipping
@@ -11,12 +11,13 @@ Recording reads what the optimiser step makes anyway and changes no number of th
     gate_mean       sigmoid of the gate, mean over anchors, channels    k           validation document
     gate_spread     its standard deviation over the same                k           validation document
 
-All norms are Frobenius norms; a gradient is as the optimiser gets it, so ``kv_grad_scale`` is in it. ``branch`` is ``self`` or ``cross``
-for an attention's matrices, ``layer`` for what both share, ``drafter`` (and no layer) for what stands before and after the layers.
+All norms are Frobenius norms; a gradient is as the optimiser gets it, so ``kv_grad_scale`` is in it. ``branch`` is ``self`` or
+``cross`` for an attention's matrices, ``layer`` for what both share, ``drafter`` (and no layer) for what stands around them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +25,49 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from .. import parallel
 from ..drafters.drafter import Drafter
-from ..drafters.layers import HybridLayer
-from .ttt import Anchors, draft_steps, find_anchors
+from ..drafters.hooks import watching
+from .anchors import Anchors, find_anchors
+from .ttt import draft_steps
 
 STEPS_A_RECORD = 40  # or more, for a record costs about a third of a step: less than a hundredth of the training in all
 GATE_DOCUMENTS, GATE_ANCHORS, GATE_STRIDE = 8, 4, 8  # a fixed batch that costs a fraction of an optimiser step
 COLUMNS = ["layer", "branch", "matrix", "draft_step", "document", "quantity", "value"]
+
+
+class Recorder:
+    """Records a training of ``total`` optimiser steps; ``rows`` is the list that it adds to."""
+
+    def __init__(self, drafter: Drafter, optimiser: torch.optim.Optimizer, total: int, rows: list[dict]):
+        self.drafter, self.optimiser, self.total, self.rows = drafter, optimiser, total, rows
+
+    @contextmanager
+    def step(self, step: int, trained_tokens: int) -> Iterator[None]:
+        """Around forward and backward of optimiser step ``step`` (from 1); the optimiser's own step completes the record."""
+        if not recorded(step, self.total):
+            yield
+            return
+        with branch_gradients(self.drafter) as branches:
+            yield
+        gradients = gradient_norms(self.drafter)
+        whole = parallel.norms([row["value"] for row in branches])
+
+        def complete(*_) -> None:
+            handle.remove()
+            rows = matrix_rows(self.drafter, self.optimiser, gradients)
+            rows += [row | {"value": value} for row, value in zip(branches, whole, strict=True)]
+            self._keep(step, trained_tokens, rows)
+
+        handle = self.optimiser.register_step_post_hook(complete)
+
+    def gate(self, step: int, trained_tokens: int, validation, ttt_steps: int, dtype: torch.dtype) -> None:
+        """Add the gate after optimiser step ``step``, on a few validation documents."""
+        if recorded(step, self.total):
+            self._keep(step, trained_tokens, gate_rows(self.drafter, validation, ttt_steps, dtype))
+
+    def _keep(self, step: int, trained_tokens: int, rows: list[dict]) -> None:
+        self.rows += [{"step": step, "trained_tokens": trained_tokens, **row} for row in rows]
 
 
 def recorded(step: int, total: int) -> bool:
@@ -65,9 +102,9 @@ def branch_of(layer: nn.Module, attention: str) -> str:
     return "self" if attention == "attention" and layer.reads_state else "cross"
 
 
-def gradient_norms(drafter: Drafter) -> dict[tuple, Tensor]:
+def gradient_norms(drafter: Drafter) -> dict[tuple, float]:
     """Norm of every matrix's gradient as it stands in ``.grad``."""
-    return {key: _norm([p.grad for p in own if p.grad is not None], own[0]) for key, own in matrices(drafter).items()}
+    return {key: _norm(p.grad for p in own if p.grad is not None) for key, own in matrices(drafter).items()}
 
 
 def adam_step(optimiser: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
@@ -79,102 +116,66 @@ def adam_step(optimiser: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def matrix_rows(drafter: Drafter, optimiser: torch.optim.Optimizer, gradients: dict[tuple, Tensor]) -> list[dict]:
+def matrix_rows(drafter: Drafter, optimiser: torch.optim.Optimizer, gradients: dict[tuple, float]) -> list[dict]:
     """Rows of every matrix, right after the optimiser's step; ``gradients`` from :func:`gradient_norms` before clipping."""
-    rows, values = [], []
-    for key, own in matrices(drafter).items():
-        moved = [adam_step(optimiser, p) for p in own if p in optimiser.state]
-        values += [gradients[key], _norm(own, own[0]), _norm(moved, own[0])]
-        rows += [_row(key, name) for name in ("grad_norm", "weight_norm", "adam_step_norm")]
-    for row, value in zip(rows, torch.stack(values).tolist(), strict=True):  # one wait for the device
-        row["value"] = value
-    return rows + [
-        _row(key, "numel", value=float(sum(p.numel() for p in own))) for key, own in matrices(drafter).items()
-    ]
+    rows, grouped = [], matrices(drafter)
+    for key, own in grouped.items():
+        moved = _norm(adam_step(optimiser, p) for p in own if p in optimiser.state)
+        norms = {"grad_norm": gradients[key], "weight_norm": _norm(own), "adam_step_norm": moved}
+        rows += [_row(key, name, value) for name, value in norms.items()]
+    return rows + [_row(key, "numel", float(sum(p.numel() for p in own))) for key, own in grouped.items()]
+
+
+def watched_gates(drafter: Drafter, see: Callable) -> AbstractContextManager[None]:
+    """Within it ``see(layer, draft step, inputs, s, c)`` is called whenever a gated layer mixes its branches."""
+    gated = {i: layer for i, layer in enumerate(drafter.layers) if getattr(layer, "gate", None) is not None}
+    steps = Counter()
+
+    def around(layer: int, mix: Callable, *given: Tensor) -> Tensor:
+        see(layer, steps[layer], *given)
+        steps[layer] += 1
+        return mix(*given)
+
+    return watching(gated, "mix", around)
 
 
 @contextmanager
 def branch_gradients(drafter: Drafter) -> Iterator[list[dict]]:
-    """Within it a backward pass tells ∂L/∂s and ∂L/∂c, the gradients at the outputs of both branches, by draft step.
-
-    Yields
-    ------
-    The rows, whose values are there after the backward pass (as tensors until the end); none for drafters without a gate.
-    """
+    """Within it a backward pass fills rows with the norms of ∂L/∂s and ∂L/∂c, by draft step; none without a gate."""
     rows: list[dict] = []
 
     def see(layer: int, k: int, _inputs: Tensor, own: Tensor, cross: Tensor) -> None:
         for branch, output in (("self", own), ("cross", cross)):
-            row = _row((layer, branch, "output"), "grad_norm", draft_step=k)
+            row = _row((layer, branch, "output"), "grad_norm", 0.0, k)
             rows.append(row)
-            output.register_hook(lambda gradient, row=row: row.update(value=gradient.detach().float().norm()))
+            output.register_hook(lambda gradient, row=row: row.update(value=gradient.detach().float().norm().item()))
 
-    with watched_mixing(drafter, see):
+    with watched_gates(drafter, see):
         yield rows
-    rows[:] = [row | {"value": float(row["value"] or 0.0)} for row in rows]
-
-
-@contextmanager
-def watched_mixing(drafter: Drafter, see: Callable) -> Iterator[None]:
-    """Within it ``see(layer, draft step, inputs, s, c)`` is called whenever a gated layer mixes its branches.
-
-    It stands around the layer's own method, compiled or not (hooks on the gate would be ignored where torch.compile fused it).
-    """
-    gated = [(i, layer) for i, layer in enumerate(drafter.layers) if isinstance(layer, HybridLayer) and layer.gate]
-    before = {i: vars(layer).get("mix") for i, layer in gated}
-
-    def watch(index: int, layer: HybridLayer) -> None:
-        mix, calls = layer.mix, [0]
-
-        def watched(*given: Tensor) -> Tensor:
-            see(index, calls[0], *given)
-            calls[0] += 1
-            return mix(*given)
-
-        layer.mix = watched
-
-    try:
-        for index, layer in gated:
-            watch(index, layer)
-        yield
-    finally:
-        for index, layer in gated:
-            vars(layer).pop("mix", None)
-            if before[index] is not None:
-                layer.mix = before[index]
 
 
 @torch.no_grad()
 def gate_rows(drafter: Drafter, source, ttt_steps: int, dtype: torch.dtype = torch.float32) -> list[dict]:
-    """The gate on a small fixed batch of ``source``: rows by draft step and document; none for drafters without a gate."""
+    """The gate on a small fixed batch of ``source``, by draft step and document; none for drafters without a gate."""
     if getattr(drafter.layers[0], "gate", None) is None:
         return []
     device, documents = drafter.norm.weight.device, range(min(GATE_DOCUMENTS, len(source)))
     features = source.batch(documents, drafter.reads).to(device, dtype)
     anchors = few_anchors(find_anchors(features.answer_mask, ttt_steps))
     length = int(anchors.index.max()) + ttt_steps + 1  # x_{t+K} is the last token read, and a prefix needs a successor
-    features = replace(
-        features, **{n: t[:, :length] for n, t in vars(features).items() if t is not None and t.dim() > 1}
-    )
+    kept = {n: t[:, :length] for n, t in vars(features).items() if t is not None and t.dim() > 1}
     rows, used = [], anchors.valid[..., -1]
 
     def see(layer: int, k: int, inputs: Tensor, _own: Tensor, _cross: Tensor) -> None:
-        gate = torch.sigmoid(drafter.layers[layer].gate(inputs)).float()
-        rows.extend(gate_statistics(gate, used, layer, k))
+        gates = torch.sigmoid(drafter.layers[layer].gate(inputs)).float()
+        for document in used.any(1).nonzero().flatten().tolist():
+            gate = gates[document][used[document]]
+            for name, value in (("gate_mean", gate.mean()), ("gate_spread", gate.std(unbiased=False))):
+                rows.append(_row((layer, "layer", "gate"), name, value.item(), k, document))
 
-    with watched_mixing(drafter, see), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for _ in draft_steps(drafter, features, anchors, ttt_steps):
+    with watched_gates(drafter, see), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for _ in draft_steps(drafter, replace(features, **kept), anchors, ttt_steps):
             pass
-    return rows
-
-
-def gate_statistics(gate: Tensor, used: Tensor, layer: int, k: int) -> list[dict]:
-    """Mean and standard deviation of the gate [B, M, d] in each document that has used anchors [B, M]."""
-    rows = []
-    for document in used.any(1).nonzero().flatten().tolist():
-        own = gate[document][used[document]]
-        for name, value in (("gate_mean", own.mean()), ("gate_spread", own.std(unbiased=False))):
-            rows.append(_row((layer, "layer", "gate"), name, k, document, value.item()))
     return rows
 
 
@@ -190,24 +191,22 @@ def few_anchors(anchors: Anchors) -> Anchors:
 
 
 def recorded_gradients(checkpoint: str | Path, variant: str, seed: int) -> pd.DataFrame | None:
-    """The rows of ``gradients.csv`` that a finished training's checkpoint holds; None if there is no checkpoint, or no record in it."""
+    """The rows of ``gradients.csv`` in a finished training's checkpoint; None without a checkpoint, or a record in it."""
     if not Path(checkpoint).exists():
         return None
     rows = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["progress"].get("gradients")
     if not rows:
         return None
-    table = pd.DataFrame(rows).assign(variant=variant, seed=seed)[
-        ["variant", "seed", "step", "trained_tokens", *COLUMNS]
-    ]
+    order = ["variant", "seed", "step", "trained_tokens", *COLUMNS]
+    table = pd.DataFrame(rows).assign(variant=variant, seed=seed)[order]
     return table.astype({"layer": "Int64", "draft_step": "Int64", "document": "Int64"})
 
 
-def _norm(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Norm of all of them together, a scalar on the device of ``like``."""
-    if not tensors:
-        return torch.zeros((), device=like.device)
-    return torch.stack([tensor.detach().float().norm() for tensor in tensors]).norm()
+def _norm(tensors: Iterable[Tensor]) -> float:
+    """Norm of all of them together; 0 of none."""
+    norms = [tensor.detach().float().norm() for tensor in tensors]
+    return torch.stack(norms).norm().item() if norms else 0.0
 
 
-def _row(key: tuple, quantity: str, draft_step: int | None = None, document: int | None = None, value=None) -> dict:
+def _row(key: tuple, quantity: str, value: float, draft_step: int | None = None, document: int | None = None) -> dict:
     return dict(zip(COLUMNS, (*key, draft_step, document, quantity, value), strict=True))

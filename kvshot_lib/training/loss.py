@@ -1,0 +1,177 @@
+"""What one optimiser step minimises: soft cross-entropy of K draft steps against the target, by TTT or block-wise.
+
+L = Σ_k λ^k · mean over valid (t, k) of CE(softmax(p_{t+1+k} on the draft vocabulary), q_{t,k})
+
+Block-wise training is the same loss: a `block` drafter's K = block_size - 1 steps come from one pass, its anchors are drawn with
+the share ``anchor_fraction``, and λ^k is DFlash's weight exp(-k/γ) with γ = -1 / ln λ (λ = 0.8: γ = 4.5).
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .. import parallel
+from ..drafters.drafter import Drafter
+from ..features.spec import Features
+from .anchors import Anchors, find_anchors, sample_anchors
+from .config import TrainConfig
+from .ttt import draft_steps
+
+
+@dataclass(frozen=True)
+class Loss:
+    """``loss`` is the scalar to minimise; the rest is per draft step, [K], detached: mean loss, and counts for acceptance."""
+
+    loss: Tensor
+    step_loss: Tensor
+    matches: Tensor
+    pairs: Tensor
+
+
+def training_loss(
+    drafter: Drafter, features: Features, config: TrainConfig, step: int, generator: torch.Generator
+) -> Loss:
+    """The loss of optimiser step ``step`` (from 0), cures for a hybrid's branch included; ``generator`` draws lags and anchors.
+
+    ``step_loss``, ``matches`` and ``pairs`` are those of the whole drafter, or of the branch alone while it warms up.
+    """
+    kv_lag = draw_lags(len(features.tokens), config.kv_lag_augment_tokens, generator, features.tokens.device)
+    given = {
+        "ttt_steps": config.ttt_steps, "step_decay": config.step_decay, "anchor_fraction": config.anchor_fraction,
+        "generator": generator, "kv_lag": kv_lag,
+    }  # fmt: skip
+    if step < config.branch_warmup_steps:
+        return ttt_loss(drafter, features, **given, cross_alone=True)
+    whole = ttt_loss(drafter, features, **given)
+    if not config.branch_loss_weight:
+        return whole
+    branch = ttt_loss(drafter, features, **given, cross_alone=True)
+    return replace(whole, loss=whole.loss + config.branch_loss_weight * branch.loss)
+
+
+def draw_lags(documents: int, most: int, generator: torch.Generator, device) -> Tensor | None:
+    """A lag of 0 … ``most`` tokens a document, all equally likely, [B] int64; None, and nothing drawn, if ``most`` is 0."""
+    if not most:
+        return None
+    draw = lambda rows, columns: torch.randint(most + 1, (rows, columns), generator=generator)
+    return parallel.draw(draw, documents)[:, 0].to(device)
+
+
+def ttt_loss(
+    drafter: Drafter,
+    features: Features,
+    *,
+    ttt_steps: int = 7,
+    step_decay: float = 0.8,
+    anchor_fraction: float = 1.0,
+    generator: torch.Generator | None = None,
+    anchors: Anchors | None = None,
+    kv_lag: Tensor | None = None,
+    cross_alone: bool = False,
+) -> Loss:
+    """L, as at the top of this module.
+
+    Parameters
+    ----------
+    anchor_fraction : below 1, steps k ≥ 1 (of a `block`, all) are estimated on a random subset of anchors, without bias: the
+        mean's denominator stays that of all pairs, the sampled terms are weighted up.
+    anchors : some of the anchors, instead of all. kv_lag, cross_alone : see :func:`~ttt.draft_steps`.
+
+    Notes
+    -----
+    A pair whose target argmax is outside the draft vocabulary is dropped from the loss, and counts as a miss in ``matches``
+    and ``pairs``, which count what was computed.
+    """
+    anchors = anchors or find_anchors(features.answer_mask, ttt_steps)
+    subset = sample_anchors(anchors, anchor_fraction, generator) if anchor_fraction < 1 else None
+    wanted = drafter.to_draft[features.target_argmax]  # [B, n] draft index of the target's argmax, -1 outside
+    probabilities = target_probabilities(drafter, features)
+    last, losses, matches, pairs = features.tokens.shape[1] - 1, [], [], []
+    scored = torch.stack([_scored(anchors, k, wanted, last)[1].sum() for k in range(ttt_steps)])
+    denominators = parallel.summed(scored).clamp(min=1)  # of the whole batch, if several processes share it
+    steps = draft_steps(drafter, features, anchors, ttt_steps, subset, kv_lag=kv_lag, cross_alone=cross_alone)
+    for k, current, output in steps:
+        places, scored = _scored(current, k, wanted, last)
+        document, row = scored.nonzero(as_tuple=True)
+        place = places[document, row]
+        total, best = SoftCrossEntropy.apply(
+            drafter.norm(output[document, row]),
+            drafter.head,
+            probabilities,
+            document * features.tokens.shape[1] + place,
+            current.weight[document, row],
+            _compiled_score() if drafter.compiled else score_rows,
+            drafter.logit_cap,
+        )
+        losses.append(total / denominators[k])
+        matches.append((best == wanted[document, place]).sum())
+        pairs.append(current.valid[..., k].sum())
+    decay = torch.tensor([step_decay**k for k in range(ttt_steps)], device=losses[0].device)
+    step_loss = torch.stack(losses)
+    return Loss((step_loss * decay).sum(), step_loss.detach(), torch.stack(matches), torch.stack(pairs))
+
+
+def _scored(anchors: Anchors, k: int, wanted: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    """Positions t+1+k of the target state that judges step k [B, M], and which pairs enter the loss [B, M]."""
+    places = (anchors.index + 1 + k).clamp(max=last)
+    return places, anchors.valid[..., k] & (wanted.gather(1, places) >= 0)
+
+
+@torch.no_grad()
+def target_probabilities(drafter: Drafter, features: Features) -> Tensor:
+    """softmax of p_t on the draft vocabulary, [B·n, V_draft] float32: once a batch, every draft step gathers from it."""
+    return drafter.logits(features.final_hidden.flatten(0, 1)).float().softmax(-1)
+
+
+class SoftCrossEntropy(torch.autograd.Function):
+    """Σ_r w_r · CE(p_r, softmax(h_r Wᵀ)) for a frozen head W, a chunk of rows at a time.
+
+    The gradient of a row is w (softmax(z) - p) W; it is formed at once and only [rows, d] of it kept, so that logits of K
+    draft steps never stand in memory together. Inputs: hidden [R, d], head [V, d], probabilities [P, V], index [R] into them,
+    weight [R], ``score`` (:func:`score_rows`, or what torch.compile made of it), ``cap`` of the logits. Returns the sum and
+    argmax z [R].
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, probabilities, index, weight, score, cap):
+        rows = 256 if hidden.device.type == "cpu" else 8192
+        total, best, gradient = hidden.new_zeros((), dtype=torch.float32), [], torch.empty_like(hidden)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = hidden[part].to(head.dtype) @ head.T
+            loss, chosen, difference = score(logits, probabilities, index[part], weight[part], cap)
+            total += loss
+            best.append(chosen)
+            gradient[part] = (difference.to(head.dtype) @ head).to(hidden.dtype)
+        ctx.save_for_backward(gradient)
+        best = torch.cat(best) if best else index.new_zeros(0)
+        ctx.mark_non_differentiable(best)
+        return total, best
+
+    @staticmethod
+    def backward(ctx, grad_total, _grad_best):
+        return grad_total.to(ctx.saved_tensors[0].dtype) * ctx.saved_tensors[0], None, None, None, None, None, None
+
+
+def score_rows(
+    logits: Tensor, probabilities: Tensor, index: Tensor, weight: Tensor, cap: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted soft cross-entropy of rows z [R, V] against p = probabilities[index]: its sum, argmax z, and w (softmax(z) - p).
+
+    With ``cap`` the logits are y = cap · tanh(z / cap), and the gradient is w (softmax(y) - p) (1 - (y / cap)²).
+    """
+    logits, wanted = logits.float(), probabilities[index]
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+        slope = 1 - (logits / cap) ** 2
+    best, normaliser = logits.argmax(-1), logits.logsumexp(-1)
+    total = (weight * (normaliser - torch.linalg.vecdot(logits, wanted))).sum()
+    gradient = logits.sub_(normaliser[:, None]).exp_().sub_(wanted).mul_(weight[:, None])
+    return total, best, gradient.mul_(slope) if cap else gradient
+
+
+@cache
+def _compiled_score():
+    return torch.compile(score_rows, dynamic=True)
