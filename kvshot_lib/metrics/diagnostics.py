@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ..drafters.variants import QUERY_ARMS
+from ..drafters.variants import QUERY_ARMS, parameters_of
 from .acceptance import COUNTS, metrics_of
 from .resampling import Draws, interval, resample_weights
 
@@ -152,12 +152,23 @@ def flow_draws(flow: pd.DataFrame, samples: int = 2000, seed: int = 0) -> Draws:
     return draws_of(made, samples, seed)
 
 
+def acting_gate(gradients: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the mean gate, ``value`` as it acts: a variant with a floor has floor + (1 - floor) · sigmoid.
+
+    The record (``training.record``) holds the sigmoid alone.
+    """
+    rows = gradients[gradients["quantity"] == "gate_mean"]
+    floors = {name: parameters_of(name).get("gate_floor", 0.0) for name in rows["variant"].unique()}
+    floor = rows["variant"].map(floors).astype(float)
+    return rows.assign(value=floor + (1 - floor) * rows["value"])
+
+
 def gate_draws(gradients: pd.DataFrame, samples: int = 2000, seed: int = 0) -> Draws:
     """The mean gate of each run: C17's ``gate_after_a_tenth``, ``gate_least`` and ``gate_at_the_end``.
 
     The first is that at the first record that has a tenth of the training's steps behind it.
     """
-    rows = gradients[gradients["quantity"] == "gate_mean"]
+    rows = acting_gate(gradients)
     keys, values = bootstrapped(rows.assign(top=rows["value"], bottom=1.0), ["variant", "step"], samples, seed)
     made = []
     for (variant, run), own in keys.groupby(["variant", "seed"], sort=False):

@@ -145,6 +145,9 @@ def test_the_gate_of_the_claim_is_the_first_with_a_tenth_of_the_steps_behind_it(
     assert (found.value, found.low, found.high) == pytest.approx((0.31, 0.3, 0.32))
     assert draws.mean("hybrid_warm", "gate_least").value == pytest.approx(0.31)
     assert draws.mean("hybrid_warm", "gate_at_the_end").value == pytest.approx(0.41)
+    floored = diagnostics.gate_draws(gradients_table("hybrid_warm_gate_floor"), samples=9)  # .3 + .7 · .11
+    assert floored.mean("hybrid_warm_gate_floor", "gate_at_the_end").value == pytest.approx(0.377)
+    assert diagnostics.gate_draws(gradients_table("none_of_ours"), 9).mean("none_of_ours", "gate_least").value < 0.12
 
 
 @pytest.mark.parametrize(
