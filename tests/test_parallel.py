@@ -21,10 +21,11 @@ from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.features.spec import feature_spec
 from kvshot_lib.features.store import MANIFEST, StoredFeatures, write_store
 from kvshot_lib.files import SEAL
-from kvshot_lib.study import processes as data_parallel
+from kvshot_lib.study.cli import main
 from kvshot_lib.text.corpus import load_corpus
 from kvshot_lib.training import loop as training
-from kvshot_lib.training.loop import TrainConfig, train
+from kvshot_lib.training.config import TrainConfig
+from kvshot_lib.training.loop import train
 
 CONFIG = TrainConfig(
     epochs=2,
@@ -175,14 +176,14 @@ def test_accelerate_launch_starts_two_processes(tmp_path, monkeypatch, capsys):
         "--main_process_port",
         "0",
     ]
-    launch += ["-m", "kvshot_lib.study.processes", "smoke", "extract", "--results-dir", str(results)]
+    launch += ["-m", "kvshot_lib", "processes", "smoke", "extract", "--results-dir", str(results)]
     ended = subprocess.run(
         launch, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
     )
     assert ended.returncode == 0, ended.stderr
     assert "2 processes\n" in ended.stdout and "1 process\n" not in ended.stdout
-    assert data_parallel.main(["smoke", "train", "hidden/seed0", "--results-dir", str(results)]) == 0
+    assert main(["processes", "smoke", "train", "hidden/seed0", "--results-dir", str(results)]) == 0
     assert "hidden/seed0: " in capsys.readouterr().out
     assert (results / "tables/acceptance.csv").exists() and (results / "runs/hidden/seed0/run.json").exists()
-    assert data_parallel.main(["smoke", "train", "kv_9/seed0", "--results-dir", str(results)]) == 1
+    assert main(["processes", "smoke", "train", "kv_9/seed0", "--results-dir", str(results)]) == 1
     assert "kv_9/seed0: not among the runs of smoke" in capsys.readouterr().err

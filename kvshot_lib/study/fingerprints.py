@@ -1,6 +1,6 @@
 """What makes a step's results out of date: the code that can change their numbers, its parameters, and what it reads.
 
-`python -m kvshot_lib study fingerprint train` prints what a step's fingerprint covers.
+`python -m kvshot_lib fingerprint train` prints what a step's fingerprint covers.
 """
 
 import ast
@@ -11,15 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import StudyError
-from .parameters import read_code_cells
-from .profiles import NOTEBOOKS
+from .notebooks import check_names, read_code_cells
+from .profiles import DRAWING, NOTEBOOKS
 
 PACKAGE = Path(__file__).parents[1]
 # What can't change a number: messages, how files are written, how steps are started. A variant's parameters reach its training as
 # parameters, so that another variant more leaves the trained ones alone.
-UNCOUNTED = {"errors", "files", "parts", "provenance", "drafters.variants"}
-UNCOUNTED_ROOMS = ("study", "plots")  # plots count for the steps that draw
-DRAWING = {"decay", "queries", "gradients", "prefix", "decode", "scorecard", "beyond"}
+LOOKS = {"drafters.variants"}
+UNCOUNTED = {"errors", "files", "parts", "provenance", *LOOKS}  # and the rooms study and plots; looks count where drawn
 FIGURE = "figure"  # tag of cells that only draw or print: they are not counted where numbers are made
 
 
@@ -30,6 +29,16 @@ def fingerprint(step: str, parameters: dict, *upstream: str) -> str:
     """
     parts = [*covered(step).values(), json.dumps(parameters, sort_keys=True), *upstream]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def covered_names(step: str) -> list[str]:
+    """What makes the results of a step out of date: the notebook and modules that its fingerprint covers.
+
+    ``step`` is extract, train, … or a module, such as probes.shift.
+    """
+    if module_path(step) is None:
+        check_names([step], NOTEBOOKS, "the study")
+    return list(covered(step))
 
 
 def covered(step: str) -> dict[str, str]:
@@ -45,11 +54,11 @@ def covered(step: str) -> dict[str, str]:
         code, todo = {NOTEBOOKS[step]: program}, imported_modules(ast.parse(program), "", NOTEBOOKS[step])
     else:
         code, todo = {}, {step}
-    skipped = tuple(room for room in UNCOUNTED_ROOMS if not (drawing and room == "plots"))
+    uncounted, rooms = (UNCOUNTED - LOOKS, {"study"}) if drawing else (UNCOUNTED, {"study", "plots"})
     found: dict[str, str] = {}
     while todo:
         name = todo.pop()
-        if name in found or name in UNCOUNTED or name.split(".")[0] in skipped:
+        if name in found or name in uncounted or name.split(".")[0] in rooms:
             continue
         path = module_path(name)
         if path is None:

@@ -1,41 +1,105 @@
-"""Running the study's notebooks: check parameters, execute one with papermill.
-
-    python -m kvshot_lib.study.notebooks run IN OUT [-f FILE] [-y YAML] [-p NAME VALUE] ...   one notebook, own parameters
-    python -m kvshot_lib.study.notebooks execute NOTEBOOK ...    in place at its own parameters, ready to be committed
+"""Running the study's notebooks: their parameters, and one run with papermill.
 
 Plain ``papermill IN OUT -p NAME VALUE --cwd notebooks`` works too, but only warns of a misspelt name.
 """
 
-import argparse
+import ast
 import contextlib
-import fcntl
+import difflib
+import json
 import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-import yaml
 
 from ..errors import StudyError
 from ..files import disk_trouble
 from ..parts import claim
-from .parameters import check_parameters
 
 STRIPPED = "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution"
 
 
+@dataclass(frozen=True)
+class CodeCell:
+    """A code cell's source and tags."""
+
+    source: str
+    tags: tuple[str, ...]
+
+
+def read_code_cells(notebook: str | Path) -> list[CodeCell]:
+    """Read a notebook's code cells. (nbformat would do, but takes two seconds to import.)
+
+    Raises
+    ------
+    StudyError : no such file, or not a notebook.
+    """
+    try:
+        cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        return [CodeCell("".join(cell["source"]), tuple(cell["metadata"].get("tags", ()))) for cell in code]
+    except FileNotFoundError as error:
+        raise StudyError(f"there is no notebook {notebook}; the study's are in notebooks/") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"{notebook} is not a notebook; restore it with: git checkout {notebook}") from error
+
+
+def parameter_defaults(notebook: str | Path) -> dict:
+    """Names and values in the notebook's ``parameters`` cell, in their order; plain values, no expressions.
+
+    (`papermill.inspect_notebook` gives names and source texts, and takes three seconds to import in every job of a study.)
+
+    Raises
+    ------
+    StudyError : not exactly one such cell, without which papermill would run with the defaults and say nothing.
+    """
+    sources = [cell.source for cell in read_code_cells(notebook) if "parameters" in cell.tags]
+    if len(sources) != 1:
+        raise StudyError(f"{notebook} has {len(sources)} cells tagged 'parameters' instead of one; nothing can be set in it")
+    assignments = [node for node in ast.parse(sources[0]).body if isinstance(node, ast.Assign)]
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
+
+
+def check_names(given: Iterable[str], valid: Iterable[str], what: str) -> None:
+    """Raise a StudyError for the first name in ``given`` that is not in ``valid``, with the nearest valid one."""
+    valid = list(valid)
+    for name in given:
+        if name not in valid:
+            near = difflib.get_close_matches(str(name), valid, n=1)
+            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            raise StudyError(f"{what} has no '{name}'{hint}; valid names: {', '.join(valid) or 'none'}")
+
+
+def check_parameters(notebook: str | Path, parameters: dict) -> None:
+    """Refuse parameters that the notebook doesn't have, and numbers that YAML read as text.
+
+    Raises
+    ------
+    StudyError : no ``parameters`` cell, an unknown name (the message lists the valid ones), or a number as text.
+    """
+    check_names(parameters, parameter_defaults(notebook), f"notebook {Path(notebook).name}")
+    for name, value in parameters.items():
+        check_no_number_as_text(name, value)
+
+
+def check_no_number_as_text(name: str, value: object) -> None:
+    """Refuse text such as ``1e-3``: YAML reads a number only with a point in it, as in ``1.0e-3``."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str):
+            with contextlib.suppress(ValueError):
+                float(item)
+                told = f"{name}: '{item}' is text, not a number; YAML wants a point and no quotes, as in 1.0e-3"
+                raise StudyError(told)
+
+
 def run_notebook(
-    notebook: str | Path,
-    output: str | Path,
-    parameters: dict,
-    *,
-    cwd: str | Path | None = None,
-    owns: str | Path | None = None,
-    fingerprint: str | None = None,
-) -> None:
+    notebook: str | Path, output: str | Path, parameters: dict, *, cwd: str | Path | None = None,
+    owns: str | Path | None = None, fingerprint: str | None = None,
+) -> None:  # fmt: skip
     """Execute ``notebook`` with ``parameters`` and write it to ``output`` when it has run to its end.
 
     Parameters
@@ -46,11 +110,11 @@ def run_notebook(
 
     Raises
     ------
-    StudyError : an unknown parameter, or a cell that failed. What ran is left beside ``output`` as ``*.unfinished.ipynb``.
+    StudyError : an unknown parameter, or a cell that failed. What ran is left beside ``output`` as
+        ``*.unfinished.ipynb``.
     """
     notebook, output = Path(notebook), Path(output)
     check_parameters(notebook, parameters)
-    output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_suffix(".unfinished.ipynb")
     with locked(output.with_name(f".{output.stem}.lock"), wait=True):
         if owns is not None:
@@ -64,7 +128,7 @@ def run_notebook(
 
 
 def execute(notebook: Path, output: Path, parameters: dict, cwd: Path, progress: "Progress") -> None:
-    """Run ``notebook`` with papermill, its own warnings and logs silenced, its stderr sent to ``progress``.
+    """Run ``notebook`` with papermill in this Python, its own warnings and logs silenced, its stderr sent to ``progress``.
 
     Raises
     ------
@@ -76,13 +140,14 @@ def execute(notebook: Path, output: Path, parameters: dict, cwd: Path, progress:
 
     for name in ("papermill", "traitlets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    quiet = {
+    options = {
+        "kernel_name": "python3",  # an editor may have saved the name of its own
         "progress_bar": False,
         "config": Config({"KernelManager": {"transport_encryption": "auto"}}),
         "extra_arguments": ["--IPKernelApp.log_level=50"],
     }
     try:
-        papermill.execute_notebook(str(notebook), str(output), parameters, cwd=str(cwd), stderr_file=progress, **quiet)
+        papermill.execute_notebook(str(notebook), str(output), parameters, cwd=str(cwd), stderr_file=progress, **options)
     except PapermillExecutionError as error:
         text = " ".join(str(error.evalue).split()) or "(no message)"
         line = text if error.ename == "StudyError" else f"{error.ename}: {text}"
@@ -90,7 +155,7 @@ def execute(notebook: Path, output: Path, parameters: dict, cwd: Path, progress:
 
 
 def collapse_progress(path: Path) -> None:
-    """Leave of each cell's stderr what a terminal would show at the end: a progress bar's last state, not every one."""
+    """Leave of each cell's stderr what a terminal would show at the end: a bar's last state, not every one."""
     import nbformat
 
     notebook = nbformat.read(path, as_version=4)
@@ -124,85 +189,51 @@ class Progress:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[int]:
-    """Hold a lock that ends with the process, however it ends; yields its file descriptor.
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock that ends with the process, however it ends.
 
     Raises
     ------
     StudyError : another process holds it, and ``wait`` is False; or a folder that can't be written.
     """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        held = lock.acquire(timeout=0)
+    except Timeout as error:
+        if not wait:
+            raise StudyError(f"another run is at work in {path.parent}; wait for it or stop it first") from error
+        print(f"waiting for another process that writes to {path.parent}", file=sys.stderr, flush=True)
+        held = lock.acquire()
     except OSError as error:
         why = disk_trouble(error) or str(error)
-        raise StudyError(
-            f"could not write to {path.parent}: {why}; free some space or choose another folder"
-        ) from error
-    with open(path, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if not wait:
-                raise StudyError(f"another run is at work in {path.parent}; wait for it or stop it first") from error
-            print(f"waiting for another process that writes to {path.parent}", file=sys.stderr, flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield handle.fileno()
+        raise StudyError(f"could not write to {path.parent}: {why}; free some space or choose another folder") from error
+    with held:
+        yield
 
 
-def execute_in_place(notebook: str | Path) -> None:
-    """Run a notebook at its own parameters and store its outputs in it, without run times and machine details.
+def execute_in_place(notebooks: Sequence[str]) -> None:
+    """Run notebooks in place at their own parameters, ready to be committed: without run times and machine details.
 
     Raises
     ------
     StudyError : a cell failed; the notebook is left as it was.
     """
-    notebook = Path(notebook)
-    fresh = notebook.with_name(f".fresh.{notebook.name}")
-    try:
-        run_notebook(notebook, fresh, {})
-        words = ["--keep-output", "--keep-count", "--extra-keys", STRIPPED, str(fresh)]
-        subprocess.run([sys.executable, "-m", "nbstripout", *words], check=True)
-        os.replace(fresh, notebook)
-    finally:
-        fresh.unlink(missing_ok=True)
-        fresh.with_name(f".{fresh.stem}.lock").unlink(missing_ok=True)
+    for notebook in map(Path, notebooks):
+        fresh = notebook.with_name(f".fresh.{notebook.name}")
+        try:
+            run_notebook(notebook, fresh, {})
+            words = ["--keep-output", "--keep-count", "--extra-keys", STRIPPED, str(fresh)]
+            subprocess.run([sys.executable, "-m", "nbstripout", *words], check=True)
+            os.replace(fresh, notebook)
+        finally:
+            fresh.unlink(missing_ok=True)
+            fresh.with_name(f".{fresh.stem}.lock").unlink(missing_ok=True)
 
 
-def main(words: list[str] | None = None) -> int:
-    """Command line; returns the exit status. Errors that a reader can mend are one line."""
-    parser = argparse.ArgumentParser(prog="python -m kvshot_lib.study.notebooks", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="execute one notebook with own parameters")
-    run.add_argument("notebook")
-    run.add_argument("output")
-    run.add_argument("-f", "--file", action="append", default=[], help="YAML file of parameters")
-    run.add_argument("-y", "--yaml", action="append", default=[], help="YAML text of parameters")
-    run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    run.add_argument("--cwd", help="folder to run in (by default the notebook's)")
-    run.add_argument("--owns", help="folder that this notebook alone writes")
-    run.add_argument("--fingerprint", help="what the contents of that folder depend on")
-    in_place = commands.add_parser("execute", help="execute notebooks in place, ready to be committed")
-    in_place.add_argument("notebooks", nargs="+")
-    given = parser.parse_args(words)
-    try:
-        if given.command == "execute":
-            for notebook in given.notebooks:
-                execute_in_place(notebook)
-        else:
-            texts = [Path(file).read_text() for file in given.file] + given.yaml
-            parameters = {name: value for text in texts for name, value in (yaml.safe_load(text) or {}).items()}
-            parameters |= {name: yaml.safe_load(value) for name, value in given.parameter}
-            run_notebook(
-                given.notebook, given.output, parameters, cwd=given.cwd, owns=given.owns, fingerprint=given.fingerprint
-            )
-    except (StudyError, OSError, yaml.YAMLError) as error:
-        full = isinstance(error, OSError) and disk_trouble(error)
-        remedy = "; free some space or choose another folder, then run again" if full else ""
-        print(f"error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
-        return 1
-    return 0
+if __name__ == "__main__":  # for a while: python -m kvshot_lib notebook execute ...
+    from kvshot_lib.study.cli import main
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["notebook", *sys.argv[1:]]))

@@ -1,102 +1,65 @@
-"""The pipeline's profiles (notebooks/profiles/*.yaml), its start, and what makes its results out of date.
+"""The start of the pipeline (notebooks/Snakefile), and figures drawn anew from recorded tables."""
 
-python -m kvshot_lib.study.pipeline [PROFILE] [-n ...]        run notebooks/Snakefile; what follows PROFILE goes to Snakemake
-python -m kvshot_lib.study.pipeline --figures [PROFILE ...]   redraw figures/PROFILE from data/recorded/PROFILE (all of them)
-"""
-
-import contextlib
 import os
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import StudyError
-from ..metrics.tables import path_of
+from ..parts import MARK
 from .notebooks import locked, run_notebook
-from .profiles import (
-    NOTEBOOKS,
-    Profile,
-    check_drafters,
-    check_profile,
-    load_profile,
-)
+from .profiles import DRAWING, FOLDER, NOTEBOOKS, Profile, checked_profile, load_profile, results_of
 
-# The table that a notebook draws first, where not every study has it.
-DRAWN_FROM = {
-    "queries": "attention_overlap", "gradients": "gradients", "prefix": "attention_shift", "decode": "decoding", "beyond": "compute",
-}  # fmt: skip
-MARK = ".fingerprint"  # in every folder that a notebook of the pipeline owns (`notebooks.claim`)
 DRY = {"-n", "--dry-run", "--dryrun"}
 
 
+def run_study(profile: str, words: Sequence[str]) -> int:
+    """Check the profile, run the pipeline and say how it ended; gives Snakemake's exit status.
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-def run_snakemake(profile: str, parallel_trainings: int, words: list[str], lock: int) -> int:
-    """Run notebooks/Snakefile in the current folder; returns the exit status. Ctrl-C is left to Snakemake.
-
-    Snakemake holds ``lock`` too, so that it stays held if this process alone is killed. Snakemake's own lock outlives
-    a kill and would block the next run.
+    Snakemake runs in this very process, so the lock on the results lasts as long as both. (Its own lock would outlive a
+    kill and block the next run.)
     """
-    cores = max(os.cpu_count(), parallel_trainings)
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--snakefile",
-        "notebooks/Snakefile",
-        "--config",
-        f"profile={profile}",
+    from snakemake.cli import main as snakemake
+
+    loaded = checked_profile(profile)
+    results = results_of(loaded)
+    if DRY & set(words):
+        print(overview(loaded, results), flush=True)
+    else:
+        check_foreign_runs(loaded, results)
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    with locked(results / ".lock"):
+        try:
+            snakemake([*snakemake_words(loaded, profile, words), *words])
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    if status:
+        print("the run stopped early; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+    elif not words:
+        print(f"{results} is complete and up to date: see its notebooks/, tables/ and figures/")
+    return status
+
+
+def snakemake_words(profile: Profile, given: str, words: Sequence[str]) -> list[str]:
+    """Options of Snakemake: at most ``parallel_trainings`` of the profile side by side, what a kill left made anew."""
+    cores = max(os.cpu_count(), profile.parallel_trainings)
+    limit = profile.parallel_trainings or cores
+    return [
+        *("--snakefile", "notebooks/Snakefile", "--config", f"profile={given}"),
+        *("--quiet", "rules" if DRY & set(words) else "all", "--cores", str(cores), "--resources", f"training={limit}"),
+        *("--rerun-incomplete", "--nolock", "--keep-going"),
     ]
-    command += ["--quiet", "rules" if DRY & set(words) else "all"]
-    command += ["--cores", str(cores), "--resources", f"training={parallel_trainings or cores}"]
-    command += ["--rerun-incomplete", "--nolock", "--keep-going"]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    process = subprocess.Popen([*command, *words], pass_fds=[lock], env=os.environ | {"PATH": path})
-    while True:
-        with contextlib.suppress(KeyboardInterrupt):
-            return process.wait()
 
 
 def overview(profile: Profile, results: Path) -> str:
-    """The profile's trainings, a line a drafter: which seeds have finished a run, up to date or not, and which have none."""
+    """The profile's trainings, a line a drafter: which seeds have finished a run, up to date or not, and which haven't."""
     lines = [f"{profile.name}: {len(profile.drafters)} drafters, seeds {', '.join(map(str, profile.seeds))}"]
     for variant in profile.drafters:
         seeds = {True: [], False: []}
         for seed in profile.seeds:
             seeds[(results / f"runs/{variant}/seed{seed}/run.json").exists()].append(str(seed))
-        told = [
-            f"{word} {' '.join(seeds[done])}" for done, word in ((True, "finished"), (False, "not yet")) if seeds[done]
-        ]
+        told = [" ".join([word, *seeds[done]]) for done, word in ((True, "finished"), (False, "not yet")) if seeds[done]]
         lines.append(f"  {variant:20} {', '.join(told)}")
     return "\n".join(lines)
 
@@ -107,13 +70,19 @@ def check_foreign_runs(profile: Profile, results: Path) -> None:
     foreign = [folder for folder in folders if (folder / "run.json").exists() and not (folder / MARK).exists()]
     if foreign:
         raise StudyError(
-            f"{len(foreign)} runs in {results} were not trained by the pipeline ({foreign[0]}, ...), which would replace them; "
-            f"to use them: python -m kvshot_lib.metrics.tables collect {results}; to train anew, move {results}/runs away"
+            f"{len(foreign)} runs in {results} were not trained by the pipeline ({foreign[0]}, ...), which would replace "
+            f"them; to use them: python -m kvshot_lib collect {results}; to train anew, move {results}/runs away"
         )
 
 
+def redraw_all(profiles: Sequence[str] = ()) -> None:
+    """Draw figures/PROFILE anew from data/recorded/PROFILE, for all recorded profiles or those that are named."""
+    for name in profiles or recorded_profiles():
+        redraw(name)
+
+
 def redraw(name: str) -> None:
-    """Draw figures/<name> anew from data/recorded/<name> by notebooks 03 to 09: those of its profile whose tables are recorded, with its parameters.
+    """Draw figures/<name> anew: every drawing notebook of its profile, with its parameters; one that isn't drawn is named.
 
     Raises
     ------
@@ -121,60 +90,18 @@ def redraw(name: str) -> None:
     """
     tables = Path("data/recorded") / name
     if not tables.is_dir():
-        known = ", ".join(recorded_profiles()) or "nothing yet"
-        raise StudyError(f"there are no tables in {tables}; recorded: {known}")
-    known = Path(f"notebooks/profiles/{name}.yaml").exists()  # or else recorded by hand
+        raise StudyError(f"there are no tables in {tables}; recorded: {', '.join(recorded_profiles()) or 'nothing yet'}")
+    known = (FOLDER / f"{name}.yaml").exists()  # or else recorded by hand
     profile = load_profile(name) if known else Profile(name)
-    for key in ("decay", "queries", "gradients", "prefix", "decode", "scorecard", "beyond"):
+    for key in DRAWING:
         parameters, notebook = getattr(profile, key), Path(NOTEBOOKS[key])
-        recorded = not known or key not in DRAWN_FROM or path_of(tables, DRAWN_FROM[key]).is_file()
-        if notebook.exists() and recorded and (parameters is not None or not known):
-            folders = {"tables_dir": f"../{tables}", "figures_dir": f"../figures/{name}"}
-            folders |= {"profile": name} if key == "beyond" else {}
-            output = Path(f"results/{name}/notebooks/{notebook.stem}.recorded.ipynb")
-            run_notebook(notebook, output, (parameters or {}) | folders)
+        if known and parameters is None:
+            print(f"{notebook.name}: not drawn for {name}, whose profile has no '{key}'")
+            continue
+        folders = {"tables_dir": f"../{tables}", "figures_dir": f"../figures/{name}"}
+        run_notebook(notebook, results_of(profile) / f"notebooks/{notebook.stem}.recorded.ipynb", (parameters or {}) | folders)
 
 
 def recorded_profiles() -> list[str]:
     """Names of the folders in data/recorded."""
     return sorted(path.name for path in Path("data/recorded").glob("*/"))
-
-
-def main(words: list[str] | None = None) -> int:
-    """Redraw figures, or check the profile, run the pipeline and say how it ended; returns the exit status."""
-    words = list(sys.argv[1:] if words is None else words)
-    try:
-        if words[:1] == ["--figures"]:
-            for name in words[1:] or recorded_profiles():
-                redraw(name)
-            return 0
-        profile = words.pop(0) if words and not words[0].startswith("-") else "laptop"
-        return study(profile, words)
-    except (StudyError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
-def study(profile: str, words: list[str]) -> int:
-    """Check the profile, run the pipeline and say how it ended; returns Snakemake's exit status."""
-    loaded = load_profile(profile)
-    check_profile(loaded)
-    check_drafters(loaded)
-    results = Path("results") / loaded.name
-    if DRY & set(words):
-        print(overview(loaded, results), flush=True)
-    else:
-        check_foreign_runs(loaded, results)
-    with locked(results / ".lock") as lock:
-        status = run_snakemake(profile, loaded.parallel_trainings, words, lock)
-    if status:
-        print(
-            "the run stopped early; what was finished is kept, and the same command goes on from there", file=sys.stderr
-        )
-    elif not words:
-        print(f"{results} is complete and up to date: see its notebooks/, tables/ and figures/")
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

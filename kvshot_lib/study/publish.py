@@ -1,48 +1,67 @@
-"""Trained drafters made small and described, for data/checkpoints: whoever clones the study can draft at once.
+"""Drafters that go out and come in: published small and described, judged in another study, as EAGLE-3 checkpoints.
 
-python -m kvshot_lib.study.publish RESULTS_DIR VARIANT/seedN ... [--step .5] [--to data/checkpoints]
-
-For each run: its weights, rounded (`rounded_weights`), in `<to>/<variant>/drafter.safetensors`; ``drafter.json`` with config, target, hash and
-what the run recorded of its training; ``history.csv``; and ``README.md``, the card. The drafter is judged before and after rounding on the run's own
-evaluation features, and the card says what was lost. `load_drafter("data/checkpoints/hidden", target)` reads it like any other.
+A published drafter is a folder of data/checkpoints: rounded weights, ``drafter.json`` (config, target, hash, what the run
+recorded of its training), ``history.csv``, ``acceptance.csv`` and ``README.md``, the card. `load_drafter` reads it like any
+other, so whoever clones the study can draft at once.
 """
 
-import argparse
-import sys
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
+import torch
 
-from ..drafters.checkpoint import DESCRIPTION, WEIGHTS, load_drafter, training_command
+from ..drafters.checkpoint import DESCRIPTION, WEIGHTS, load_drafter, read_description, training_command
 from ..drafters.config import READS
 from ..drafters.drafter import Drafter, DrafterConfig
+from ..drafters.eagle3 import export_eagle3, import_eagle3
 from ..drafters.rounding import STEP, save_rounded
-from ..errors import StudyError, one_line_errors
+from ..errors import StudyError
+from ..features.live import LiveFeatures
 from ..features.store import StoredFeatures
 from ..files import sha256, write_atomically, write_csv, write_json
 from ..metrics import tables
-from ..metrics.collect import read_record
 from ..metrics.acceptance import count_run
+from ..metrics.collect import read_record
 from ..metrics.resampling import Draws, draw
-from ..plots.report import markdown_table, signed
-from ..target.load import Target, load_target
-from ..training.judging import match_documents
+from ..parts import claim
+from ..target.load import Target, load_target, resolve_dtype
+from ..target.smollm2 import DEFAULT_TARGET
+from ..text.corpus import load_corpus
+from ..training.config import TrainConfig
+from ..training.judging import acceptance_by_step, match_documents, outside_vocabulary
+from ..training.run import Run, judge_run
+from .profiles import CHECKPOINTS
 
 DRAFT_LENGTH = 7
-CARD = "README.md"
 BEFORE, AFTER = "as trained", "as published"
 METRICS = (
-    ("step_acceptance", 0),
-    ("step_acceptance", DRAFT_LENGTH - 1),
-    ("retention", None),
-    ("expected_mat", None),
+    ("step_acceptance", 0), ("step_acceptance", DRAFT_LENGTH - 1), ("retention", None), ("expected_mat", None),
     ("measured_mat", None),
-)
+)  # fmt: skip
+
+
+def publish_runs(results_dir: str, runs: Sequence[str], *, to: str = str(CHECKPOINTS), step: float = STEP) -> None:
+    """Trained drafters made small and described, for data/checkpoints; prints what rounding changed.
+
+    Parameters
+    ----------
+    to : the folder that gets a folder a drafter. step : of rounding, in standard deviations of a row.
+    """
+    evaluation = StoredFeatures(Path(results_dir) / "features" / "evaluation")
+    target = load_target(evaluation.spec.target, device="cpu", dtype="float32")
+    for run in runs:
+        folder, out = Path(results_dir) / "runs" / run, Path(to) / run.split("/")[0]
+        draws = publish(folder, out, target, evaluation, step)
+        lost = draws.contrast((1, AFTER, "measured_mat"), (-1, BEFORE, "measured_mat"))
+        size = (out / WEIGHTS).stat().st_size / 1e6
+        told = f"{out}: {size:.2f} MB; measured MAT {draws.mean(AFTER, 'measured_mat')}, by rounding {lost}"
+        print(told, flush=True)
 
 
 def publish(folder: Path, to: Path, target: Target, evaluation: StoredFeatures, step: float = STEP) -> Draws:
-    """Write the drafter of the run in ``folder`` to ``to``; returns the metrics of both states, on the same documents and resamples.
+    """Write the drafter of the run in ``folder`` to ``to``; returns the metrics of both states, on the same resamples.
 
     Raises
     ------
@@ -56,14 +75,12 @@ def publish(folder: Path, to: Path, target: Target, evaluation: StoredFeatures, 
     described = {**drafter.description(), "weights_sha256": sha256(path), "rounding_step": step}
     write_json(to / DESCRIPTION, {**described, "variant": record["variant"], "seed": record["seed"], "run": record})
     write_csv(to / "history.csv", tables.read_one(folder / "history.csv", "history"))
-    states = {BEFORE: drafter, AFTER: load_drafter(to, target)}
-    draws = judged(states, evaluation)
+    draws = judged({BEFORE: drafter, AFTER: load_drafter(to, target)}, evaluation)
     rows = [[name, step_, *vars(draws.mean(AFTER, name, step_)).values()] for name, step_ in METRICS]
-    measured = pd.DataFrame(rows, columns=["metric", "draft_step", "value", "low", "high"]).astype(
-        {"draft_step": "Int64"}
-    )
-    write_csv(to / "acceptance.csv", tables.rounded(measured))
-    write_atomically(to / CARD, lambda p: p.write_text(card(record, described, draws, path.stat().st_size, folder)))
+    measured = pd.DataFrame(rows, columns=["metric", "draft_step", "value", "low", "high"])
+    write_csv(to / "acceptance.csv", tables.rounded(measured.astype({"draft_step": "Int64"})))
+    text = card(record, described, draws, path.stat().st_size)
+    write_atomically(to / "README.md", lambda p: p.write_text(text))
     return draws
 
 
@@ -77,54 +94,51 @@ def judged(states: dict[str, Drafter], evaluation: StoredFeatures) -> Draws:
     return draw(counts, run_lengths)
 
 
-def card(record: dict, described: dict, draws: Draws, size_bytes: int, folder: Path) -> str:
+def card(record: dict, described: dict, draws: Draws, size_bytes: int) -> str:
     """The card, from what was recorded and measured."""
-    target, config = described["spec"]["target"], described["config"]
+    spec, config, variant = described["spec"], described["config"], record["variant"]
+    made = DrafterConfig(**config)
     rows = []
     for name, step in METRICS:
         label = name.replace("_", " ").replace("mat", "MAT") + ("" if step is None else f", draft step {step}")
-        lost = draws.difference((AFTER, name, step), (BEFORE, name, step))
-        rows.append([label, draws.mean(BEFORE, name, step), draws.mean(AFTER, name, step), signed(lost)])
-    start = f", after starting from a trained `{record['init_from']}`" if record.get("init_from") else ""
-    told = {name: config[name] for name in READS[config["paradigm"]]}
-    spec, made = described["spec"], DrafterConfig(**config)
-    read = [f"hidden states of layers {spec['hidden_layers']}"] * (
-        made.fuses_hidden or made.kv_with_hidden or made.kv_control == "from_hidden"
-    )
+        lost = draws.contrast((1, AFTER, name, step), (-1, BEFORE, name, step))
+        rows.append([label, draws.mean(BEFORE, name, step), draws.mean(AFTER, name, step), lost])
+    states = made.fuses_hidden or made.kv_with_hidden or made.kv_control == "from_hidden"
+    read = [f"hidden states of layers {spec['hidden_layers']}"] * states
     read += [f"keys and values of layers {spec['kv_layers']}"] * made.reads_kv
-    command = training_command(
-        Path("results") / record["profile"] / "runs" / record["variant"] / f"seed{record['seed']}"
-    )
-    facts = [
-        ["target", f"{target}, weights of SHA-256 `{record['target_hash'][:16]}…` (SmolLM2's are Q4_1, dequantised)"],
-        ["drafter", f"`{config['paradigm']}`, {record['parameters']:,} parameters, {record['draft_vocab_size']:,} draft tokens"],
-        ["reads", " and ".join(read) or "no target state"],
-        ["trained on", f"{record['trained_tokens']:,} tokens of the corpus `selfgen` (documents `{record['corpus']}`){start}"],
-        ["training", f"{record['train_s'] / 60:.0f} minutes on {record['device']}, {record['dtype']}, {record['date']}, seed {record['seed']}"],
-        ["made by", f"git revision `{record['git_revision']}`, torch {record['torch']}, transformers {record['transformers']}"],
-        ["weights", f"{size_bytes / 1e6:.2f} MB: rounded to {described['rounding_step']:g} standard deviations of their row, {8 * size_bytes / record['parameters']:.2f} bits a parameter"],
-        ["SHA-256", f"`{described['weights_sha256']}`"],
-    ]  # fmt: skip
-    documents = int(draws.keys["documents"].max())
-    return f"""# Drafter `{record["variant"]}`
+    start = f", after starting from a trained `{record['init_from']}`" if record.get("init_from") else ""
+    facts = {
+        "target": f"{spec['target']}, weights of SHA-256 `{record['target_hash'][:16]}…` (SmolLM2's are Q4_1, dequantised)",
+        "drafter": f"`{config['paradigm']}`, {record['parameters']:,} parameters, {record['draft_vocab_size']:,} draft tokens",
+        "reads": " and ".join(read) or "no target state",
+        "trained on": f"{record['trained_tokens']:,} tokens of the corpus `selfgen` (documents `{record['corpus']}`){start}",
+        "training": f"{record['train_s'] / 60:.0f} minutes on {record['device']}, {record['dtype']}, {record['date']}, "
+        f"seed {record['seed']}",
+        "made by": f"git revision `{record['git_revision']}`, torch {record['torch']}, transformers {record['transformers']}",
+        "weights": f"{size_bytes / 1e6:.2f} MB: rounded to {described['rounding_step']:g} standard deviations of their row, "
+        f"{8 * size_bytes / record['parameters']:.2f} bits a parameter",
+        "SHA-256": f"`{described['weights_sha256']}`",
+    }
+    told = ", ".join(f"{name} {config[name]!r}" for name in READS[config["paradigm"]])
+    command = training_command(Path("results") / record["profile"] / "runs" / variant / f"seed{record['seed']}")
+    return f"""# Drafter `{variant}`
 
-{_left(facts, ["what", "this drafter"])}
+{_markdown(facts.items(), ["what", "this drafter"])}
 
-Judged on {documents} held-out greedy answers of the target, before and after rounding (95% intervals over documents; the difference is on the
-same documents):
+Judged on {int(draws.keys["documents"].max())} held-out greedy answers of the target, before and after rounding (95% intervals over documents; the
+difference is on the same documents):
 
-{markdown_table(rows, ["metric", BEFORE, AFTER, "difference"])}
+{_markdown(rows, ["metric", BEFORE, AFTER, "difference"])}
 
 Load it, or use it in a run of your own:
 
 ```python
-from kvshot_lib.checkpoints import load_drafter
-from kvshot_lib.target import load_target
+from kvshot_lib import load_drafter, load_target
 
-drafter = load_drafter("data/checkpoints/{record["variant"]}", load_target("{target}"))
+drafter = load_drafter("data/checkpoints/{variant}", load_target("{spec["target"]}"))
 ```
 
-Its parameters: {", ".join(f"{name} {value!r}" for name, value in told.items())}. Train it again, with the profile `{record["profile"]}`
+Its parameters: {told}. Train it again, with the profile `{record["profile"]}`
 (`make study PROFILE={record["profile"]}` trains all of its drafters; this command alone wants the profile's budget added):
 
 ```
@@ -133,32 +147,73 @@ Its parameters: {", ".join(f"{name} {value!r}" for name, value in told.items())}
 """
 
 
-def _left(rows: Iterable[Iterable], header: list[str]) -> str:
-    return markdown_table(rows, header).replace("--:", ":--")
+def _markdown(rows: Iterable[Iterable], header: list[str]) -> str:
+    lines = [header, [":--"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-@one_line_errors
-def main(words: Iterable[str] | None = None) -> int:
-    """Publish runs; prints each one's size and what rounding changed."""
-    parser = argparse.ArgumentParser(prog="python -m kvshot_lib.study.publish", description=__doc__.split("\n")[0])
-    parser.add_argument("results_dir", type=Path, metavar="RESULTS_DIR")
-    parser.add_argument("runs", nargs="+", metavar="VARIANT/seedN")
-    parser.add_argument("--to", type=Path, default=Path("data/checkpoints"))
-    parser.add_argument("--step", type=float, default=STEP, help="of rounding, in standard deviations of a row")
-    given = parser.parse_args(words)
-    evaluation = StoredFeatures(given.results_dir / "features" / "evaluation")
-    target = load_target(evaluation.spec.target, device="cpu", dtype="float32")
-    for run in given.runs:
-        folder, to = given.results_dir / "runs" / run, given.to / run.split("/")[0]
-        draws = publish(folder, to, target, evaluation, given.step)
-        lost = draws.difference((AFTER, "measured_mat"), (BEFORE, "measured_mat"))
-        size = (to / WEIGHTS).stat().st_size / 1e6
-        print(
-            f"{to}: {size:.2f} MB; measured MAT {draws.mean(AFTER, 'measured_mat')}, by rounding {signed(lost)}",
-            flush=True,
-        )
-    return 0
+def judge_checkpoint(results_dir: str, name: str, *, mark: str = "", draft_length: int = DRAFT_LENGTH) -> Path:
+    """Judge a published drafter in a study of one's own, as one variant more: `kv_2` becomes `kv_2_checkpoint`.
+
+    It leaves there what a training leaves, so that whatever reads runs reads this one. Its training is the recorded one.
+
+    Parameters
+    ----------
+    name : a folder of data/checkpoints. mark : what the run depends on (`claim`).
+
+    Raises
+    ------
+    StudyError : no such checkpoint, one for another target, or features without the layers that it reads.
+    """
+    source, results_dir = CHECKPOINTS / name, Path(results_dir)
+    described = read_description(source)
+    evaluation = StoredFeatures(results_dir / "features" / "evaluation")
+    target = load_target(evaluation.spec.target)
+    drafter = load_drafter(source, target)
+    if drafter.config.reads_kv:
+        evaluation = evaluation.with_kv_layers(drafter.spec.kv_layers)
+    variant, seed = f"{name}_checkpoint", described["seed"]
+    folder = results_dir / "runs" / variant / f"seed{seed}"
+    claim(folder, mark)
+    for file in (WEIGHTS, DESCRIPTION):
+        shutil.copyfile(source / file, folder / file)
+    facts = described["run"] | {
+        "variant": variant,
+        "profile": results_dir.resolve().name,
+        "evaluation_documents": len(evaluation),
+        "out_of_draft_vocab_fraction": outside_vocabulary(evaluation, drafter),
+    }
+    history = tables.read_one(source / "history.csv", "history").drop(columns=["variant", "seed"])
+    dtype = resolve_dtype("auto", target.device)
+    run = Run(variant, drafter, TrainConfig(seed=seed), target, {"evaluation": evaluation}, folder, dtype)
+    judge_run(run, history, facts, draft_length)
+    return folder
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def export(run_folder: str, out: str, *, target: str = DEFAULT_TARGET, dtype: str = "bfloat16") -> Path:
+    """A trained `hidden` drafter as the folder of an EAGLE-3 checkpoint, which vLLM and SGLang load.
+
+    Parameters
+    ----------
+    target : a name of the study, a hub id or a model folder. dtype : float32, bfloat16 or float16.
+    """
+    model = load_target(target, dtype="float32")
+    return export_eagle3(load_drafter(Path(run_folder), model), Path(out), dtype=getattr(torch, dtype))
+
+
+def measure_eagle3(
+    folder: str, *, target: str = DEFAULT_TARGET, corpus: str = "selfgen", documents: int = 64
+) -> str:
+    """Measure an EAGLE-3 checkpoint with the study's metrics, on evaluation answers of the target.
+
+    Parameters
+    ----------
+    target : a name of the study, a hub id or a model folder. corpus : whose evaluation answers are drafted.
+    """
+    model = load_target(target, dtype="float32")
+    drafter = import_eagle3(Path(folder), model)
+    source = LiveFeatures(model, load_corpus(corpus, "evaluation").documents[:documents], drafter.spec)
+    counts, lengths = count_run("imported", 0, match_documents(source, drafter, DRAFT_LENGTH))
+    accepted = lengths["accepted"].sum() / max(1, lengths["anchors"].sum())
+    table = acceptance_by_step(counts).to_string(index=False, float_format="%.3f")
+    return f"{table}\nmeasured MAT {1 + accepted:.3f} tokens per target forward, on {len(source)} answers of {model.name}"

@@ -1,84 +1,86 @@
-"""Train a profile's runs side by side on one machine, with the features in memory: for a GPU.
+"""A profile's trainings without the pipeline: side by side on one GPU, or each of them over several processes.
 
-python -m kvshot_lib.study.sweep PROFILE [VARIANT/seedN ...]    results/PROFILE, as `make study PROFILE=...` would make them
-
-The pipeline keeps features on disk and each training reads them from there. Here the target writes them into the device's memory
-once and all trainings share them. Runs that are done are skipped, runs that were begun go on from their last checkpoint, and a run
-that starts from another waits for it.
+The pipeline keeps features on disk and each training reads them from there. In a sweep the target writes them into the
+device's memory once and all trainings share them; a run that starts from another waits for it. Either way runs that are done
+are skipped, and runs that were begun go on from their last checkpoint.
 """
 
-import argparse
 import contextlib
 import gc
 import os
-import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import torch
 
 from .. import parallel
-from ..drafters.checkpoint import save_drafter
-from ..drafters.drafter import DrafterConfig
-from ..errors import one_line_errors
-from ..features.live import LiveFeatures
-from ..features.resident import ResidentFeatures
-from ..features.spec import feature_spec
-from ..files import write_csv
+from ..errors import StudyError
+from ..features.extract import hold, keep, prepare
 from ..metrics.collect import collect
-from ..target.load import load_target
-from ..text.corpus import answer_token_counts, load_corpus
-from ..training.loop import TrainConfig, train
-from ..training.run import SPLITS, finish_run, prepare_run, run_facts
+from ..training.run import train_run
 from .notebooks import locked
-from .profiles import NOTEBOOKS, Profile, check_drafters, check_profile, load_profile, named_runs, parameter_defaults
+from .profiles import Profile, checked_profile, extract_values, named_runs, results_of, train_values
 
 _shared: dict = {}  # of a worker process: features, profile, results_dir
 
 
-def train_run(profile: Profile, results_dir: Path, variant: str, seed: int, features: dict | None = None) -> dict:
-    """What notebook 02 does, for one run of a profile; returns the run's row of ``runs.csv``."""
-    values = parameter_defaults(NOTEBOOKS["train"]) | profile.train | profile.drafters[variant] | {"seed": seed}
-    configs = [
-        config(**{f.name: values[f.name] for f in fields(config) if f.name in values})
-        for config in (DrafterConfig, TrainConfig)
-    ]
-    names = ("draft_vocab_size", "init_from", "device", "dtype", "compile_steps")
-    given = {name: values[name] for name in names}
-    run = prepare_run(variant, *configs, results_dir, **given, features=features)
-    history = train(
-        run.drafter, run.features["train"], run.features["validation"], configs[1], run.folder, dtype=run.dtype
-    )
-    facts = run_facts(run, configs[1], history)
+def sweep_profile(
+    profile: str, runs: Sequence[str] = (), *, results_dir: str = "", workers: int = 4, stop_after_s: float = 1e8
+) -> int:
+    """Train a profile's runs side by side with the features in memory: for one large GPU.
+
+    Parameters
+    ----------
+    runs : VARIANT/seedN, only these in this order (all by default).
+    results_dir : where they go (results/PROFILE by default).
+    workers : trainings side by side.
+    stop_after_s : then leave the rest for the next call.
+
+    Returns
+    -------
+    1 if runs are left, else 0.
+    """
+    loaded = checked_profile(profile)
+    folder = Path(results_dir or results_of(loaded))
+    jobs = named_runs(loaded, runs)
+    left = sweep(loaded, folder, jobs, workers, stop_after_s)
+    if left < len(jobs):
+        collect(folder, [f"{variant}/seed{seed}" for variant, seed in named_runs(loaded) if _done(folder, variant, seed)])
+    print(f"{left} runs are left: the same command goes on with them" if left else "all runs are done")
+    return int(left > 0)
+
+
+def several_processes(profile: str, what: str, runs: Sequence[str] = (), *, results_dir: str = "") -> None:
+    """Extract or train (what) over several processes: accelerate launch --multi_gpu --num_processes 8 -m kvshot_lib processes …
+
+    It writes what `make study` would write. A batch is shared out, so that results are those of one process (`parallel`).
+    From a notebook: ``accelerate.notebook_launcher(several_processes, ("qwen3-8b", "extract"), num_processes=8)``.
+
+    Parameters
+    ----------
+    what : extract or train. runs : VARIANT/seedN, trainings in this order (all by default).
+    results_dir : where they go (results/PROFILE by default).
+    """
+    parallel.begin()
+    say = print if parallel.is_main() else lambda *_, **__: None
+    say(f"{parallel.count()} process{'es' * (parallel.count() > 1)}", flush=True)
+    loaded = checked_profile(profile)
+    folder, jobs = Path(results_dir or results_of(loaded)), named_runs(loaded, runs)
+    if what not in ("extract", "train"):
+        raise StudyError(f"{what!r} is neither extract nor train")
+    if what == "extract":
+        values = extract_values(loaded, folder)
+        say(keep(prepare(values), values, folder / "features").to_string(index=False), flush=True)
+        return
+    for variant, seed in jobs:
+        if not _done(folder, variant, seed):
+            say(_told(variant, seed, train_run(variant, train_values(loaded, variant, seed), folder)), flush=True)
+        parallel.wait()
     if parallel.is_main():
-        save_drafter(run.drafter, run.folder, variant=variant, seed=seed)
-        finish_run(run, configs[1], history, facts, draft_length=values["draft_length"])
-    return facts
-
-
-def load_features(profile: Profile, results_dir: Path) -> dict[str, ResidentFeatures]:
-    """Run the target over the profile's documents and keep its features on its device; also writes the answer-token counts."""
-    values = parameter_defaults(NOTEBOOKS["extract"]) | profile.extract
-    target = load_target(values["target"], device=values["device"], dtype=values["dtype"])
-    spec = feature_spec(target, values["kv_layers"])
-    counts = answer_token_counts(load_corpus(values["corpus"], "train").documents, target.vocab_size)
-    used = np.flatnonzero(counts)
-    write_csv(
-        results_dir / "features" / "answer_token_counts.csv",
-        pd.DataFrame({"token": used, "count": counts[used]}),
-        listed=True,
-    )
-    features = {}
-    for split in SPLITS:
-        documents = load_corpus(values["corpus"], split).documents[: values[f"{split}_documents"]]
-        live = LiveFeatures(target, documents, spec, values["max_length_tokens"])
-        features[split] = ResidentFeatures(live, target.device, batch_documents=values["batch_documents"])
-    return features
+        collect(folder)
 
 
 def sweep(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], workers: int, stop_after_s: float) -> int:
@@ -97,10 +99,9 @@ def sweep(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], work
     pool = ProcessPoolExecutor(workers, context, _start_worker, (features, profile, results_dir, os.getpid()))
     try:
         while (waiting or running) and time.monotonic() < deadline:
-            for job in [job for job in waiting if len(running) < workers and _ready(profile, results_dir, *job)]:
-                if len(running) < workers:
-                    waiting.remove(job)
-                    running[pool.submit(_train_here, *job)] = job
+            for job in [job for job in waiting if _ready(profile, results_dir, *job)][: workers - len(running)]:
+                waiting.remove(job)
+                running[pool.submit(_train_here, *job)] = job
             if not running:
                 break  # what is left waits for a run that failed, or that isn't asked for
             finished, _ = wait(running, timeout=max(0, deadline - time.monotonic()), return_when=FIRST_COMPLETED)
@@ -114,13 +115,19 @@ def sweep(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], work
     return sum(not _done(results_dir, *job) for job in jobs)
 
 
+def load_features(profile: Profile, results_dir: Path) -> dict:
+    """The profile's features by split, in the memory of the target's device."""
+    values = extract_values(profile, results_dir)
+    return hold(prepare(values), values, results_dir / "features")
+
+
 def _done(results_dir: Path, variant: str, seed: int) -> bool:
     return (results_dir / "runs" / variant / f"seed{seed}" / "run.json").exists()
 
 
 def _ready(profile: Profile, results_dir: Path, variant: str, seed: int) -> bool:
     """Whether the run that it starts from, if any, is done."""
-    start = profile.drafters[variant].get("init_from")
+    start = train_values(profile, variant, seed).get("init_from")
     return not start or _done(results_dir, start, seed)
 
 
@@ -139,7 +146,8 @@ def _end_with(parent: int) -> None:
 
 def _train_here(variant: str, seed: int) -> dict:
     """One run in a worker; what it prints goes to ``log.txt`` in the run's folder."""
-    folder = _shared["results_dir"] / "runs" / variant / f"seed{seed}"
+    results_dir = _shared["results_dir"]
+    folder = results_dir / "runs" / variant / f"seed{seed}"
     with (
         locked(folder / ".lock", wait=True),  # a worker of a killed sweep may have a moment left
         open(folder / "log.txt", "a") as log,
@@ -147,44 +155,17 @@ def _train_here(variant: str, seed: int) -> dict:
         contextlib.redirect_stdout(log),
     ):
         try:
-            return train_run(_shared["profile"], _shared["results_dir"], variant, seed, _shared["features"])
+            return train_run(variant, train_values(_shared["profile"], variant, seed), results_dir, _shared["features"])
         finally:  # what this training held is for the next one, in whichever worker
             gc.collect()
             torch.cuda.empty_cache()
 
 
 def _tell(job: tuple[str, int], future: Future) -> None:
-    name = f"{job[0]}/seed{job[1]}"
-    if error := future.exception():
-        print(f"{name} failed: {type(error).__name__}: {error}", flush=True)
-    else:
-        facts = future.result()
-        print(f"{name}: {facts['trained_tokens']:,} tokens in {facts['train_s']:.0f} s", flush=True)
+    error = future.exception()
+    failed = f"{job[0]}/seed{job[1]} failed: {type(error).__name__}: {error}"
+    print(failed if error else _told(*job, future.result()), flush=True)
 
 
-@one_line_errors
-def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kvshot_lib.study.sweep", description=__doc__.splitlines()[0])
-    parser.add_argument("profile")
-    parser.add_argument("runs", nargs="*", metavar="VARIANT/seedN", help="only these, in this order (default: all)")
-    parser.add_argument("--results-dir", type=Path, help="default: results/PROFILE")
-    parser.add_argument("--workers", type=int, default=4, help="trainings side by side")
-    parser.add_argument("--stop-after-s", type=float, default=1e8, help="then leave the rest for the next call")
-    given = parser.parse_intermixed_args(words)
-    profile = load_profile(given.profile)
-    check_profile(profile)
-    check_drafters(profile)
-    results_dir = given.results_dir or Path("results") / profile.name
-    jobs = named_runs(profile, given.runs)
-    left = sweep(profile, results_dir, jobs, given.workers, given.stop_after_s)
-    if left < len(jobs):
-        collect(
-            results_dir,
-            [f"{variant}/seed{seed}" for variant, seed in named_runs(profile) if _done(results_dir, variant, seed)],
-        )
-    print(f"{left} runs are left: the same command goes on with them" if left else "all runs are done")
-    return bool(left)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _told(variant: str, seed: int, facts: dict) -> str:
+    return f"{variant}/seed{seed}: {facts['trained_tokens']:,} tokens in {facts['train_s']:.0f} s"

@@ -20,8 +20,9 @@ from kvshot_lib.drafters.checkpoint import (
     warm_start,
 )
 from kvshot_lib.errors import StudyError
-from kvshot_lib.study.parameters import check_parameters
-from kvshot_lib.training.ttt import find_anchors, predict
+from kvshot_lib.study.notebooks import check_parameters
+from kvshot_lib.training.anchors import find_anchors
+from kvshot_lib.training.judging import predict
 
 
 def drafts(drafter):
