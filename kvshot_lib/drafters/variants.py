@@ -211,6 +211,19 @@ def current_name(name: str) -> str:
     return name
 
 
+def first_name(name: str) -> str:
+    """The name under which a variant was first recorded: what is drawn by name stays the same when it is renamed.
+
+    >>> first_name("hidden_31_continued"), first_name("kv_2")
+    ('hidden_normed_post_norm_continued', 'kv_2')
+    """
+    for old, new in _OLD_NAMES.items():
+        for suffix in ("", "_continued", "_combined"):
+            if name == new + suffix:
+                return old + suffix
+    return name
+
+
 def check_current(names: Iterable[str]) -> None:
     """Answer an old name of a variant with the one that it has.
 

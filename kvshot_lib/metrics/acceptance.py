@@ -1,4 +1,4 @@
-"""Acceptance metrics: counts of one document, and every metric from counts (no torch; intervals are in ``bootstrap``).
+"""Acceptance metrics: counts of one document, and every metric from counts.
 
 Counts are kept per document and summed over documents before anything is divided. The numerator and the denominator of
 every metric come from the same mask: a pair (t, k) of anchor and draft step is valid if x_{t+1} … x_{t+2+k} are all
@@ -90,6 +90,11 @@ def bin_low(places: np.ndarray) -> np.ndarray:
     return np.where(places < FIRST_BIN, 0, 1 << (np.frexp(np.maximum(places, 1))[1].astype(np.int64) - 1))
 
 
+def bin_names(bins: Iterable[int]) -> list[str]:
+    """What bins with these lower edges hold: 0 is 0-15, 16 is 16-31, 64 is 64-127."""
+    return [f"{low}-{2 * max(low, FIRST_BIN // 2) - 1}" for low in bins]
+
+
 def axis_steps(draft_length: int) -> list[int]:
     """The draft steps that are counted along the axes: the first, the middle one and the last (0, 3 and 6 of K = 7)."""
     return sorted({0, (draft_length - 1) // 2, draft_length - 1})
@@ -111,7 +116,7 @@ def count_axes(
     Parameters
     ----------
     documents : (match, valid), bool [anchors, K] each, in the order of the corpus, as for `count_run`
-    places : int [anchors, 2] of each document, the columns of ``AXES``; `evaluate.anchor_places` gives them
+    places : int [anchors, 2] of each document, the columns of ``AXES``; `judging.anchor_places` gives them
 
     Returns
     -------

@@ -1,53 +1,187 @@
-"""Variants that differ from another one in a single point, and what that point changes."""
+"""Is one drafter better than another? Every comparison of the study is `compare`: value, interval, verdict.
 
-from dataclasses import replace
+Which pairs there are stands in the registry of variants (``against``).
+"""
 
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 import pandas as pd
 
-from ..drafters.variants import VARIANTS
-from .resampling import Draws, difference_table
+from ..drafters.variants import VARIANTS, in_study_order, parameters_of
+from .decoding import prompt_sums, ratios
+from .history import validation_mat
+from .resampling import Draws, Interval, interval, resample_weights
 
-ABLATIONS = {
-    "kv_2": [
-        "kv_2_heads", "kv_2_mlp", "kv_2_unrotate", "kv_2_4kv", "kv_2_zero", "kv_2_shuffled", "kv_2_lagged",
-        "states_2", "kv_2_no_ttt", "kv_2_grad50", "kv_2_all_anchors",
-    ],
-    "kv_1": ["none_1"],
-    "kv_4": ["kv_4_all_anchors", "states_4"],
-    "states_2": ["both_2"],
-    "states_4": ["both_4"],
-    "hidden": ["hidden_post_norm", "hidden_normed", "hidden_continued", "hidden_all_anchors"],
-    "hidden_post_norm": ["hidden_31"],
-    "hidden_31": ["hidden_31_continued"],
-    "hybrid": ["hybrid_warm"],
-    "hybrid_warm": ["cross_only_warm"],
-}  # fmt: skip
+POWER = (1.96 + 0.84) / (2 * 1.96)  # of the normal distribution: 5% two-sided, 80% power; over the width of an interval
 
 
-def ablation_table(draws: Draws) -> pd.DataFrame:
-    """Expected and measured MAT of each variant in ``ABLATIONS`` minus that of its reference, paired over documents.
+def compare(draws: Draws, a: str, b: str, metric: str = "measured_mat", *draft_step: int) -> Interval:
+    """a's metric minus b's, mean over seeds, with its interval over documents and seeds."""
+    return draws.contrast((1, a, metric, *draft_step), (-1, b, metric, *draft_step))
 
-    The columns are those of `bootstrap.difference_table` after a column ``reference``. Variants that were not measured,
-    or whose reference was not, are left out; empty if that leaves none.
+
+def registered_pairs(variants: Iterable[str]) -> list[tuple[str, str]]:
+    """(variant, what it is compared with) of the registry, for those of ``variants``, in the study's order."""
+    wanted = set(variants)
+    return [(own.name, own.against) for own in VARIANTS.values() if own.against and own.name in wanted]
+
+
+def comparison_table(
+    draws: Draws, pairs: Sequence[tuple[str, str]] | None = None, metrics: Sequence[str] = ("measured_mat",)
+) -> pd.DataFrame:
+    """`compare` for each pair (variant, against), metric and draft step; pairs that lack a run are rows without numbers.
+
+    Returns
+    -------
+    Columns variant, against, metric, draft_step, value, low, high, p (two-sided, of this comparison alone), seeds (the
+    fewest of the two) and verdict: above, below, not distinguishable from, or not run.
     """
-    tables = []
-    for reference, changed in ABLATIONS.items():
-        there = [variant for variant in changed if variant in draws.variants]
-        if reference in draws.variants and there:
-            rows = draws.keys["variant"].isin([reference, *there]) & draws.keys["metric"].isin(
-                ["expected_mat", "measured_mat"]
-            )
-            part = replace(draws, keys=draws.keys[rows].reset_index(drop=True), values=draws.values[rows.to_numpy()])
-            table = difference_table(part, reference)
-            tables.append(table.assign(reference=reference).sort_values("variant", key=lambda v: v.map(there.index)))
-    if not tables:
-        return pd.DataFrame(columns=["reference", "variant", "metric"])
-    table = pd.concat(tables, ignore_index=True)
-    return table[["reference", *(column for column in table.columns if column != "reference")]]
+    rows = []
+    for a, b in registered_pairs(draws.variants) if pairs is None else pairs:
+        for metric in metrics:
+            steps = draws.keys.loc[draws.keys["metric"] == metric, "draft_step"].dropna().unique()
+            for step in sorted(steps) or [None]:
+                row = {"variant": a, "against": b, "metric": metric, "draft_step": step, "verdict": "not run"}
+                if draws.has(a, metric, step) and draws.has(b, metric, step):
+                    drawn = draws.contrast_draws((1, a, metric, step), (-1, b, metric, step))
+                    found = interval(drawn)
+                    row |= {**vars(found), "p": p_value(drawn), "verdict": found.verdict(0)}
+                    row["seeds"] = min(draws.seeds(a), draws.seeds(b))
+                rows.append(row)
+    columns = ["variant", "against", "metric", "draft_step", "value", "low", "high", "p", "seeds", "verdict"]
+    types = dict.fromkeys(("value", "low", "high", "p"), float) | dict.fromkeys(("draft_step", "seeds"), "Int64")
+    return pd.DataFrame(rows, columns=columns).astype(types)
 
 
-def not_measured(draws: Draws) -> list[str]:
-    """Variants of ``ABLATIONS`` without a comparison, because they or their reference were not measured."""
-    pairs = [(reference, variant) for reference, changed in ABLATIONS.items() for variant in changed]
-    missing = {variant for pair in pairs for variant in pair[1:] if not {*pair} <= {*draws.variants}}
-    return [variant for variant in VARIANTS if variant in missing]
+def p_value(draws: np.ndarray) -> float:
+    """Two-sided bootstrap p of "no difference", from draws [1 + samples] of one: at least 2 / (1 + samples)."""
+    drawn = draws[1:][np.isfinite(draws[1:])]
+    return float(min(1, 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (1 + len(drawn))))
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p-values of a family that was listed beforehand, adjusted so that 5% is the chance of any false finding in it.
+
+    The smallest is multiplied by their number n, the next by n - 1, and so on; none falls below the one before it
+    (Holm 1979): .01 .04 .03 become .03 .06 .06.
+    """
+    p, n = np.asarray(p_values, dtype=float), len(p_values)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(n)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(n, 0, -1)))
+    return adjusted
+
+
+def smallest_visible(found: Interval) -> float:
+    """The smallest true difference that would have been seen in four of five such studies, by the interval's width."""
+    return POWER * (found.high - found.low)
+
+
+# The best of each side: what reuses the target's cache against what reads its hidden states alone. They are chosen on
+# other data than they are judged on, so that the choice can't flatter the result.
+
+ALIKE = 0.02  # token counts that differ by less are equal: other seeds draw other documents
+
+
+def reads(variant: str) -> str:
+    """``kv`` if the drafter reuses the target's cache as it is, ``hidden`` if it reads hidden states alone, else ``neither``.
+
+    Controls (zeros, another document's KV, older KV, no target state) are neither, and so are drafters of others.
+    """
+    own = parameters_of(variant)
+    control, paradigm = own.get("kv_control", ""), own.get("paradigm", "")
+    if paradigm == "hidden" or control == "from_hidden" or own.get("block_context") == "hidden":
+        return "hidden"
+    return "kv" if paradigm and not control else "neither"
+
+
+def contenders(runs: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
+    """Every drafter that may be chosen: variant, reads, tokens (of its start included), validation_mat; best first."""
+    own = runs.groupby("variant")["trained_tokens"].mean()
+    starts = runs.groupby("variant")["init_from"].first().fillna("") if "init_from" in runs else own.map(lambda _: "")
+    ends = validation_mat(history)
+    ends = ends[ends["step"] == ends.groupby(["variant", "seed"])["step"].transform("max")]
+    mat = ends.groupby("variant")["value"].mean()
+    rows = [
+        [variant, reads(variant), own[variant] + (own.get(starts[variant], np.nan) if starts[variant] else 0), mat[variant]]
+        for variant in in_study_order(own.index)
+        if variant in mat and reads(variant) != "neither"
+    ]
+    table = pd.DataFrame(rows, columns=["variant", "reads", "tokens", "validation_mat"]).dropna()
+    return table.sort_values("validation_mat", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def best_pair(table: pd.DataFrame) -> tuple[str, str, str]:
+    """The best KV-reusing drafter of `contenders`, the best hidden-only one of equal tokens, and plain `hidden` of equal tokens.
+
+    Named where there is none, too, so that a scorecard says what is missing.
+    """
+    kv = table[table["reads"] == "kv"]
+    if kv.empty:
+        return "kv_4", "hidden", "hidden"
+    rivals = table[(table["reads"] == "hidden") & ((table["tokens"] / kv["tokens"].iloc[0] - 1).abs() < ALIKE)]
+    plain = [variant for variant in ("hidden", "hidden_continued") if variant in set(rivals["variant"])]
+    return kv["variant"].iloc[0], *([*rivals["variant"], "hidden"][:1]), *([*plain, "hidden"][:1])
+
+
+def comparable(prompts: pd.DataFrame) -> pd.DataFrame:
+    """Rows of ``decode_prompts`` of either side, on the device and in the number format with which most drafters were timed."""
+    rows = prompts[prompts["variant"].map(reads) != "neither"]
+    if rows.empty:
+        return rows
+    counted = rows.groupby(["device", "dtype"])["variant"].nunique().sort_values(ascending=False, kind="stable")
+    device, dtype = counted.index[0]
+    return rows[(rows["device"] == device) & (rows["dtype"] == dtype)]
+
+
+def fastest_chains(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """(variant, chain length) of the fastest chain of each side on some prompts of `comparable` rows: keys kv, hidden."""
+    best = {"kv": (-np.inf, "kv_4", "7"), "hidden": (-np.inf, "hidden", "7")}  # named where nothing was timed
+    chains, once = rows[rows["mode"] == "chain"], np.ones((1, len(names)))
+    for (variant, plan), own in chains.groupby(["variant", "plan"], sort=True):
+        fast = np.mean([_speed(rows, variant, run, plan, names, once)[0] for run in sorted(own["seed"].unique())])
+        best[reads(variant)] = max(best[reads(variant)], (fast, variant, plan))
+    return {side: found[1:] for side, found in best.items()}
+
+
+def speed_draws(
+    prompts: pd.DataFrame, duel: pd.DataFrame, samples: int = 2000, seed: int = 0
+) -> tuple[dict[str, tuple[str, str]], Draws]:
+    """`fastest_chains` and their ``speedup`` over the target alone, on prompts that they were not chosen on.
+
+    Chosen on all prompts of ``decode_prompts``, judged on those that only ``decode_duel`` has of both; without such
+    prompts chosen on every second prompt, in the order of their names, and judged on the others.
+    """
+    rows = comparable(prompts)
+    names = sorted(rows["prompt"].unique())
+    best, judged = fastest_chains(rows, names), duel
+    judging = sorted(set.intersection(*(_timed(judged, *found) for found in best.values())) - {*names})
+    if not judging:
+        best, judged, judging = fastest_chains(rows, names[::2]), rows, names[1::2]
+    weights = resample_weights(max(1, len(judging)), samples, seed).astype(float)
+    keys, values = [], []
+    for variant, plan in best.values():
+        chains = judged[(judged["variant"] == variant) & (judged["mode"] == "chain")]
+        for run in sorted(chains["seed"].unique()) if judging else ():
+            keys.append([variant, run, "speedup", pd.NA, len(judging)])
+            values.append(_speed(judged, variant, run, plan, judging, weights))
+    table = pd.DataFrame(keys, columns=["variant", "seed", "metric", "draft_step", "documents"])
+    stacked = np.stack(values) if values else np.zeros((0, 1 + samples))
+    return best, Draws(table.astype({"draft_step": "Int64"}), stacked, seed)
+
+
+def _timed(rows: pd.DataFrame, variant: str, plan: str) -> set[str]:
+    """Prompts on which that chain was timed."""
+    return {*rows.loc[(rows["variant"] == variant) & (rows["mode"] == "chain") & (rows["plan"] == plan), "prompt"]}
+
+
+def _speed(
+    rows: pd.DataFrame, variant: str, seed: int, plan: str, names: Sequence[str], weights: np.ndarray
+) -> np.ndarray:
+    """Tokens/s of a chain over those of the target alone, same run and turns, on weighted prompts: float [weights]."""
+    own = rows[(rows["variant"] == variant) & (rows["seed"] == seed)]
+    alone, chain = own[own["mode"] == "alone"], own[(own["mode"] == "chain") & (own["plan"] == plan)]
+    both = chain[["prompt", "turn"]].merge(alone[["prompt", "turn"]])
+    sums, base = (weights @ prompt_sums(part.merge(both), list(names)) for part in (chain, alone))
+    return ratios(sums, base)["speedup"]

@@ -1,6 +1,9 @@
 """What a training's record says on whether it got anywhere."""
 
+import numpy as np
 import pandas as pd
+
+STEPS = 7  # draft steps of the validation that are compared between drafters
 
 
 def training_table(history: pd.DataFrame) -> pd.DataFrame:
@@ -24,3 +27,14 @@ def training_table(history: pd.DataFrame) -> pd.DataFrame:
     found = found.reset_index().drop(columns="step")
     found["million_tokens"] /= 1e6
     return found.sort_values(["step_name", "variant", "million_tokens"], kind="stable").reset_index(drop=True)
+
+
+def validation_mat(history: pd.DataFrame) -> pd.DataFrame:
+    """1 + Σ_i Π_{j ≤ i} α_j on the validation documents along each training, K = 7 for all.
+
+    Columns variant, seed, step, trained_tokens, value. Runs that were validated on fewer draft steps are left out.
+    """
+    rows = history[(history["split"] == "validation") & (history["draft_step"] < STEPS)].sort_values("draft_step")
+    keys = ["variant", "seed", "step", "trained_tokens"]
+    found = rows.groupby(keys)["acceptance"].agg(value=lambda a: 1 + np.cumprod(a).sum(), steps="size").reset_index()
+    return found[found["steps"] == STEPS].drop(columns="steps").reset_index(drop=True)

@@ -52,6 +52,7 @@ def test_bins_are_powers_of_two():
     assert metrics.bin_low([0, 1, 15, 16, 31, 32, 63, 64, 127, 128, 256, 511, 512, 1023]).tolist() == [
         0, 0, 0, 16, 16, 32, 32, 64, 64, 128, 256, 256, 512, 512
     ]  # fmt: skip
+    assert metrics.bin_names([0, 16, 32, 256]) == ["0-15", "16-31", "32-63", "256-511"]
     assert [metrics.axis_steps(length) for length in (1, 2, 3, 7)] == [[0], [0, 1], [0, 1, 2], [0, 3, 6]]
 
 

@@ -3,29 +3,17 @@
 import numpy as np
 import pandas as pd
 import pytest
+from flat_draws import draws_of
 
 from kvshot_lib.drafters.variants import VARIANTS
-from kvshot_lib.metrics import acceptance as metrics
-from kvshot_lib.metrics import claims, paper, tables
-from kvshot_lib.metrics import resampling as bootstrap
-from kvshot_lib.metrics.claims import CLAIMS, LAST, MARGIN, Claim, combine, gap, in_favour, scorecard, verdict
-from kvshot_lib.metrics.resampling import Interval
+from kvshot_lib.metrics import acceptance, claims, tables
+from kvshot_lib.metrics.claims import CLAIMS, LAST, MARGIN, Claim, combine, gap, in_favour, sensitivity, verdict
+from kvshot_lib.metrics.resampling import Interval, draw
+from kvshot_lib.metrics.scorecard import read_paper, scorecard
 
-PAPER = paper.read_paper()
+PAPER = read_paper()
 BY_ID = {claim.claim: claim for claim in CLAIMS}
 LEVEL = (30, 30, 30)  # matches per 100 anchors at each draft step
-
-
-def draws_of(runs, documents=6, noise=0):
-    """Draws of runs, variant to matches per 100 anchors (or a list of them, one a seed); every document the same, so
-    that intervals over documents have no width, but for ``noise`` more or fewer matches in every other document."""
-    made = []
-    for variant, seeds in runs.items():
-        for seed, per_step in enumerate(seeds if isinstance(seeds, list) else [seeds]):
-            wanted = [np.array(per_step) + noise * (-1) ** document for document in range(documents)]
-            match = [np.arange(100)[:, None] < w for w in wanted]
-            made.append(metrics.count_run(variant, seed, [(m, np.ones_like(m)) for m in match]))
-    return bootstrap.draw(*(pd.concat(parts, ignore_index=True) for parts in zip(*made)), samples=300)
 
 
 def card_of(runs, *ids, **how):
@@ -78,7 +66,7 @@ def test_does_not_help_has_a_margin():
         ((0.05, 0.02, 0.08), "inconclusive"),
         ((-0.5, -0.6, -0.4), "reproduced"),
     ):
-        for name in ("C10", "C11", "C12a"):
+        for name in ("C10a", "C11", "C12a"):
             assert (BY_ID[name].direction, BY_ID[name].threshold) == ("below", MARGIN)
             assert verdict(Interval(*numbers), BY_ID[name]) == told
 
@@ -109,13 +97,12 @@ def test_controls_have_words_of_their_own():
 
 
 def test_every_claim_is_there_once_and_about_variants_of_the_study():
-    assert list(dict.fromkeys(c.whole for c in CLAIMS)) == [f"C{i}" for i in range(1, 14)] + [
-        f"K{i}" for i in range(1, 6)
-    ]
+    wanted = [*(f"C{i}" for i in (*range(1, 14), 18)), *(f"K{i}" for i in range(1, 7))]
+    assert list(dict.fromkeys(c.whole for c in CLAIMS)) == wanted
     assert len(BY_ID) == len(CLAIMS)
     for claim in CLAIMS:
         assert claim.direction in claims.DIRECTIONS and set(claim.variants) <= set(VARIANTS)
-        assert {metric for _, _, metric, *_ in claim.terms} <= set(metrics.METRICS)
+        assert {metric for _, _, metric, *_ in claim.terms} <= set(acceptance.METRICS)
         assert (claim.direction == "within") <= (claim.threshold > 0)
 
 
@@ -124,7 +111,7 @@ def test_the_papers_own_numbers_support_its_claims():
     values = card_of({"hidden": (30,) * 7})["paper_value"]
     known = {c.claim: values[c.claim] for c in CLAIMS if np.isfinite(values[c.claim])}
     assert set(known) == {
-        *["C1", "C2", "C3", "C4", "C5", "C8a", "C8b", "C9a", "C10", "C11", "C12a", "C12b", "C12c", "C13"]
+        *["C1", "C2", "C3", "C4", "C5", "C8a", "C8b", "C9a", "C10b", "C11", "C12a", "C12b", "C12c", "C13"]
     }
     for name, value in known.items():
         assert verdict(Interval(value, value, value), BY_ID[name]) == "reproduced", name
@@ -191,6 +178,22 @@ def test_part_of_a_claim_that_was_not_run_leaves_it_open_unless_another_refutes_
     assert card["verdict"].to_dict() == {"C9": "not reproduced", "C9a": "not reproduced", "C9b": "not run"}
 
 
+def test_a_part_that_stands_aside_is_shown_and_does_not_count():
+    """C10: against `hidden` of as many tokens nothing is gained, against plain `hidden` much; the first decides."""
+    card = card_of({"hidden": (20,), "hidden_continued": (40,), "cross_only_warm": (35,)}, "C10")
+    wanted = {"C10": "reproduced", "C10a": "reproduced", "C10b": "not reproduced"}
+    assert card["verdict"].to_dict() == wanted and "half the tokens" in card.loc["C10b", "note"]
+
+
+def test_sensitivity_judges_every_variant_at_every_threshold():
+    claim = Claim("C17", "", ((1, "kv_1", "measured_mat"),), "below", 1.5)
+    table = sensitivity(draws_of({"kv_1": (30,), "kv_2": [(50,), (50,)]}), claim, (1.2, 1.4, 1.6))
+    assert table[["variant", "seeds", "1.2", "1.4", "1.6"]].to_numpy().tolist() == [
+        ["kv_1", 1, "not reproduced", "reproduced", "reproduced"],
+        ["kv_2", 2, "not reproduced", "not reproduced", "reproduced"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("parts", "told"),
     [
@@ -210,10 +213,10 @@ def test_measured_mat_can_tell_otherwise():
     """Nested matches of .4 .3 .2 make runs of .9, independent ones of .6 .1 .1 about .67: measured and expected disagree."""
     match = np.zeros((100, 3), dtype=bool)
     match[:60, 0] = match[60:70, 1] = match[60:70, 2] = True  # after a match, never another
-    made = [metrics.count_run("hybrid", 0, [(match, np.ones_like(match))] * 6)]
+    made = [acceptance.count_run("hybrid", 0, [(match, np.ones_like(match))] * 6)]
     nested = np.arange(100)[:, None] < np.array([40, 30, 20])
-    made.append(metrics.count_run("hidden", 0, [(nested, np.ones_like(nested))] * 6))
-    draws = bootstrap.draw(*(pd.concat(parts, ignore_index=True) for parts in zip(*made)), samples=20)
+    made.append(acceptance.count_run("hidden", 0, [(nested, np.ones_like(nested))] * 6))
+    draws = draw(*(pd.concat(parts, ignore_index=True) for parts in zip(*made)), samples=20)
     row = scorecard(draws, PAPER, (BY_ID["C8a"],)).iloc[0]
     assert row["value"] == pytest.approx(0.6 + 0.06 + 0.006 - (0.4 + 0.12 + 0.024))
     assert row["measured_value"] == pytest.approx(0.6 - 0.9)
@@ -232,7 +235,7 @@ def test_scorecard_is_the_same_twice_and_fits_its_schema():
     runs = {"hidden": [(40, 30, 20), (42, 30, 20)], "hybrid": [(45, 41, 30), (41, 40, 30)]}
     first, second = (scorecard(draws_of(runs, noise=3), PAPER) for _ in range(2))
     pd.testing.assert_frame_equal(first, second)
-    assert list(first.columns) == list(tables.SCHEMAS["scorecard"])
+    assert list(first.columns) == [*tables.SCHEMAS["scorecard"], "note"]
     assert tables.check(first, "scorecard", "test").shape == first.shape
 
 

@@ -1,9 +1,11 @@
 """The record of a training: its first and its own last draft step."""
 
+import math
+
 import pandas as pd
 import pytest
 
-from kvshot_lib.metrics.history import training_table
+from kvshot_lib.metrics.history import training_table, validation_mat
 
 
 def history_of(**last_steps):
@@ -37,3 +39,11 @@ def test_means_and_ranges_are_over_seeds():
 
 def test_nothing_validated_is_an_empty_table():
     assert training_table(history_of(kv_2=1).query("split == 'train'")).empty
+
+
+def test_validation_mat_by_hand():
+    """Acceptance .25 / (k + 1) · n at seven steps, n = 1 and 2; a validation of one step is left out."""
+    found = validation_mat(history_of(kv_2=6, kv_2_no_ttt=0).query("seed == 0"))
+    assert found[["variant", "trained_tokens"]].to_numpy().tolist() == [["kv_2", 1e6], ["kv_2", 2e6]]
+    wanted = [1 + sum(math.prod(0.25 * n / (k + 1) for k in range(last)) for last in range(1, 8)) for n in (1, 2)]
+    assert found["value"].tolist() == pytest.approx(wanted)

@@ -42,11 +42,12 @@ def test_paired_difference_is_narrower_than_its_parts():
     """kv_1 matches like hidden in 98 documents and better in two: the pairing removes what documents share."""
     drawn = bootstrap.draw(*joined(coin_run(100), coin_run(100, variant="kv_1", shift=4)))
     a, b = ("kv_1", "step_acceptance", 0), ("hidden", "step_acceptance", 0)
-    gap = drawn.difference(a, b)
+    gap = drawn.contrast((1, *a), (-1, *b))
     assert gap.value == pytest.approx(0.02)
     assert gap.high - gap.low < 0.06 < drawn.mean(*a).high - drawn.mean(*a).low
-    assert drawn.difference(b, a) == bootstrap.Interval(*(pytest.approx(-x) for x in (gap.value, gap.high, gap.low)))
-    assert drawn.difference(a, a) == bootstrap.Interval(0, 0, 0)
+    turned = drawn.contrast((1, *b), (-1, *a))
+    assert turned == bootstrap.Interval(*(pytest.approx(-x) for x in (gap.value, gap.high, gap.low)))
+    assert drawn.contrast((1, *a), (-1, *a)) == bootstrap.Interval(0, 0, 0)
 
 
 def test_verdict_needs_the_whole_interval():
@@ -90,19 +91,6 @@ def test_summary_tells_document_interval_and_seed_spread():
     assert (row["value"], row["low"], row["high"]) == tuple(
         drawn.mean("hidden", "step_acceptance", 0).__dict__.values()
     )
-
-
-def test_difference_table_is_paired_and_leaves_the_reference_out():
-    """Seed 0 of kv_1 is hidden itself, seed 1 matches in 2 more of 100 documents: .01 on average, seeds at 0 and .02."""
-    runs = [coin_run(100), coin_run(100, variant="kv_1"), coin_run(100, variant="kv_1", seed=1, shift=4)]
-    drawn = bootstrap.draw(*joined(*runs))
-    table = bootstrap.difference_table(drawn, "hidden")
-    assert set(table["variant"]) == {"kv_1"} and len(table) == 2 * 2 + 4
-    row = table.iloc[0]
-    assert (row["metric"], row["draft_step"], row["seeds"]) == ("step_acceptance", 0, 2)
-    assert (row["value"], row["seed_low"], row["seed_high"]) == pytest.approx((0.01, 0, 0.02))
-    gap = drawn.difference(("kv_1", "step_acceptance", 0), ("hidden", "step_acceptance", 0))
-    assert (row["value"], row["low"], row["high"]) == (gap.value, gap.low, gap.high)
 
 
 # What can't be compared is refused
@@ -151,7 +139,7 @@ def test_one_seed_leaves_the_interval_over_documents():
     drawn = bootstrap.draw(*joined(coin_run(100), coin_run(100, variant="kv_1", shift=4)))
     a, b = ("kv_1", *ALPHA), ("hidden", *ALPHA)
     assert drawn.contrast((1, *a)) == drawn.mean(*a)
-    assert drawn.contrast((1, *a), (-1, *b)) == drawn.difference(a, b)
+    assert drawn.contrast((1, *a), (-1, *b)) == bootstrap.interval((drawn.rows(*a) - drawn.rows(*b))[0])
     assert drawn.seeds("kv_1") == 1
 
 
@@ -159,7 +147,7 @@ def test_two_seeds_by_hand():
     """A resample of two seeds holds one of them: .2 or .4, each half of the time, whose variance .1² is that of a mean of
     two draws, (.4 - .2)² / 2 / 2."""
     drawn = bootstrap.draw(*flat_run("kv_1", 20, 40), samples=4000)
-    weights = drawn.seed_weights("kv_1")
+    weights = drawn.weights_of("kv_1")
     assert weights.shape == (2, 4001) and weights[:, 0].tolist() == [0.5, 0.5]
     assert (weights.sum(0) == 1).all() and set(weights[0, 1:]) == {0, 1}
     assert weights[0, 1:].mean() == pytest.approx(0.5, abs=0.03)
@@ -181,7 +169,7 @@ def test_spread_between_seeds_widens_the_interval():
 def test_resampled_means_of_seeds_vary_as_much_as_means_of_seeds_do():
     """Seeds at .2 .5 .8 have variance s² = .09, their mean s² / 3 = .03. Three draws of three would give .02."""
     drawn = bootstrap.draw(*flat_run("kv_1", 20, 50, 80), samples=20_000)
-    means = (drawn.seed_weights("kv_1") * drawn.rows("kv_1", *ALPHA)).sum(0)[1:]
+    means = (drawn.weights_of("kv_1") * drawn.rows("kv_1", *ALPHA)).sum(0)[1:]
     assert means.var() == pytest.approx(0.03, rel=0.05)
 
 
@@ -193,9 +181,9 @@ def test_seeds_are_drawn_alike_for_all_metrics_of_a_variant_and_apart_for_varian
     assert (same.low, same.high) == (0, 0)
     assert (apart.low, apart.high) == pytest.approx((-0.2, 0.2))
     both = bootstrap.draw(*joined(flat_run("kv_1", 20, 40), flat_run("kv_3", 10)))
-    assert np.array_equal(both.seed_weights("kv_1"), drawn.seed_weights("kv_1")), "other variants change nothing"
+    assert np.array_equal(both.weights_of("kv_1"), drawn.weights_of("kv_1")), "other variants change nothing"
     assert not np.array_equal(
-        drawn.seed_weights("kv_1"), bootstrap.draw(*flat_run("kv_1", 20, 40), seed=1).seed_weights("kv_1")
+        drawn.weights_of("kv_1"), bootstrap.draw(*flat_run("kv_1", 20, 40), seed=1).weights_of("kv_1")
     )
 
 
@@ -203,8 +191,70 @@ def test_seeds_are_drawn_alike_for_all_metrics_of_a_variant_and_apart_for_varian
 def test_few_seeds_cover_less_than_95_percent(seeds, share):
     """What notebook 08 says: where only seeds differ, how often the interval of a difference of two variants holds 0, the truth."""
     weights = [
-        bootstrap.draw(*flat_run(variant, *range(seeds)), samples=1000).seed_weights(variant)[:, 1:] for variant in "ab"
+        bootstrap.draw(*flat_run(variant, *range(seeds)), samples=1000).weights_of(variant)[:, 1:] for variant in "ab"
     ]
     one, other = np.random.default_rng(0).normal(size=(2, 4000, seeds))
     edges = np.percentile(one @ weights[0] - other @ weights[1], [2.5, 97.5], axis=1)
     assert ((edges[0] < 0) & (edges[1] > 0)).mean() == pytest.approx(share, abs=0.02)
+
+
+def test_a_variants_new_name_moves_no_interval():
+    """The draws of a variant's seeds are those of the name under which it was recorded first."""
+    old, new = (bootstrap.draw(*flat_run(name, 20, 40, 60)) for name in ("kv_1_none", "none_1"))
+    assert np.array_equal(old.weights_of("kv_1_none"), new.weights_of("none_1"))
+
+
+def test_documents_and_seeds_resampled_together():
+    """One seed: the documents' own weights. Three: a resample's seeds are 0, 1.5 or 3 times there, its documents alike in each."""
+    documents = bootstrap.resample_weights(4, 200, 7)
+    assert np.array_equal(bootstrap.hierarchical(4, 1, 200, 7)[:, 0], documents)
+    weights = bootstrap.hierarchical(4, 3, 200, 7)
+    assert weights.shape == (201, 3, 4) and (weights[0] == 1).all()
+    assert weights.sum((1, 2)) == pytest.approx(12) and set(np.unique(weights[1:].sum(2) / 4)) == {0, 1.5, 3}
+    assert np.array_equal(weights.sum(1) / 3, documents)
+
+
+def test_hierarchical_means_vary_as_documents_and_seeds_do():
+    """Documents at 0 and 1 by turns, ten of each, seeds at ±.5: variances .25 / 20 and (1/2) / 2, and they add."""
+    counts = np.array([[-0.5], [0.5]]) + np.tile([0.0, 1.0], 10)
+    means = np.tensordot(bootstrap.hierarchical(20, 2, 20_000, 0), counts, 2)[1:] / 40
+    assert means.var() == pytest.approx(0.25 / 20 + 0.5 / 2, rel=0.03)
+
+
+# Along the text
+
+
+def cells(*rows, documents, samples=200):
+    """Summary of rows of table ``axes`` (variant, seed, document, bin_low, anchors, matches), at draft step 0 of one axis."""
+    table = pd.DataFrame(rows, columns=["variant", "seed", "document", "bin_low", "anchors", "matches"])
+    drawn = bootstrap.axis_draws(table.assign(axis="generated_offset", draft_step=0), documents, samples)
+    return bootstrap.summary_table(drawn, ["variant", *bootstrap.AXIS_CELL])
+
+
+def test_counts_along_an_axis_are_summed_before_they_are_divided():
+    """8 of 10 and 1 of 2 make 9 of 12; the other seed 6 of 12; their mean is .625."""
+    rows = [("kv_2", 0, 0, 0, 10, 8), ("kv_2", 0, 2, 0, 2, 1), ("kv_2", 1, 0, 0, 10, 5), ("kv_2", 1, 2, 0, 2, 1)]
+    found = cells(*rows, documents=3)
+    wanted = {"variant": "kv_2", "axis": "generated_offset", "bin_low": 0, "draft_step": 0, "value": 0.625}
+    wanted |= {"seed_low": 0.5, "seed_high": 0.75, "seeds": 2, "anchors": 12, "documents": 2}
+    pd.testing.assert_frame_equal(found.drop(columns=["low", "high"]), pd.DataFrame([wanted]), check_dtype=False)
+    # One resample in 27 holds neither document and is undefined; the others lie between the two documents' own shares.
+    assert 0.5 <= found["low"].iloc[0] < 0.625 < found["high"].iloc[0] <= 0.65
+
+
+def test_documents_are_drawn_along_an_axis_too():
+    """100 documents, half of which match throughout: .5 +- 1.96 sqrt(.25 / 100), however many anchors they have."""
+    rows = [("kv_2", 0, document, 16, 30, 30 * (document % 2)) for document in range(100)]
+    (row,) = cells(*rows, documents=100, samples=4000).itertuples()
+    assert (row.value, row.low, row.high) == pytest.approx((0.5, 0.402, 0.598), abs=0.011)
+
+
+def test_all_bins_together_give_step_acceptance():
+    match = np.random.default_rng(0).random((4, 40, 7)) < 0.4
+    judged = [(m, np.ones_like(m)) for m in match]
+    places = np.stack([np.arange(40), np.arange(40) + 7], axis=1)
+    drawn = bootstrap.axis_draws(metrics.count_axes("kv_2", 0, judged, [places] * 4), 4, samples=5)
+    found = bootstrap.summary_table(drawn, ["variant", *bootstrap.AXIS_CELL])
+    total = found.assign(matches=found["value"] * found["anchors"]).groupby(["axis", "draft_step"])[["matches", "anchors"]].sum()
+    for (_, step), row in total.iterrows():
+        assert row["matches"] / row["anchors"] == pytest.approx(match[:, :, step].mean())

@@ -1,19 +1,32 @@
-"""The whole scorecard: nothing stated is left out, and its order."""
+"""The whole scorecard: nothing stated is left out, and its order; the paper's numbers, and ours beside them."""
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from flat_draws import draws_of
 
-from kvshot_lib.metrics import claims, paper, tables
-from kvshot_lib.metrics.scorecard import READ, whole_scorecard
+from kvshot_lib.drafters.variants import VARIANTS
+from kvshot_lib.errors import StudyError
+from kvshot_lib.metrics import tables
+from kvshot_lib.metrics.resampling import Interval, draw
+from kvshot_lib.metrics.scorecard import (
+    READ,
+    compare_with_paper,
+    ordering,
+    paper_value,
+    read_paper,
+    scorecard,
+    whole_scorecard,
+)
 
 RECORDED = Path(__file__).parents[2] / "data/recorded/full"
 
 
 @pytest.fixture(scope="module")
 def whole():
-    return whole_scorecard(RECORDED, paper.read_paper(), samples=50)
+    return whole_scorecard(RECORDED, read_paper(), samples=50)
 
 
 def test_every_claim_has_one_row_and_they_stand_in_order(whole):
@@ -28,17 +41,108 @@ def test_every_claim_has_one_row_and_they_stand_in_order(whole):
 
 def test_rows_are_those_of_the_claims_on_their_own(whole):
     """C1-C13 and the controls, judged here and by `claims.scorecard`."""
-    from kvshot_lib.metrics.resampling import draw
-
     read = (tables.read(RECORDED, name) for name in ("counts", "run_lengths"))
-    own = claims.scorecard(draw(*read, samples=50, seed=0), paper.read_paper()).set_index("claim")
+    own = scorecard(draw(*read, samples=50, seed=0), read_paper()).set_index("claim")
     found = whole[0].set_index("claim").loc[own.index]
     pd.testing.assert_frame_equal(found[["value", "low", "high", "verdict"]], own[["value", "low", "high", "verdict"]])
 
 
 def test_claims_without_their_tables_are_not_run(tmp_path):
     for name in READ:
-        if name not in tables.OPTIONAL:
+        if not tables.TABLES[name].optional:
             tables.write(tmp_path, name, tables.read(RECORDED, name))
-    told = whole_scorecard(tmp_path, paper.read_paper(), samples=20)[0].set_index("claim")["verdict"]
+    told = whole_scorecard(tmp_path, read_paper(), samples=20)[0].set_index("claim")["verdict"]
     assert (told.loc[["C14", "C15", "C16", "C17", "H1", "B2"]] == "not run").all() and told["C1"] == "reproduced"
+
+
+# The paper's numbers
+
+
+def test_recorded_numbers_are_the_papers():
+    table = read_paper()
+    assert paper_value(table, "kv_2", "expected_mat") == 2.23
+    assert paper_value(table, "hidden", "step_acceptance", 6) == 0.469
+    assert paper_value(table, "kv_1layer_linear", "retention", name="variant") == 0.715
+    fourth = [paper_value(table, v, "tree_decoded_mat") for v in ("hidden", "hidden_continued", "hybrid_warm")]
+    assert fourth == [4.76, 5.01, 5.04] and paper_value(table, "hybrid_warm", "gate_at_the_end") == 0.1
+    assert np.isnan(paper_value(table, "kv_2_heads", "expected_mat"))  # a row without a value
+    assert np.isnan(paper_value(table, "kv_2", "retention"))  # no row
+    assert {*table["study_variant"]} - {""} <= set(VARIANTS) and set(table["study_baseline"]) - {""} <= set(VARIANTS)
+    assert set(table["baseline"]) - {""} <= set(table["variant"])
+    assert not table[table["study_variant"] != ""].duplicated(["study_variant", "metric", "draft_step"]).any()
+
+
+def test_recorded_numbers_agree_with_one_another():
+    """Retention is α_6 / α_0 to the third digit, and MAT lies where α falls from α_0 to α_6 puts it."""
+    table = read_paper()
+    for variant in ("kv_1", "kv_4", "hidden", "hybrid", "hybrid_warm", "cross_only_warm"):
+        first, middle, last = (paper_value(table, variant, "step_acceptance", step) for step in (0, 3, 6))
+        assert paper_value(table, variant, "retention") == pytest.approx(last / first, abs=0.0015)
+        falls = np.interp(range(7), [0, 3, 6], [first, middle, last])
+        assert paper_value(table, variant, "expected_mat") == pytest.approx(1 + np.cumprod(falls).sum(), abs=0.06)
+
+
+def write(path, *lines):
+    header = "table,variant,metric,value,unit,note,study_variant,baseline,study_baseline"
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return path
+
+
+def test_comparison_by_hand(tmp_path):
+    """One draft step, MAT = 1 + α; our kv_2 is below hidden by .1 for certain, our hybrid above it by .1."""
+    path = write(
+        tmp_path / "p.csv",
+        "3,base,expected_mat,2.0,,,hidden,,",
+        "3,cache,expected_mat,1.5,,,kv_2,base,hidden",
+        "3,both,expected_mat,1.9,,,hybrid,base,hidden",
+        "3,more,expected_mat,2.2,,,hybrid_warm,base,hidden",
+        "3,heads,expected_mat,,,,kv_2_heads,cache,kv_2",
+        "3,alone,expected_mat,1.1,,,,,",
+        "4,base,decoded_mat_tree,4.0,,,hidden,,",
+    )
+    draws = draws_of({"hidden": (40,), "kv_2": (30,), "hybrid": (50,), "kv_2_heads": (20,)})
+    found = compare_with_paper(draws, read_paper(path)).set_index("variant")
+    assert found["ordering"].to_dict() == {
+        "hidden": "baseline",
+        "kv_2": "yes",
+        "hybrid": "no",
+        "hybrid_warm": "not run",
+        "kv_2_heads": "paper value not known",
+    }
+    row = found.loc["kv_2"]
+    assert (row["value"], row["difference"], row["paper_difference"]) == pytest.approx((1.3, -0.1, -0.5))
+    assert (row["difference_low"], row["difference_high"]) == pytest.approx((-0.1, -0.1))
+    assert found.loc["kv_2_heads", "difference"] == pytest.approx(-0.1) and np.isnan(found.loc["hybrid_warm", "value"])
+
+
+@pytest.mark.parametrize(
+    ("paper_gap", "numbers", "told"),
+    [
+        (0.1, (0.2, 0.1, 0.3), "yes"),
+        (-0.1, (0.2, 0.1, 0.3), "no"),
+        (-0.1, (-0.2, -0.3, -0.1), "yes"),
+        (0.1, (0.2, -0.1, 0.3), "not distinguishable"),
+        (0.1, (0.2, np.nan, np.nan), "not distinguishable"),
+        (0.0, (0.2, 0.1, 0.3), "not distinguishable"),
+        (0.1, (np.nan,) * 3, "not run"),
+        (np.nan, (0.2, 0.1, 0.3), "paper value not known"),
+    ],
+)
+def test_ordering(paper_gap, numbers, told):
+    assert ordering(paper_gap, Interval(*numbers)) == told
+
+
+def test_steps_that_were_not_judged_are_not_run():
+    """With two draft steps there is no α_3 and no α_6."""
+    found = compare_with_paper(draws_of({"hidden": (40, 30), "kv_1": (30, 30)}), read_paper())
+    kv_1 = found[(found["variant"] == "kv_1") & (found["metric"] == "step_acceptance")]
+    assert dict(zip(kv_1["draft_step"], kv_1["ordering"])) == {0: "yes", 3: "not run", 6: "not run"}
+
+
+def test_missing_and_double_numbers_are_refused(tmp_path):
+    with pytest.raises(StudyError, match="absent.csv is not there"):
+        read_paper(tmp_path / "absent.csv")
+    path = write(tmp_path / "p.csv", *["3,base,expected_mat,2.0,,,hidden,,"] * 2)
+    with pytest.raises(StudyError, match="two values for one metric of one variant"):
+        read_paper(path)
+    assert isinstance(read_paper(), pd.DataFrame)

@@ -4,7 +4,7 @@ import pytest
 from recorded import minus, table, value
 from stated import unstated, wrong
 
-from kvshot_lib.metrics.paper import paper_value, read_paper
+from kvshot_lib.metrics.scorecard import paper_value, read_paper
 
 NOTEBOOK = "notebooks/04_long_range_decay.ipynb"
 STEP = "step_acceptance"

@@ -65,7 +65,7 @@ def test_the_published_drafter_is_the_trained_one_but_for_rounding(study):
 def test_the_card_says_what_was_measured(study):
     _, to, _, draws = study
     card, described = (to / "README.md").read_text(), json.loads((to / "drafter.json").read_text())
-    lost = draws.difference(("as published", "measured_mat"), ("as trained", "measured_mat"))
+    lost = draws.contrast((1, "as published", "measured_mat"), (-1, "as trained", "measured_mat"))
     assert (
         f"| measured MAT | {draws.mean('as trained', 'measured_mat')} | {draws.mean('as published', 'measured_mat')}"
         in card
