@@ -11,6 +11,8 @@ from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.features.spec import feature_spec
 from kvshot_lib.target.load import load_target
 from kvshot_lib.text.corpus import Document
+from kvshot_lib.training.anchors import find_anchors
+from kvshot_lib.training.ttt import draft_steps
 
 STEPS = 7
 DRAFT_IDS = torch.arange(512)[torch.arange(512) % 5 != 3]  # a fifth of the target's tokens can't be drafted
@@ -33,6 +35,12 @@ VARIANTS = {
     "both_2": DrafterConfig("kv", 2, kv_with_hidden=True),
     "kv_1_with_hidden_unrotate": DrafterConfig("kv", kv_rope="unrotate", kv_with_hidden=True),
     "kv_1_grad50": DrafterConfig("kv", kv_grad_scale=50.0),
+    "none_2": DrafterConfig("kv", 2, kv_control="none"),
+    "hidden_31_3": DrafterConfig("hidden", 3, feedback="post_norm", hidden_norm=True),
+    "hidden_2_qk_norm": DrafterConfig("hidden", 2, qk_norm=True),
+    "kv_2_normed": DrafterConfig("kv", 2, kv_rope="unrotate", kv_norm=True, qk_norm=True),
+    "states_1_qk_norm": DrafterConfig("kv", kv_control="from_hidden", qk_norm=True),
+    "both_1_normed": DrafterConfig("kv", kv_rope="unrotate", kv_norm=True, kv_with_hidden=True),
 }
 
 
@@ -103,3 +111,14 @@ def target_layer_as_drafter(name: str = "tiny-llama"):
     layer.attention_norm.load_state_dict(source.input_layernorm.state_dict())
     layer.mlp_norm.load_state_dict(source.post_attention_layernorm.state_dict())
     return built
+
+
+def logits_by_pair(built, features, steps=STEPS, anchors=None):
+    """{(document, anchor, step): logits} of every valid pair, from the code that trains."""
+    anchors = anchors or find_anchors(features.answer_mask, steps)
+    found = {}
+    for k, current, output in draft_steps(built, features, anchors, steps):
+        logits = built.norm(output) @ built.head.T
+        for document, row in current.valid[..., k].nonzero().tolist():
+            found[document, int(current.index[document, row]), k] = logits[document, row]
+    return found

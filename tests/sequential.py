@@ -4,6 +4,7 @@ Written from the formulas of the design alone. It takes weights, frozen tables a
 code, nor that of ``kvshot_lib.drafters.attention`` and ``kvshot_lib.training.ttt``.
 """
 
+import itertools
 import math
 
 import torch
@@ -22,6 +23,12 @@ def is_scored(answer_mask, document: int, anchor: int, step: int) -> bool:
     """Whether the pair (t, k) counts: x_{t+1} … x_{t+2+k} are all there and all answer tokens."""
     after = answer_mask[document, anchor + 1 : anchor + 3 + step].tolist()
     return len(after) == step + 2 and all(after)
+
+
+def scored_pairs(answer_mask, steps: int) -> list[tuple[int, int, int]]:
+    """Every (document, t, k) that counts, in order."""
+    places = itertools.product(range(answer_mask.shape[0]), range(answer_mask.shape[1]), range(steps))
+    return [place for place in places if is_scored(answer_mask, *place)]
 
 
 def ttt_loss(drafter, features, target_head, ttt_steps: int, step_decay: float) -> torch.Tensor:
@@ -79,13 +86,19 @@ def heads_of(drafter, weights, name: str, x):
 def own_entry(drafter, weights, attention: str, x, position: int):
     """Key and value of one draft token (or one prefix column)."""
     base = drafter.sizes.rope_parameters["rope_theta"]
-    key = rotate(heads_of(drafter, weights, f"{attention}.k_proj", x), position, base)
-    return key, heads_of(drafter, weights, f"{attention}.v_proj", x)
+    key = head_norm(drafter, weights, f"{attention}.k_norm", heads_of(drafter, weights, f"{attention}.k_proj", x))
+    return rotate(key, position, base), heads_of(drafter, weights, f"{attention}.v_proj", x)
 
 
 def own_query(drafter, weights, attention: str, x, position: int):
     base = drafter.sizes.rope_parameters["rope_theta"]
-    return rotate(heads_of(drafter, weights, f"{attention}.q_proj", x), position, base)
+    query = head_norm(drafter, weights, f"{attention}.q_norm", heads_of(drafter, weights, f"{attention}.q_proj", x))
+    return rotate(query, position, base)
+
+
+def head_norm(drafter, weights, name: str, heads):
+    """Each head by itself, if the drafter norms its queries and keys."""
+    return rms_norm(heads, weights[f"{name}.weight"], drafter.sizes.rms_norm_eps) if drafter.config.qk_norm else heads
 
 
 def fused_entry(drafter, weights, layer: str, features, document: int, position: int):
@@ -99,11 +112,16 @@ def fused_entry(drafter, weights, layer: str, features, document: int, position:
         keys, values = 0 * keys, 0 * values
     if config.kv_rope == "unrotate":
         keys = torch.stack([rotate(layer_keys, -position, base) for layer_keys in keys])
+    if config.kv_norm:
+        eps = drafter.sizes.rms_norm_eps
+        keys = torch.stack([rms_norm(layer.reshape(-1), weights[f"{name}.keys_norm.weight"], eps) for layer in keys])
+        values = torch.stack([rms_norm(layer.reshape(-1), weights[f"{name}.values_norm.weight"], eps) for layer in values])
     key, value = (
         fuse(weights, f"{name}.{part}", config.kv_fusion, x).view(-1, size)
         for part, x in (("keys", keys.reshape(-1)), ("values", values.reshape(-1)))
     )
-    key = rotate(key, position, base) if config.kv_rope == "unrotate" else key
+    if config.kv_rope == "unrotate":
+        key = rotate(head_norm(drafter, weights, f"{layer}.attention.k_norm", key), position, base)
     if config.kv_with_hidden:
         parts = ("hidden_keys", "hidden_values")
         added = entry_from_hidden(drafter, weights, name, parts, features, document, position)
@@ -116,8 +134,9 @@ def entry_from_hidden(drafter, weights, name: str, parts, features, document: in
     size, base = drafter.sizes.head_dim, drafter.sizes.rope_parameters["rope_theta"]
     state = features.hidden_states[document, position]  # [S, d], each layer normed by itself
     state = rms_norm(state, weights[f"{name}.norm.weight"], drafter.sizes.rms_norm_eps).reshape(-1)
-    key, value = (weights[f"{name}.{part}.weight"] @ state for part in parts)
-    return rotate(key.view(-1, size), position, base), value.view(-1, size)
+    key, value = ((weights[f"{name}.{part}.weight"] @ state).view(-1, size) for part in parts)
+    key = head_norm(drafter, weights, f"{name.removesuffix('.fusion')}.attention.k_norm", key)
+    return rotate(key, position, base), value
 
 
 def fuse(weights, name: str, kind: str, x):
@@ -136,38 +155,51 @@ def seen_positions(config, anchor: int) -> int:
 
 
 def _kv_chain(drafter, weights, features, document, anchor, steps):
-    """Per layer the target's projected KV at s ≤ t, then the layer's own entries; each draft token passes all layers."""
-    eps, layers = drafter.sizes.rms_norm_eps, [f"layers.{i}" for i in range(drafter.config.num_layers)]
+    """Per layer the target's projected KV at s ≤ t, then the layer's own entries; each draft token passes all layers.
 
-    def prefix_entry(layer, s):
-        if drafter.config.kv_control != "none":
-            return fused_entry(drafter, weights, layer, features, document, s)
-        x = drafter.embedding[features.tokens[document, s]]
-        u = rms_norm(x, weights[f"{layer}.attention_norm.weight"], eps)
-        return own_entry(drafter, weights, f"{layer}.attention", u, s)
-
-    seen = range(seen_positions(drafter.config, anchor))
-    caches = {layer: [prefix_entry(layer, s) for s in seen] for layer in layers}
-    for step in range(steps):
-        position = anchor + 1 + step
+    Without target state the tokens of the prefix pass them too: a causal language model.
+    """
+    layers = [f"layers.{i}" for i in range(drafter.config.num_layers)]
+    seen, alone = range(seen_positions(drafter.config, anchor)), drafter.config.kv_control == "none"
+    caches = {
+        layer: [] if alone else [fused_entry(drafter, weights, layer, features, document, s) for s in seen]
+        for layer in layers
+    }
+    for position in range(0 if alone else anchor + 1, anchor + 1 + steps):
         x = drafter.embedding[features.tokens[document, position]]
         for layer in layers:
-            u = rms_norm(x, weights[f"{layer}.attention_norm.weight"], eps)
-            caches[layer].append(own_entry(drafter, weights, f"{layer}.attention", u, position))
-            read = attend(own_query(drafter, weights, f"{layer}.attention", u, position), caches[layer])
-            x = x + weights[f"{layer}.attention.o_proj.weight"] @ read
-            x = x + mlp(weights, layer, rms_norm(x, weights[f"{layer}.mlp_norm.weight"], eps))
-        yield x
+            x = plain_layer(drafter, weights, layer, x, position, caches[layer])
+        if position > anchor:
+            yield x
+
+
+def plain_layer(drafter, weights, layer: str, x, position: int, cache: list):
+    """One token through one pre-norm layer, over the entries so far and its own, which joins them."""
+    eps = drafter.sizes.rms_norm_eps
+    u = rms_norm(x, weights[f"{layer}.attention_norm.weight"], eps)
+    cache.append(own_entry(drafter, weights, f"{layer}.attention", u, position))
+    read = attend(own_query(drafter, weights, f"{layer}.attention", u, position), cache)
+    x = x + weights[f"{layer}.attention.o_proj.weight"] @ read
+    return x + mlp(weights, layer, rms_norm(x, weights[f"{layer}.mlp_norm.weight"], eps))
 
 
 def _hidden_chain(drafter, weights, features, document, anchor, steps):
-    """EAGLE-3: the prefix is the drafter's own step-0 entry of every column s ≤ t. `hybrid` adds the gated cross-attention."""
-    eps, layer = drafter.sizes.rms_norm_eps, "layers.0"
+    """EAGLE-3: the prefix is the drafter's own step-0 entry of every column s ≤ t. `hybrid` adds the gated cross-attention.
+
+    Of several layers the first reads (f_s, x_{s+1}), and every column passes all of them, as every draft token does.
+    """
+    eps, layer, deeper = drafter.sizes.rms_norm_eps, "layers.0", [f"layers.{i}" for i in range(1, drafter.config.num_layers)]
+    deep_caches = {name: [] for name in deeper}
 
     def read(token_place, state):
         embedding = drafter.embedding[features.tokens[document, token_place]]
         normed = rms_norm(embedding, weights[f"{layer}.embedding_norm.weight"], eps)
         return torch.cat([normed, rms_norm(state, weights[f"{layer}.state_norm.weight"], eps)])
+
+    def pass_deeper(output, position):
+        for name in deeper:
+            output = plain_layer(drafter, weights, name, output, position, deep_caches[name])
+        return output
 
     cache, cross_cache = [], []
     for s in range(anchor + 1):
@@ -179,6 +211,11 @@ def _hidden_chain(drafter, weights, features, document, anchor, steps):
             cache.append(own_entry(drafter, weights, f"{layer}.attention", read(s + 1, state), s + 1))
         if drafter.config.paradigm == "hybrid":
             cross_cache.append(fused_entry(drafter, weights, layer, features, document, s))
+        if deeper and s < anchor:  # column t is draft step 0
+            seen = attend(own_query(drafter, weights, f"{layer}.attention", read(s + 1, state), s + 1), cache)
+            output = state + weights[f"{layer}.attention.o_proj.weight"] @ seen
+            output = output + mlp(weights, layer, rms_norm(output, weights[f"{layer}.mlp_norm.weight"], eps))
+            pass_deeper(output, s + 1)
     for step in range(steps):
         position = anchor + 1 + step
         u = read(position, state)
@@ -198,6 +235,7 @@ def _hidden_chain(drafter, weights, features, document, anchor, steps):
                 mixed = mixed + gate * (crossed - mixed)
         output = state + mixed
         output = output + mlp(weights, layer, rms_norm(output, weights[f"{layer}.mlp_norm.weight"], eps))
+        output = pass_deeper(output, position)
         yield output
         post_norm = drafter.config.feedback == "post_norm"
         state = rms_norm(output, weights["norm.weight"], eps) if post_norm else output

@@ -1,14 +1,21 @@
 """The drafter's attention: a causal prefix that all anchors share, plus each anchor's own chain of draft tokens.
 
-The query of anchor t at draft step k sees prefix entries s ≤ t and the entries that *its own* chain has made so far, with one
-softmax over both. Anchor by anchor that is ordinary attention; for all anchors at once the chain part is element-wise, so no
-[anchors × steps] × [anchors × steps] matrix is ever needed.
+The query of anchor t at draft step k sees prefix entries s ≤ t and the entries that *its own* chain has made so far, with
+one softmax over both. Anchor by anchor that is ordinary attention; for all anchors at once the chain part is element-wise,
+so no [anchors × steps] × [anchors × steps] matrix is ever needed.
 
 Letters: B documents, M anchors, N prefix entries, J chain entries, H query heads, G KV heads, R = H / G, D head size.
 """
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from ..errors import StudyError
+
+Entries = tuple[Tensor, Tensor]
+"""Keys and values, each [B, G, entries, D]."""
 
 FUSED = ("cpu", "cuda")  # devices with a fused attention that returns its log-sum-exp
 
@@ -16,7 +23,7 @@ FUSED = ("cpu", "cuda")  # devices with a fused attention that returns its log-s
 def prefix_mask(visible: Tensor, length: int) -> Tensor:
     """Additive mask that shows row m the first ``visible[b, m]`` of ``length`` prefix entries.
 
-    [B, M] -> [B, 1, M, N] float32, 0 where visible and -inf elsewhere. Anchor t sees target state at s ≤ t: visible = t + 1.
+    [B, M] -> [B, 1, M, N] float32, 0 where visible and -inf elsewhere. Anchor t sees s ≤ t: visible = t + 1.
 
     >>> prefix_mask(torch.tensor([[1, 2]]), 3)[0, 0]
     tensor([[0., -inf, -inf],
@@ -29,7 +36,7 @@ def prefix_mask(visible: Tensor, length: int) -> Tensor:
 def _prefix_attention(
     rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, tuple]:
-    """The platform's fused attention: [B, G, Q, D] queries -> output, log-sum-exp [B, G, Q], what its backward needs besides."""
+    """The platform's fused attention: [B, G, Q, D] -> output, log-sum-exp [B, G, Q], what its backward needs besides."""
     if rows.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             rows, keys, values, attn_mask=mask, scale=scale
@@ -57,13 +64,13 @@ def _prefix_attention_backward(
 
 
 def _mask_rows(mask: Tensor, repeats: int, dtype: torch.dtype) -> Tensor:
-    """[B, 1, M, N] -> [B, 1, repeats · M, N] in ``dtype``; rows start at multiples of 16 bytes, as the CUDA kernel wants them."""
+    """[B, 1, M, N] -> [B, 1, repeats · M, N]; rows start at multiples of 16 bytes, as the CUDA kernel wants them."""
     length = mask.shape[-1]
     return nn.functional.pad(mask.to(dtype), (0, -length % 8)).repeat(1, 1, repeats, 1)[..., :length]
 
 
 def chain_attention(
-    query: Tensor, prefix: tuple[Tensor, Tensor] | None, mask: Tensor | None, chain: tuple[Tensor, Tensor] | None
+    query: Tensor, prefix: Entries | None, mask: Tensor | None, chain: Entries | None
 ) -> Tensor:
     """Attention of each anchor's query over the shared prefix and its own chain, one softmax over both.
 
@@ -112,9 +119,10 @@ def _plain_attention(query: Tensor, prefix, mask, chain) -> Tensor:
 class _MergedAttention(torch.autograd.Function):
     """Prefix attention by a fused kernel, the chain merged in through log-sum-exps.
 
-    With L_p, L_c the log-sum-exps of both parts and L = log(exp L_p + exp L_c): out = exp(L_p - L) out_p + Σ_j exp(s_j - L) v_j.
-    Backward: for any softmax, ds_j = P_j (dP_j - Σ out·dout) with P_j = exp(s_j - L). The fused backward kernel computes just
-    that from the ``out`` and log-sum-exp handed to it; with the *merged* ones its P_j are the joint probabilities.
+    With L_p, L_c the log-sum-exps of both parts and L = log(exp L_p + exp L_c):
+    out = exp(L_p - L) out_p + Σ_j exp(s_j - L) v_j.
+    Backward: for any softmax, ds_j = P_j (dP_j - Σ out·dout) with P_j = exp(s_j - L). The fused backward kernel computes
+    just that from the ``out`` and log-sum-exp handed to it; with the *merged* ones its P_j are the joint probabilities.
     """
 
     @staticmethod
@@ -153,3 +161,72 @@ class _MergedAttention(torch.autograd.Function):
             grad_chain_keys = torch.einsum("bgrmj,bgrmd->bgmjd", grad_scores, rows.view(ctx.shape))
             grad_chain_values = torch.einsum("bgrmj,bgrmd->bgmjd", weights, grad)
         return grad_query, grad_keys, grad_values, None, grad_chain_keys, grad_chain_values
+
+
+def rotated(heads: Tensor, rotary: Entries, norm: nn.Module | None = None) -> Tensor:
+    """RoPE, after a norm of each head if there is one: [B, heads, n, D], rotary [B, n, D] each -> the same shape and dtype."""
+    heads = heads if norm is None else norm(heads)
+    return apply_rotary_pos_emb(heads, heads, *rotary)[0].to(heads.dtype)
+
+
+class PrefixAttention(nn.Module):
+    """Attention over prefix entries and an anchor's own chain, with its projections.
+
+    Parameters
+    ----------
+    width : what q, k and v read. groups : KV heads.
+    grad_scale : multiplies the gradient of k_proj and v_proj.
+    qk_norm : norm queries and keys per head before RoPE.
+    """
+
+    def __init__(self, sizes: LlamaConfig, width: int, groups: int, grad_scale: float = 1.0, qk_norm: bool = False):
+        super().__init__()
+        heads, self.head_dim = sizes.num_attention_heads, sizes.head_dim
+        if heads % groups:
+            raise StudyError(f"{heads} query heads can't share {groups} KV heads evenly; choose kv_fusion='linear'")
+        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, groups * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, groups * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, sizes.hidden_size, bias=False)
+        for name in ("q_norm", "k_norm"):
+            setattr(self, name, LlamaRMSNorm(self.head_dim, sizes.rms_norm_eps) if qk_norm else None)
+        if grad_scale != 1:
+            for linear in (self.k_proj, self.v_proj):
+                linear.weight.register_hook(lambda gradient: gradient * grad_scale)
+
+    def project(self, inputs: Tensor, rotary: Entries, *names: str) -> list[Tensor]:
+        """[B, M, width] -> for each of ``q``, ``k``, ``v``: [B, heads, M, D], queries and keys normed and rotated."""
+        out = []
+        for name in names:
+            heads = getattr(self, f"{name}_proj")(inputs).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            out.append(heads if name == "v" else rotated(heads, rotary, getattr(self, f"{name}_norm")))
+        return out
+
+    def forward(
+        self, inputs: Tensor, rotary: Entries, prefix: Entries, mask: Tensor, chain: Entries | None, append: bool
+    ) -> tuple[Tensor, Entries | None]:
+        """[B, M, width] -> [B, M, d], and the chain [B, G, M, J, D]; with ``append`` own entries join it first."""
+        if append:
+            query, *own = self.project(inputs, rotary, "q", "k", "v")
+            chain = extend(chain, own)
+        else:
+            (query,) = self.project(inputs, rotary, "q")
+        return self.merge(chain_attention(query, prefix, mask, chain)), chain
+
+    def columns(self, inputs: Tensor, rotary: Entries, entries: Entries) -> Tensor:
+        """The prefix's own columns, each over the entries up to its own: [B, M, width], the last M of N entries -> [B, M, d]"""
+        (query,) = self.project(inputs, rotary, "q")
+        keys, values = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in entries)
+        rows, seen = query.shape[2], keys.shape[2]
+        causal = torch.ones(rows, seen, dtype=torch.bool, device=query.device).tril(seen - rows)
+        return self.merge(nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=causal))
+
+    def merge(self, heads: Tensor) -> Tensor:
+        """[B, H, M, D] -> [B, M, d]"""
+        return self.o_proj(heads.transpose(1, 2).flatten(2))
+
+
+def extend(chain: Entries | None, own: list[Tensor]) -> Entries:
+    """[B, G, M, J, D] and one more entry each, [B, G, M, D] -> [B, G, M, J+1, D]"""
+    own = tuple(part.unsqueeze(3) for part in own)
+    return own if chain is None else tuple(torch.cat(pair, dim=3) for pair in zip(chain, own, strict=True))

@@ -1,5 +1,6 @@
 """What tells one drafter from another, and which choices contradict one another."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from ..errors import StudyError
@@ -11,45 +12,17 @@ CHOICES = {
     "kv_rope": ("raw", "unrotate"),
     "kv_control": ("", "none", "zero", "shuffled", "lagged", "from_hidden"),
     "kv_init": ("random", "target"),
+    "state_layers": ("eagle", "kv"),
     "block_context": ("kv", "hidden", "both"),
 }
 # Which parameters mean something to which paradigm; elsewhere they must keep their default.
+_CACHE = ("kv_layers", "kv_fusion", "kv_rope", "kv_norm", "kv_init")
 READS = {
-    "hidden": ("feedback", "hidden_norm"),
-    "kv": (
-        "num_layers",
-        "kv_layers",
-        "kv_fusion",
-        "kv_rope",
-        "kv_control",
-        "kv_with_hidden",
-        "kv_lag_tokens",
-        "kv_grad_scale",
-        "kv_init",
-    ),
-    "hybrid": (
-        "feedback",
-        "hidden_norm",
-        "kv_layers",
-        "kv_fusion",
-        "kv_rope",
-        "kv_grad_scale",
-        "kv_init",
-        "cross_only",
-        "gate_bias",
-        "gate_floor",
-    ),
-    "block": (
-        "num_layers",
-        "block_context",
-        "block_size",
-        "hidden_norm",
-        "kv_layers",
-        "kv_fusion",
-        "kv_rope",
-        "kv_init",
-    ),
-}
+    "hidden": ("num_layers", "feedback", "hidden_norm", "state_layers", "qk_norm"),
+    "kv": ("num_layers", *_CACHE, "kv_control", "kv_with_hidden", "kv_lag_tokens", "kv_grad_scale", "state_layers", "qk_norm"),
+    "hybrid": ("feedback", "hidden_norm", *_CACHE, "kv_grad_scale", "state_layers", "cross_only", "gate_bias", "gate_floor"),
+    "block": ("num_layers", "block_context", "block_size", "hidden_norm", *_CACHE, "state_layers"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,21 +30,25 @@ class DrafterConfig:
     """Everything that tells one drafter from another; sizes come from the target.
 
     paradigm : ``hidden``, ``kv``, ``hybrid`` or ``block``.
-    num_layers : decoder layers; 1 for ``hidden`` and ``hybrid``.
-    kv_layers : how many uniformly spaced target layers have their KV reused.
+    num_layers : decoder layers; 1 for ``hybrid``. Those of ``hidden`` after the first read the stream alone.
+    kv_layers : how many uniformly spaced target layers have their KV reused, or a list of them.
     kv_fusion : how their KV become one drafter layer's: ``linear`` (end to end, one linear map), ``mlp`` (two, with SiLU
-        between them) or ``heads`` (as they are, side by side as KV heads).
+        between them) or ``heads`` (as they are, side by side as KV heads; of one layer: the target's own cache).
     kv_rope : map keys as cached (``raw``), or undo their RoPE, map them, and rotate again (``unrotate``).
-    kv_control : what stands in for the target's KV: nothing but the drafter's own prefix (``none``), zeros, another document's
-        KV (``shuffled``), KV older by ``kv_lag_tokens`` (``lagged``), or keys and values made from hidden states (``from_hidden``).
-    kv_with_hidden : add to keys and values made from the target's KV those made from its hidden states: one entry of both a position.
+    kv_norm : norm each layer's keys and values at each position before they are mapped.
+    kv_control : what stands in for the target's KV: nothing but the drafter's own prefix (``none``), zeros, another
+        document's KV (``shuffled``), KV older by ``kv_lag_tokens`` (``lagged``), or entries made from hidden states
+        (``from_hidden``).
+    kv_with_hidden : add to entries made from the target's KV those made from its hidden states.
     kv_grad_scale : multiplies the gradient of the draft-side key and value projections.
-    kv_init : how the draft-side key and value projections start: ``random``, or from the ``target``'s own (`kv_init`).
+    kv_init : how these start: ``random``, or from the ``target``'s own (`context.start_from_target`).
+    state_layers : whose inputs the hidden states are: EAGLE's three (``eagle``), or the layers whose KV is reused (``kv``).
+    qk_norm : norm the queries and keys of the drafter's attention per head, before RoPE.
     cross_only : a hybrid without its self-attention branch.
     feedback : what ``hidden`` and ``hybrid`` feed back as state: ``pre_norm`` (EAGLE-3) or ``post_norm`` (EAGLE-3.1).
     hidden_norm : norm each target hidden state before they are fused (EAGLE-3 doesn't; a few of their channels are huge).
     gate_bias : initial bias of the hybrid's gate; the gate starts near sigmoid(gate_bias).
-    gate_floor : least value of the gate, which is gate_floor + (1 - gate_floor) · sigmoid(…): the branch can't be shut off.
+    gate_floor : least value of the gate, which is gate_floor + (1 - gate_floor) · sigmoid(…): it can't be shut.
     block_context : what of the target a block sees: its ``kv``, its ``hidden`` states, or ``both``.
     block_size : slots of a block, the known token included: it drafts one token fewer.
 
@@ -82,7 +59,7 @@ class DrafterConfig:
 
     paradigm: str = "hidden"
     num_layers: int = 1
-    kv_layers: int = 3
+    kv_layers: int | tuple[int, ...] = 3
     kv_fusion: str = "linear"
     kv_rope: str = "raw"
     kv_control: str = ""
@@ -97,30 +74,20 @@ class DrafterConfig:
     kv_init: str = "random"
     block_context: str = "kv"
     block_size: int = 8
+    kv_norm: bool = False
+    state_layers: str = "eagle"
+    qk_norm: bool = False
+
+    @classmethod
+    def of(cls, values: Mapping) -> "DrafterConfig":
+        """From parameters of the training notebook; what else ``values`` hold is left alone."""
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                known = ", ".join(repr(choice) for choice in allowed)
-                raise StudyError(f"{name}={getattr(self, name)!r} is not known; choose from {known}")
-        for name in ("num_layers", "kv_layers", "kv_lag_tokens", "kv_grad_scale"):
-            if not getattr(self, name) > 0:
-                raise StudyError(f"{name}={getattr(self, name)} must be above 0")
-        if not 0 <= self.gate_floor < 1:
-            raise StudyError(f"gate_floor={self.gate_floor} must be 0 or more and below 1")
-        if self.block_size < 2:
-            raise StudyError(f"block_size={self.block_size} must be 2 or more: slot 0 holds a known token")
-        for field in fields(self):
-            meant = field.name == "paradigm" or field.name in READS[self.paradigm]
-            if not meant and getattr(self, field.name) != field.default:
-                raise StudyError(
-                    f"{field.name}={getattr(self, field.name)!r} means nothing to a {self.paradigm} drafter; "
-                    f"it takes {', '.join(READS[self.paradigm])}"
-                )
-        if self.paradigm == "block" and self.block_context == "kv" and self.hidden_norm:
-            raise StudyError(
-                "hidden_norm=True contradicts block_context='kv', which reads no hidden states; take 'both'"
-            )
+        if isinstance(self.kv_layers, list):  # from JSON or a profile
+            object.__setattr__(self, "kv_layers", tuple(self.kv_layers))
+        self._check_values()
+        self._check_meaning()
         for name, value, other, allowed in self._contradictions():
             if getattr(self, name) == value and getattr(self, other) not in allowed:
                 raise StudyError(
@@ -140,24 +107,63 @@ class DrafterConfig:
         """Whether it fuses the target's hidden states into one."""
         return self.paradigm in ("hidden", "hybrid") or (self.paradigm == "block" and self.block_context != "kv")
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Fields of `Features` that its prefix is made from."""
+        states = self.fuses_hidden or self.kv_with_hidden or self.kv_control == "from_hidden"
+        return ("hidden_states",) * states + ("keys", "values") * self.reads_kv
+
+    def _check_values(self) -> None:
+        """Each parameter on its own."""
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                known = ", ".join(repr(choice) for choice in allowed)
+                raise StudyError(f"{name}={getattr(self, name)!r} is not known; choose from {known}")
+        for name in ("num_layers", "kv_layers", "kv_lag_tokens", "kv_grad_scale"):
+            value = getattr(self, name)
+            if not (value if isinstance(value, tuple) else value > 0):
+                raise StudyError(f"{name}={value} must be above 0")
+        if not 0 <= self.gate_floor < 1:
+            raise StudyError(f"gate_floor={self.gate_floor} must be 0 or more and below 1")
+        if self.block_size < 2:
+            raise StudyError(f"block_size={self.block_size} must be 2 or more: slot 0 holds a known token")
+
+    def _check_meaning(self) -> None:
+        """Nothing is set that means nothing to this drafter."""
+        for field in fields(self):
+            meant = field.name == "paradigm" or field.name in READS[self.paradigm]
+            if not meant and getattr(self, field.name) != field.default:
+                raise StudyError(
+                    f"{field.name}={getattr(self, field.name)!r} means nothing to a {self.paradigm} drafter; "
+                    f"it takes {', '.join(READS[self.paradigm])}"
+                )
+        for name in ("hidden_norm", "state_layers"):
+            value = getattr(self, name)
+            if value != self.__dataclass_fields__[name].default and "hidden_states" not in self.reads:
+                raise StudyError(f"{name}={value!r} means nothing without hidden states to read; leave it out")
+        if self.qk_norm and self.reads_kv and self.kv_rope == "raw":
+            raise StudyError("qk_norm=True norms keys before RoPE, and cached keys have theirs: set kv_rope='unrotate'")
+
     @staticmethod
     def _contradictions() -> list[tuple]:
         """(parameter, its value, another parameter, what that one must be then)."""
-        linear_only = [("kv_control", c, o, (v,)) for c in ("none", "from_hidden") for o, v in _PLAIN]
+        no_cache = [("kv_control", control, o, (v,)) for control in ("none", "from_hidden") for o, v in _PLAIN]
         return [
-            *linear_only,
-            ("kv_control", "none", "num_layers", (1,)),
+            *no_cache,
             ("kv_control", "none", "kv_grad_scale", (1.0,)),
             ("kv_fusion", "heads", "kv_rope", ("raw",)),
+            ("kv_fusion", "heads", "kv_norm", (False,)),
             ("kv_with_hidden", True, "kv_fusion", ("linear", "mlp")),
             ("kv_with_hidden", True, "kv_control", ("",)),
+            ("kv_with_hidden", True, "qk_norm", (False,)),
             ("cross_only", True, "gate_bias", (0.0,)),
             ("cross_only", True, "gate_floor", (0.0,)),
             ("kv_init", "target", "kv_control", ("", "shuffled", "lagged")),
             ("kv_init", "target", "kv_fusion", ("linear", "heads")),
+            ("kv_init", "target", "kv_norm", (False,)),
             *[("block_context", "hidden", o, (v,)) for o, v in (("kv_init", "random"), ("kv_layers", 3), *_PLAIN)],
             *[("kv_control", c, "kv_lag_tokens", (4,)) for c in CHOICES["kv_control"] if c != "lagged"],
         ]
 
 
-_PLAIN = (("kv_fusion", "linear"), ("kv_rope", "raw"))
+_PLAIN = (("kv_fusion", "linear"), ("kv_rope", "raw"), ("kv_norm", False))

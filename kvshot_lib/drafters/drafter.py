@@ -1,16 +1,17 @@
-"""The drafters: `hidden` (EAGLE-3), `kv` (KV-only reuse), `hybrid` (both, behind a gate) and `block` (`block.py`: all steps in one pass).
+"""The drafters: `hidden` (EAGLE-3), `kv` (KV-only reuse), `hybrid` (both, behind a gate) and `block` (all steps in one pass).
 
-All share the target's sizes, embedding and LM head (frozen, over a draft vocabulary) and one way of running: `prefix` turns target
-state into keys and values once, `step` advances any set of anchors by one draft step. Training, evaluation and decoding call these
-two; draft step k at anchor t reads token x_{t+1+k} at RoPE position t+1+k:
+All share the target's sizes, embedding and LM head (frozen, over a draft vocabulary) and one way of running: `prefix` turns
+target state into keys and values once, `step` advances any set of anchors by one draft step. Training, evaluation and
+decoding call these two; draft step k at anchor t reads token x_{t+1+k} at RoPE position t+1+k:
 
     t = 4:   x0 x1 x2 x3 x4 | x5 x6 x7      prefix entries made from target state at s = 0 … 4
     step 0   input x5, predicts x6          step 1   input x6, predicts x7
 
-`kv` reads target keys at their own positions s. `hidden` makes its prefix entry s from (f_s, x_{s+1}), at position s+1; its own
-step-0 entry is therefore entry s = t of the prefix, and its chain starts at step 1.
+`kv` reads target keys at their own positions s. `hidden` makes its prefix entry s from (f_s, x_{s+1}), at position s+1; its
+own step-0 entry is therefore entry s = t of the prefix, and its chain starts at step 1.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -21,11 +22,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from ..features.spec import Features, FeatureSpec
 from ..target.load import Target
 from ..target.shared import capped, rope_parameters, shared_parts
-from ..training.cross_entropy import score_rows
-from .block import BlockLayer
+from .attention import Entries
 from .config import DrafterConfig
-from .kv_init import start_from_target
-from .layers import COMPILED, LAYERS, Entries, PrefixSource, View
+from .context import PrefixSource, start_from_target
+from .layers import COMPILED, View, make_layers
 
 
 class Drafter(nn.Module):
@@ -34,8 +34,8 @@ class Drafter(nn.Module):
     Parameters
     ----------
     draft_ids : [V_draft] int64, sorted target token ids that it can draft.
-    embedding : [V, d] the target's token embedding, its scale included, and ``head`` [V_draft, d] its LM-head rows; frozen, not saved
-        with the drafter.
+    embedding : [V, d] the target's token embedding, its scale included, and ``head`` [V_draft, d] its LM-head rows; frozen,
+        not saved with the drafter.
     logit_cap : of the target's logits, and so of the drafter's (`Target.logit_cap`).
     """
 
@@ -57,17 +57,15 @@ class Drafter(nn.Module):
         to_draft[draft_ids] = torch.arange(len(draft_ids))
         self.register_buffer("to_draft", to_draft, persistent=False)  # [V] place in the draft vocabulary, -1 outside
         self.rotary = LlamaRotaryEmbedding(sizes)
-        layer = {**LAYERS, "block": BlockLayer}[config.paradigm]
         if config.fuses_hidden:
-            self.hidden_norm = (
-                LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps) if config.hidden_norm else nn.Identity()
-            )
+            norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
+            self.hidden_norm = norm if config.hidden_norm else nn.Identity()
             self.fuse_hidden = nn.Linear(len(spec.hidden_layers) * sizes.hidden_size, sizes.hidden_size, bias=False)
-        self.layers = nn.ModuleList(layer(sizes, spec, config) for _ in range(config.num_layers))
+        self.layers = make_layers(sizes, spec, config)
         self.norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
         if config.paradigm == "block":
             self.mask_embedding = nn.Parameter(embedding.float().std() * torch.randn(sizes.hidden_size))
-        self.score = score_rows
+        self.compiled = False
 
     def compile_steps(self) -> "Drafter":
         """Fuse the small operations of layers and loss with torch.compile: half a minute once, then faster on a GPU."""
@@ -75,22 +73,22 @@ class Drafter(nn.Module):
             for name in COMPILED:
                 if hasattr(module, name):
                     setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
-        self.score = torch.compile(score_rows, dynamic=True)
+        self.compiled = True  # and so will the loss be
         torch._dynamo.config.recompile_limit = 64  # shapes and modes differ between training, validation and evaluation
         return self
 
     @property
     def reads(self) -> tuple[str, ...]:
         """Fields of `Features` that its prefix is made from."""
-        if self.config.kv_control in ("none", "from_hidden"):
-            return () if self.config.kv_control == "none" else ("hidden_states",)
-        hidden = self.config.fuses_hidden or self.config.kv_with_hidden
-        return ("hidden_states",) * hidden + ("keys", "values") * self.config.reads_kv
+        return self.config.reads
 
-    def prefix(self, features: Features, first: int = 0) -> tuple[list[dict[str, Entries]], Tensor | None]:
+    def prefix(
+        self, features: Features, first: int = 0, past: Sequence[dict[str, Entries]] = ()
+    ) -> tuple[list[dict[str, Entries]], Tensor | None]:
         """Turn target state into what every anchor's attention shares.
 
         Decoding extends its entries: with features of x_first … x_{first+n-1} come those of s = first … first+n-2.
+        ``past`` are then the entries of s < first, for layers whose entries are made from the layer below.
 
         Returns
         -------
@@ -102,11 +100,21 @@ class Drafter(nn.Module):
         embedding = self.embed(features.tokens)
         positions = first + torch.arange(columns + 1, device=embedding.device)[None]
         cos, sin = self.rotary(embedding, positions)
+        here, fused = slice(columns), None
+        if self.config.fuses_hidden:
+            fused = self.fuse_hidden(self.hidden_norm(cut["hidden_states"]).flatten(2))
+        read = slice(1, columns + 1) if self.layers[0].reads_state else here
         source = PrefixSource(
-            replace(features, **cut), embedding[:, :-1], embedding[:, 1:], (cos[:, :-1], sin[:, :-1]), (cos[:, 1:], sin[:, 1:]),
-            self.fuse_hidden(self.hidden_norm(cut["hidden_states"]).flatten(2)) if self.config.fuses_hidden else None,
+            replace(features, **cut), (cos[:, here], sin[:, here]), fused, embedding[:, read], (cos[:, read], sin[:, read]),
+            stream=fused if self.layers[0].reads_state else embedding[:, here],
         )  # fmt: skip
-        return [layer.prefix(source) for layer in self.layers], source.state
+        entries: list[dict[str, Entries]] = []
+        for index, layer in enumerate(self.layers):
+            entries.append(layer.prefix(source))
+            if layer.own_prefix and index + 1 < len(self.layers):
+                whole = joined(past[index], entries[-1]) if past else entries[-1]
+                source = replace(source, stream=layer.columns(source, whole))
+        return entries, fused
 
     def visible(self, anchors: Tensor) -> Tensor:
         """How many prefix entries each anchor [B, M] sees: s ≤ t, or s ≤ t - lag (and the first, so that there is one)."""
@@ -148,6 +156,11 @@ class Drafter(nn.Module):
     def description(self) -> dict:
         """Config and target, as saved beside the weights."""
         return {"config": asdict(self.config), "spec": asdict(self.spec)}
+
+
+def joined(past: dict[str, Entries], new: dict[str, Entries]) -> dict[str, Entries]:
+    """Earlier entries and new ones of one layer, by branch."""
+    return {name: tuple(torch.cat(pair, 2) for pair in zip(past[name], new[name], strict=True)) for name in new}
 
 
 def drafter_sizes(source: PretrainedConfig, spec: FeatureSpec) -> LlamaConfig:

@@ -1,8 +1,8 @@
-"""The drafters' decoder layers: `hidden` (EAGLE-3), `kv` (KV-only reuse) and `hybrid` (both, behind a gate).
+"""The drafters' decoder layers: over hidden states (EAGLE-3), over the stream alone, over both behind a gate, and over blocks.
 
-A layer has two entry points: ``prefix`` turns target state into keys and values once, ``forward`` advances any set of anchors by
-one draft step. A branch is an attention with keys and values of its own: ``self`` over entries made from hidden states, ``cross``
-over the target's projected KV.
+A layer has two entry points: ``prefix`` makes the keys and values that all anchors share, once; ``forward`` advances any set
+of anchors by one draft step. A branch is an attention with keys and values of its own: ``self`` over entries made from
+hidden states, ``cross`` over the target's mapped KV.
 """
 
 from dataclasses import dataclass
@@ -10,126 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from ..errors import StudyError
-from ..features.spec import Features, FeatureSpec
-from .attention import chain_attention
+from ..features.spec import FeatureSpec
+from .attention import Entries, PrefixAttention, chain_attention
 from .config import DrafterConfig
-
-Entries = tuple[Tensor, Tensor]
-"""Keys and values, each [B, G, entries, D]."""
-
-
-class PrefixAttention(nn.Module):
-    """Attention over prefix entries and an anchor's own chain, with its projections.
-
-    ``width`` is what q, k and v read, ``groups`` the number of KV heads, ``grad_scale`` multiplies the gradient of k_proj and v_proj.
-    """
-
-    def __init__(self, sizes: LlamaConfig, width: int, groups: int, grad_scale: float = 1.0):
-        super().__init__()
-        heads, self.head_dim = sizes.num_attention_heads, sizes.head_dim
-        if heads % groups:
-            raise StudyError(f"{heads} query heads can't share {groups} KV heads evenly; choose kv_fusion='linear'")
-        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, groups * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, groups * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * self.head_dim, sizes.hidden_size, bias=False)
-        if grad_scale != 1:
-            for linear in (self.k_proj, self.v_proj):
-                linear.weight.register_hook(lambda gradient: gradient * grad_scale)
-
-    def project(self, inputs: Tensor, rotary: Entries, *names: str) -> list[Tensor]:
-        """[B, M, width] -> for each of ``q``, ``k``, ``v``: [B, heads, M, D], queries and keys rotated."""
-        out = []
-        for name in names:
-            heads = getattr(self, f"{name}_proj")(inputs).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            out.append(heads if name == "v" else rotated(heads, rotary))
-        return out
-
-    def forward(
-        self, inputs: Tensor, rotary: Entries, prefix: Entries, mask: Tensor, chain: Entries | None, append: bool
-    ) -> tuple[Tensor, Entries | None]:
-        """[B, M, width] -> [B, M, d], and the chain [B, G, M, J, D]; with ``append`` the anchors' own entries join it first."""
-        if append:
-            query, *own = self.project(inputs, rotary, "q", "k", "v")
-            chain = extend(chain, own)
-        else:
-            (query,) = self.project(inputs, rotary, "q")
-        return self.merge(chain_attention(query, prefix, mask, chain)), chain
-
-    def merge(self, heads: Tensor) -> Tensor:
-        """[B, H, M, D] -> [B, M, d]"""
-        return self.o_proj(heads.transpose(1, 2).flatten(2))
-
-
-def extend(chain: Entries | None, own: list[Tensor]) -> Entries:
-    """[B, G, M, J, D] and one more entry each, [B, G, M, D] -> [B, G, M, J+1, D]"""
-    own = tuple(part.unsqueeze(3) for part in own)
-    return own if chain is None else tuple(torch.cat(pair, dim=3) for pair in zip(chain, own, strict=True))
-
-
-class KVFusion(nn.Module):
-    """Target state at positions s -> keys and values of one drafter layer (``kv_fusion``, ``kv_rope``, ``kv_control``, ``kv_with_hidden``)."""
-
-    def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
-        super().__init__()
-        self.config, self.head_dim = config, spec.head_dim
-        width, reused = spec.num_kv_heads * spec.head_dim, len(spec.kv_layers)
-        self.groups = spec.num_kv_heads * (reused if config.kv_fusion == "heads" else 1)
-        from_hidden, states = config.kv_control == "from_hidden", len(spec.hidden_layers) * spec.hidden_size
-        if from_hidden or config.kv_with_hidden:  # a few of their channels are hundreds of times the others
-            self.norm = LlamaRMSNorm(spec.hidden_size, sizes.rms_norm_eps)
-        for name in ("keys", "values"):
-            setattr(self, name, _fusion(config.kv_fusion, states if from_hidden else reused * width, width))
-            if config.kv_with_hidden:
-                setattr(self, f"hidden_{name}", nn.Linear(states, width, bias=False))
-
-    def forward(self, features: Features, rotary: Entries) -> Entries:
-        """[B, n, S, G, D] of S layers, rotary at s = 0 … n-1 -> [B, G', n, D] each; keys have the RoPE of their position."""
-        if self.config.kv_control == "from_hidden":
-            return self.of_hidden(features.hidden_states, rotary, self.keys, self.values)
-        cached = self.of_cache(features.keys, features.values, rotary)
-        if not self.config.kv_with_hidden:
-            return cached
-        made = self.of_hidden(features.hidden_states, rotary, self.hidden_keys, self.hidden_values)
-        return cached[0] + made[0], cached[1] + made[1]
-
-    def of_hidden(self, states: Tensor, rotary: Entries, keys: nn.Module, values: nn.Module) -> Entries:
-        """[B, n, S, d] through two maps -> [B, G, n, D] each"""
-        read = self.norm(states).flatten(2)
-        return rotated(self.heads(keys(read)), rotary), self.heads(values(read))
-
-    def of_cache(self, keys: Tensor, values: Tensor, rotary: Entries) -> Entries:
-        """[B, n, S, G, D] of keys and values -> [B, G', n, D] each"""
-        if self.config.kv_control == "zero":
-            keys, values = torch.zeros_like(keys), torch.zeros_like(values)
-        if self.config.kv_rope == "raw":
-            return self.heads(self.keys(keys.flatten(2))), self.heads(self.values(values.flatten(2)))
-        cos, sin = rotary
-        stacked = keys.flatten(2, 3).transpose(1, 2)  # RoPE by the opposite angle takes it off
-        plain = rotated(stacked, (cos, -sin)) / (cos**2 + sin**2)[:, None]
-        fused = self.heads(self.keys(plain.transpose(1, 2).flatten(2).to(keys.dtype)))
-        return rotated(fused, rotary), self.heads(self.values(values.flatten(2)))
-
-    def heads(self, flat: Tensor) -> Tensor:
-        """[B, n, G' · D] -> [B, G', n, D]"""
-        return flat.unflatten(-1, (self.groups, self.head_dim)).transpose(1, 2)
-
-
-def _fusion(kind: str, read: int, width: int) -> nn.Module:
-    """Map of the reused layers' entries, end to end, to one layer's."""
-    if kind == "heads":
-        return nn.Identity()
-    if kind == "linear":
-        return nn.Linear(read, width, bias=False)
-    return nn.Sequential(nn.Linear(read, read, bias=False), nn.SiLU(), nn.Linear(read, width, bias=False))
-
-
-def rotated(heads: Tensor, rotary: Entries) -> Tensor:
-    """RoPE: [B, heads, n, D], rotary [B, n, D] each -> the same, in the dtype of ``heads``."""
-    return apply_rotary_pos_emb(heads, heads, *rotary)[0].to(heads.dtype)
+from .context import Fusion, PrefixSource
 
 
 @dataclass
@@ -156,33 +42,51 @@ class View:
         return self.mask if self.lagged_mask is None else self.lagged_mask
 
 
-class HiddenLayer(nn.Module):
-    """EAGLE-3's layer: attention reads [norm(embedding); norm(state)], the residual stream is the state."""
+class DecoderLayer(nn.Module):
+    """Attention, then an MLP, each added to the stream.
+
+    reads_state : a fed-back state is part of its input. Then a column of the prefix is (f_s, x_{s+1}), and its entry at s = t
+        is that of the anchor's step 0, which therefore appends none of its own.
+    own_prefix : its prefix entries are its own keys and values of the columns, so that what the next layer's are made from
+        is its output there.
+    """
+
+    reads_state = False
+    own_prefix = False
+
+    def finish(self, stream: Tensor, attended: Tensor) -> Tensor:
+        """Residual and MLP, [B, M, d] twice -> [B, M, d]"""
+        stream = stream + attended
+        return stream + self.mlp(self.mlp_norm(stream))
+
+
+class HiddenLayer(DecoderLayer):
+    """EAGLE-3's layer: attention reads [norm(embedding); norm(state)], the stream is the state."""
 
     reads_state = True
+    own_prefix = True
 
     def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
         super().__init__()
         for name in ("embedding_norm", "state_norm", "mlp_norm"):
             setattr(self, name, LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps))
-        self.attention = PrefixAttention(sizes, 2 * sizes.hidden_size, sizes.num_key_value_heads)
+        width, groups = 2 * sizes.hidden_size, sizes.num_key_value_heads
+        self.attention = PrefixAttention(sizes, width, groups, qk_norm=config.qk_norm)
         self.mlp = LlamaMLP(sizes)
 
     def read(self, embedding: Tensor, state: Tensor) -> Tensor:
         """[B, M, d] twice -> [B, M, 2d]"""
         return torch.cat([self.embedding_norm(embedding), self.state_norm(state)], -1)
 
-    def prefix(self, source: "PrefixSource") -> dict[str, Entries]:
+    def prefix(self, source: PrefixSource) -> dict[str, Entries]:
         """Entries of columns s: keys and values of step 0, from (x_{s+1}, f_s)."""
-        inputs = self.read(source.next_embedding, source.state)
-        return {"self": tuple(self.attention.project(inputs, source.next_rotary, "k", "v"))}
+        inputs = self.read(source.token, source.stream)
+        return {"self": tuple(self.attention.project(inputs, source.token_rotary, "k", "v"))}
 
-    def attend(self, inputs: Tensor, rotary: Entries, view: View) -> tuple[Tensor, dict[str, Entries]]:
-        """The state path: at step 0 the own entry is the prefix's last visible one, so nothing is appended."""
-        out, chain = self.attention(
-            inputs, rotary, view.prefix["self"], view.mask, view.chains.get("self"), append=not view.first
-        )
-        return out, {} if chain is None else {"self": chain}
+    def columns(self, source: PrefixSource, entries: dict[str, Entries]) -> Tensor:
+        """The layer's output at the columns themselves, [B, n-1, d]: what the next layer's entries are made from."""
+        inputs = self.read(source.token, source.stream)
+        return self.finish(source.stream, self.attention.columns(inputs, source.token_rotary, entries["self"]))
 
     def forward(
         self, embedding: Tensor, state: Tensor, rotary: Entries, view: View
@@ -191,10 +95,9 @@ class HiddenLayer(nn.Module):
         attended, chains = self.attend(self.read(embedding, state), rotary, view)
         return self.finish(state, attended), chains
 
-    def finish(self, state: Tensor, attended: Tensor) -> Tensor:
-        """Residual and MLP, [B, M, d] twice -> [B, M, d]"""
-        state = state + attended
-        return state + self.mlp(self.mlp_norm(state))
+    def attend(self, inputs: Tensor, rotary: Entries, view: View) -> tuple[Tensor, dict[str, Entries]]:
+        """The state path: at step 0 the own entry is the prefix's last visible one, so nothing is appended."""
+        return _attend(self.attention, "self", inputs, rotary, view, view.mask, append=not view.first)
 
 
 class HybridLayer(HiddenLayer):
@@ -205,7 +108,7 @@ class HybridLayer(HiddenLayer):
 
     def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
         super().__init__(sizes, spec, config)
-        self.fusion, self.gate_floor = KVFusion(sizes, spec, config), config.gate_floor
+        self.fusion, self.gate_floor = Fusion(sizes, spec, config), config.gate_floor
         self.cross = PrefixAttention(sizes, 2 * sizes.hidden_size, self.fusion.groups, config.kv_grad_scale)
         if config.cross_only:
             self.attention = self.gate = None
@@ -214,18 +117,16 @@ class HybridLayer(HiddenLayer):
             nn.init.zeros_(self.gate.weight)
             nn.init.constant_(self.gate.bias, config.gate_bias)
 
-    def prefix(self, source: "PrefixSource") -> dict[str, Entries]:
+    def prefix(self, source: PrefixSource) -> dict[str, Entries]:
         own = {} if self.attention is None else super().prefix(source)
         return {**own, "cross": self.fusion(source.features, source.rotary)}
 
     def attend(self, inputs: Tensor, rotary: Entries, view: View) -> tuple[Tensor, dict[str, Entries]]:
-        cross, chain = self.cross(
-            inputs, rotary, view.prefix["cross"], view.kv_mask, view.chains.get("cross"), append=True
-        )
+        cross, chains = _attend(self.cross, "cross", inputs, rotary, view, view.kv_mask, append=True)
         if self.attention is None or view.cross_alone:
-            return cross, {"cross": chain}
-        own, chains = super().attend(inputs, rotary, view)
-        return self.mix(inputs, own, cross), {**chains, "cross": chain}
+            return cross, chains
+        own, longer = super().attend(inputs, rotary, view)
+        return self.mix(inputs, own, cross), {**longer, **chains}
 
     def mix(self, inputs: Tensor, own: Tensor, cross: Tensor) -> Tensor:
         """The gated delta s + g ⊙ (c - s), g = sigmoid(W u + b) or more: [B, M, 2d], [B, M, d] twice -> [B, M, d]"""
@@ -235,61 +136,111 @@ class HybridLayer(HiddenLayer):
         return own + gate * (cross - own)
 
 
-class KVLayer(nn.Module):
-    """A pre-norm decoder layer whose prefix is the target's projected KV; it reads tokens alone, no target hidden state."""
+class PlainLayer(DecoderLayer):
+    """A pre-norm decoder layer over the stream alone.
 
-    reads_state = False
+    In `kv` its prefix entries are made from target state, or, with ``kv_control="none"``, from the stream at the columns. In
+    `hidden` it stands after the first layer, and they are made from that one's output.
+    """
+
+    def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
+        super().__init__()
+        self.reads_state = config.paradigm == "hidden"
+        self.own_prefix = self.reads_state or config.kv_control == "none"
+        self.attention_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
+        self.mlp_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
+        self.fusion = None if self.own_prefix else Fusion(sizes, spec, config)
+        groups = self.fusion.groups if self.fusion else sizes.num_key_value_heads
+        self.attention = PrefixAttention(sizes, sizes.hidden_size, groups, config.kv_grad_scale, config.qk_norm)
+        self.mlp = LlamaMLP(sizes)
+
+    @property
+    def branch(self) -> str:
+        return "self" if self.reads_state else "cross"
+
+    def prefix(self, source: PrefixSource) -> dict[str, Entries]:
+        """Entries s: mapped target state of position s, or the layer's own of column s."""
+        if self.fusion:
+            return {"cross": self.fusion(source.features, source.rotary, self.attention.k_norm)}
+        inputs = self.attention_norm(source.stream)
+        return {self.branch: tuple(self.attention.project(inputs, source.token_rotary, "k", "v"))}
+
+    def columns(self, source: PrefixSource, entries: dict[str, Entries]) -> Tensor:
+        """As :meth:`HiddenLayer.columns`."""
+        inputs = self.attention_norm(source.stream)
+        return self.finish(source.stream, self.attention.columns(inputs, source.token_rotary, entries[self.branch]))
+
+    def forward(
+        self, embedding: Tensor, state: Tensor, rotary: Entries, view: View
+    ) -> tuple[Tensor, dict[str, Entries]]:
+        """Stream [B, M, d] (the embedding, in the first layer) -> the layer's output [B, M, d] and the longer chain."""
+        mask, append = (view.mask, not view.first) if self.reads_state else (view.kv_mask, True)
+        inputs = self.attention_norm(state)
+        attended, chains = _attend(self.attention, self.branch, inputs, rotary, view, mask, append)
+        return self.finish(state, attended), chains
+
+
+class BlockLayer(DecoderLayer):
+    """A pre-norm decoder layer over the slots of a block and the target's state.
+
+    ``block_context`` says what its prefix entries s ≤ t are made from: ``kv`` the target's mapped KV, ``hidden`` the fused
+    hidden states, normed and sent through the layer's own key and value maps (as DFlash does; its norm is shared by all
+    layers, ours is each layer's own), ``both`` the entries of both, side by side in one softmax.
+    """
 
     def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
         super().__init__()
         self.attention_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
         self.mlp_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
-        self.fusion = None if config.kv_control == "none" else KVFusion(sizes, spec, config)
+        self.fusion = Fusion(sizes, spec, config) if config.reads_kv else None
+        self.context_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps) if config.fuses_hidden else None
         groups = self.fusion.groups if self.fusion else sizes.num_key_value_heads
-        self.attention = PrefixAttention(sizes, sizes.hidden_size, groups, config.kv_grad_scale)
+        self.attention = PrefixAttention(sizes, sizes.hidden_size, groups)
         self.mlp = LlamaMLP(sizes)
 
-    def prefix(self, source: "PrefixSource") -> dict[str, Entries]:
-        """Entries s: projected target KV of position s; without target state the layer's own, from x_s."""
+    def prefix(self, source: PrefixSource) -> dict[str, Entries]:
+        """Entries s from target state at s: ``cross`` mapped KV, ``state`` mapped hidden states."""
+        entries = {}
         if self.fusion:
-            return {"cross": self.fusion(source.features, source.rotary)}
-        inputs = self.attention_norm(source.embedding)
-        return {"cross": tuple(self.attention.project(inputs, source.rotary, "k", "v"))}
+            entries["cross"] = self.fusion(source.features, source.rotary)
+        if self.context_norm:
+            context = self.context_norm(source.fused)
+            entries["state"] = tuple(self.attention.project(context, source.rotary, "k", "v"))
+        return entries
 
-    def forward(
-        self, embedding: Tensor, state: Tensor, rotary: Entries, view: View
-    ) -> tuple[Tensor, dict[str, Entries]]:
-        """State [B, M, d] (the embedding, in the first layer) -> the layer's output [B, M, d] and the longer chain."""
-        attended, chain = self.attention(
-            self.attention_norm(state),
-            rotary,
-            view.prefix["cross"],
-            view.kv_mask,
-            view.chains.get("cross"),
-            append=True,
-        )
-        return self.finish(state, attended), {"cross": chain}
+    def forward(self, rows: Tensor, rotary: Entries, view: View, slots: int) -> Tensor:
+        """[B, b · M, d] -> [B, b · M, d]; rotary of every row."""
+        return self.finish(rows, self.attend(self.attention_norm(rows), rotary, view, slots))
 
-    finish = HiddenLayer.finish
+    def attend(self, inputs: Tensor, rotary: Entries, view: View, slots: int) -> Tensor:
+        """Every slot attends to the prefix of its anchor and to all slots of its block: [B, b · M, d] -> [B, b · M, d]"""
+        query, *own = self.attention.project(inputs, rotary, "q", "k", "v")  # [B, heads, b · M, D]
+        block = tuple(part.unflatten(2, (slots, -1)).transpose(2, 3) for part in own)  # [B, G, M, b, D]
+        prefix = tuple(torch.cat(parts, 2) for parts in zip(*view.prefix.values(), strict=True))
+        mask = view.mask.repeat(1, 1, 1, len(view.prefix))
+        query = query.unflatten(2, (slots, -1)).flatten(1, 2)  # a slot is one more query head
+        heads = chain_attention(query, prefix, mask, block)  # [B, H · b, M, D]
+        return self.attention.merge(heads.unflatten(1, (-1, slots)).flatten(2, 3))
+
+
+def _attend(
+    attention: PrefixAttention, branch: str, inputs: Tensor, rotary: Entries, view: View, mask: Tensor, append: bool
+) -> tuple[Tensor, dict[str, Entries]]:
+    """One branch at one draft step -> its output [B, M, d], and its chain if there is one by now."""
+    out, chain = attention(inputs, rotary, view.prefix[branch], mask, view.chains.get(branch), append)
+    return out, {} if chain is None else {branch: chain}
 
 
 COMPILED = ("read", "project", "merge", "mix", "finish")
 """Methods of layers and their attention that hold the small operations; torch.compile fuses each (`Drafter.compile_steps`)."""
 
-LAYERS = {"hidden": HiddenLayer, "hybrid": HybridLayer, "kv": KVLayer}
+LAYERS = {
+    "hidden": (HiddenLayer, PlainLayer), "kv": (PlainLayer, PlainLayer), "hybrid": (HybridLayer, HybridLayer),
+    "block": (BlockLayer, BlockLayer),
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class PrefixSource:
-    """What layers make prefix entries s = 0 … n-2 from: target state, and both tokens that meet there.
-
-    ``embedding`` [B, n-1, d] and ``rotary`` are of x_s at s, ``next_embedding`` and ``next_rotary`` of x_{s+1} at s+1;
-    ``state`` [B, n-1, d] the fused hidden states, None for drafters without.
-    """
-
-    features: Features
-    embedding: Tensor
-    next_embedding: Tensor
-    rotary: Entries
-    next_rotary: Entries
-    state: Tensor | None
+def make_layers(sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig) -> nn.ModuleList:
+    """The drafter's ``num_layers`` layers; the first may be another kind than the rest."""
+    first, rest = LAYERS[config.paradigm]
+    return nn.ModuleList((rest if index else first)(sizes, spec, config) for index in range(config.num_layers))

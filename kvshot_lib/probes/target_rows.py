@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ..drafters.attention import rotated
 from ..drafters.hooks import watching
-from ..drafters.layers import rotated
 from ..errors import StudyError
 from ..files import write_atomically
 from ..target.capture import attention_rows, capture
