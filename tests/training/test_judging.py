@@ -4,11 +4,11 @@ import examples
 import numpy as np
 import pytest
 import torch
-from examples import DRAFT_IDS, STEPS, VARIANTS
+from examples import DRAFT_IDS, STEPS, VARIANTS, logits_by_pair
 
 from kvshot_lib.metrics import acceptance as metrics
-from kvshot_lib.training.judging import anchor_places, judge, match_documents, outside_vocabulary
-from kvshot_lib.training.ttt import find_anchors, predict
+from kvshot_lib.training.anchors import find_anchors
+from kvshot_lib.training.judging import anchor_places, judge, match_documents, outside_vocabulary, predict
 
 LAST_ONES = [examples.document("0" * 5 + "1" * length, seed=3) for length in range(1, 12)]  # spans of 1 to 11 tokens
 
@@ -80,13 +80,11 @@ def test_right_about_every_second_token_by_hand():
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
-def test_batch_size_order_and_padding_change_nothing(variant):
+def test_batch_size_and_padding_change_nothing(variant):
     drafter, source = examples.drafter(variant), examples.live()
     alone = match_documents(source, drafter, STEPS, batch_documents=1)
     for size in (2, 3, 8):
         assert_same(match_documents(source, drafter, STEPS, batch_documents=size), alone)
-    order = [4, 0, 2, 3, 1]
-    assert_same(match_documents(source, drafter, STEPS, documents=order, batch_documents=2), [alone[i] for i in order])
     assert [len(match) for match, _ in alone] == [9 - 1, 2 + 9, 1, 0, 13]
 
 
@@ -121,14 +119,13 @@ def test_a_target_argmax_that_cannot_be_drafted_is_a_rejection():
 def test_places_of_anchors_by_hand():
     """0011100111111111100: anchors 1 2 of the first span, 6 … 14 of the second. 00100000110: anchor 7."""
     source = examples.live()
-    assert anchor_places(source, [1])[0].tolist() == [[0, 2], [1, 3], *([t - 6, t + 1] for t in range(6, 15))]
-    assert anchor_places(source, [2])[0].tolist() == [[0, 8]]
-    assert anchor_places(source, [3])[0].shape == (0, 2)
-    assert anchor_places(examples.live_of(examples.document("11110")))[0].tolist() == [[1, 1], [2, 2]]
+    assert anchor_places(source, 1).tolist() == [[0, 2], [1, 3], *([t - 6, t + 1] for t in range(6, 15))]
+    assert anchor_places(source, 2).tolist() == [[0, 8]]
+    assert anchor_places(source, 3).shape == (0, 2)
+    assert anchor_places(examples.live_of(examples.document("11110")), 0).tolist() == [[1, 1], [2, 2]]
 
 
-@pytest.mark.parametrize("documents", [None, [4, 0, 2, 3, 1]])
-def test_places_line_up_with_matches(documents):
+def test_places_line_up_with_matches():
     """A drafter that is right only where the generated offset is even: `match_documents` gives its anchors in this order."""
     source = examples.live()
 
@@ -140,8 +137,8 @@ def test_places_line_up_with_matches(documents):
         last_outside = torch.where(outside, torch.arange(outside.shape[2]), -1).amax(-1)
         return torch.where(((anchors.index - last_outside) % 2 == 0)[..., None], drafts, (drafts + 1) % 512)
 
-    matched = match_documents(source, predictor, STEPS, documents=documents, batch_documents=3)
-    places = anchor_places(source, documents)
+    matched = match_documents(source, predictor, STEPS, batch_documents=3)
+    places = [anchor_places(source, document) for document in range(len(source))]
     assert [len(where) for where in places] == [len(match) for match, _ in matched]
     for (match, _), where in zip(matched, places, strict=True):
         assert match[:, 0].tolist() == (where[:, 0] % 2 == 0).tolist()
@@ -153,3 +150,13 @@ def test_judge_never_counts_what_is_not_valid():
     places = (anchors.index[..., None] + 1 + torch.arange(STEPS)).clamp(max=features.tokens.shape[1] - 1)
     every = features.target_argmax.gather(1, places.flatten(1)).view(places.shape)
     assert torch.equal(judge(every, features, anchors), anchors.valid)
+
+
+def test_predict_gives_the_argmax_as_target_tokens():
+    drafter, features = examples.drafter("hidden"), examples.features()
+    anchors = find_anchors(features.answer_mask, STEPS)
+    predictions = predict(drafter, features, anchors, STEPS)
+    logits = logits_by_pair(drafter, features)
+    for document, row, k in anchors.valid.nonzero().tolist():
+        best = logits[document, int(anchors.index[document, row]), k].argmax()
+        assert predictions[document, row, k] == DRAFT_IDS[best]

@@ -1,25 +1,27 @@
 """Training: a killed run resumes to the same bits, equal seeds give equal tables, and bad input or a lost loss is told."""
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache
 
 import examples
 import pandas as pd
 import pytest
 import torch
-from examples import VARIANTS
+from examples import DRAFT_IDS, VARIANTS
+from killed import Killed, count_steps, die_before_step
 
 from kvshot_lib.drafters.drafter import DrafterConfig, build_drafter
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.features.resident import ResidentFeatures
-from kvshot_lib.features.spec import FeatureSpec
 from kvshot_lib.metrics.acceptance import count_document
 from kvshot_lib.text.corpus import load_corpus
 from kvshot_lib.training import loop as training
+from kvshot_lib.training.config import TrainConfig, batches, learning_rate
 from kvshot_lib.training.judging import match_documents
-from kvshot_lib.training.loop import TrainConfig, batch_plan, batches, learning_rate, total_steps, train
+from kvshot_lib.training.loop import Training, branch_parameters, train
+from kvshot_lib.training.loss import draw_lags, ttt_loss
 
 SHORT = TrainConfig(
     epochs=3,
@@ -30,11 +32,8 @@ SHORT = TrainConfig(
     checkpoint_every_s=1e9,
     learning_rate=3e-3,
 )  # 5 documents: 3 steps a pass, 9 in all
+
 OFTEN = replace(SHORT, checkpoint_every_s=0.0)  # a checkpoint after every step
-
-
-class Killed(BaseException):
-    """What a kill looks like from inside: nothing that the library catches."""
 
 
 def run(folder, config=SHORT, variant="hidden", source=None, dtype=torch.float32):
@@ -48,19 +47,6 @@ def run(folder, config=SHORT, variant="hidden", source=None, dtype=torch.float32
 def undisturbed(tmp_path_factory):
     """What `run` gives without a kill, by variant; each is trained once."""
     return cache(lambda variant="hidden": run(tmp_path_factory.mktemp("run"), variant=variant))
-
-
-def die_before_step(monkeypatch, step: int, last_save: int = 0):
-    """Die just before optimiser step ``step`` (from 0); the last checkpoint is that after ``last_save`` steps."""
-    one_step, save = training._train_step, training.save_checkpoint
-
-    def killing(*given):
-        if given[5].step == step:
-            raise Killed
-        one_step(*given)
-
-    monkeypatch.setattr(training, "_train_step", killing)
-    monkeypatch.setattr(training, "save_checkpoint", lambda *given: given[4].step <= last_save and save(*given))
 
 
 def assert_same(found, wanted):
@@ -80,12 +66,6 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, undisturbe
     wanted, steps = undisturbed(variant), count_steps(monkeypatch)
     assert_same(run(tmp_path / "killed", variant=variant), wanted)
     assert steps == list(range(saved, 9))
-
-
-def count_steps(monkeypatch) -> list[int]:
-    done, one_step = [], training._train_step
-    monkeypatch.setattr(training, "_train_step", lambda *given: done.append(given[5].step) or one_step(*given))
-    return done
 
 
 def test_a_run_in_bfloat16_resumes_to_the_same_bits(tmp_path, monkeypatch):
@@ -119,8 +99,8 @@ def test_ambient_randomness_changes_nothing(tmp_path):
 
 
 def test_checkpoints_are_written_as_often_as_asked_for(tmp_path, monkeypatch):
-    saved, save = [], training.save_checkpoint
-    monkeypatch.setattr(training, "save_checkpoint", lambda *given: saved.append(given[4].step) or save(*given))
+    saved, save = [], Training.save
+    monkeypatch.setattr(Training, "save", lambda own: saved.append(own.progress.step) or save(own))
     run(tmp_path / "a", OFTEN)
     run(tmp_path / "b", SHORT)
     assert saved == [*range(1, 10), 9]
@@ -221,69 +201,10 @@ def test_a_checkpoint_of_another_vocabulary_or_start_is_refused(tmp_path):
             train(other, source, source, replace(SHORT, max_steps=1), tmp_path)
 
 
-def test_names_of_what_can_differ_do_not_clash():
-    names = [f.name for record in (DrafterConfig, FeatureSpec, TrainConfig) for f in fields(record)]
-    names.remove("kv_layers")  # a number in DrafterConfig; the spec's own layers are told as kv_layer_indices
-    assert len(names) == len(set(names))
-
-
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"half a checkpoint")
     with pytest.raises(StudyError, match="can't be read .*; delete it to train from the start"):
         run(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("epochs", 0), ("batch_documents", -1), ("learning_rate", 0), ("learning_rate", math.nan), ("clip_norm", 0),
-        ("ttt_steps", 0), ("step_decay", 0), ("anchor_fraction", 0), ("anchor_fraction", 1.5), ("anchor_fraction", -0.1),
-    ],
-)  # fmt: skip
-def test_bad_settings_are_refused_by_name(name, value):
-    with pytest.raises(StudyError, match=f"{name}={value} must be above 0"):
-        TrainConfig(**{name: value})
-
-
-# Schedules
-
-
-def test_learning_rate_by_hand():
-    """Ten steps, two of warm-up: 1/2, 1, then a cosine over eight steps that starts at 1."""
-    config = TrainConfig(learning_rate=2.0, warmup_fraction=0.2)
-    rates = [learning_rate(config, step, 10) for step in range(10)]
-    assert rates[:3] == [1.0, 2.0, 2.0]
-    assert (
-        rates[4] == pytest.approx(1 + math.sqrt(0.5))
-        and rates[6] == pytest.approx(1)
-        and rates[8] == pytest.approx(1 - math.sqrt(0.5))
-    )
-    assert learning_rate(config, 10, 10) == 0
-    assert learning_rate(TrainConfig(learning_rate=2.0, warmup_fraction=0.0), 0, 1) == 2.0
-
-
-@pytest.mark.parametrize(("documents", "size"), [(1, 1), (7, 2), (64, 2), (100, 3), (5, 8)])
-def test_a_pass_takes_every_document_once(documents, size):
-    lengths = [(7 * i) % 50 for i in range(documents)]
-    plans = [batch_plan(lengths, size, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
-    for plan in plans:
-        assert sorted(i for batch in plan for i in batch) == list(range(documents))
-        assert len(plan) == math.ceil(documents / size) and max(map(len, plan)) <= size
-    assert plans[0] == batch_plan(lengths, size, 0, 0)
-    if documents > 10:
-        assert len({str(plan) for plan in plans}) == 4
-
-
-def test_batches_go_on_where_a_run_stopped():
-    config = TrainConfig(epochs=3, batch_documents=2)
-    lengths = [5, 3, 8, 1, 9]
-    assert total_steps(config, 5) == 9 and total_steps(replace(config, max_steps=4), 5) == 4
-    assert total_steps(replace(config, max_steps=40), 5) == 9
-    whole = list(batches(lengths, config, 0, 9))
-    assert len(whole) == 9
-    for first in range(10):
-        assert list(batches(lengths, config, first, 9)) == whole[first:]
-    assert list(batches(lengths, config, 1, 4)) == whole[1:4]
 
 
 @pytest.mark.slow
@@ -307,7 +228,111 @@ def test_every_paradigm_learns_four_documents_by_heart(tmp_path, variant):
     assert (counts[:, 1] / counts[:, 0] > 0.95).all(), counts
 
 
-@pytest.mark.parametrize("name", ["max_steps", "validate_every", "weight_decay", "warmup_fraction"])
-def test_negative_settings_are_refused_by_name(name):
-    with pytest.raises(StudyError, match=f"{name}=-1 must be 0 or more"):
-        TrainConfig(**{name: -1})
+# The cures for a hybrid's cross branch
+
+CURED = TrainConfig(epochs=3, batch_documents=2, ttt_steps=3, anchor_fraction=0.5, validate_every=0, learning_rate=3e-3)
+BRANCH = ("layers.0.cross.", "layers.0.fusion.")
+
+
+def build(**options):
+    config = DrafterConfig(**{"paradigm": "hybrid", **options})
+    return examples.roughened(build_drafter(config, examples.target(), examples.live().spec, DRAFT_IDS, seed=1))
+
+
+def weights_of(drafter):
+    return {name: p.detach().clone() for name, p in drafter.named_parameters()}
+
+
+def same(one: dict, other: dict) -> set[str]:
+    return {name for name in one if torch.equal(one[name], other[name])}
+
+
+def test_by_default_training_is_plain_ttt_to_the_last_bit(tmp_path):
+    """Against a loop that knows of no cure: one AdamW group, `ttt_loss`, and the schedule."""
+    drafter, source = build(), examples.live()
+    optimiser = torch.optim.AdamW(drafter.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    for step, indices in enumerate(batches(source.lengths, CURED, 0, 9)):
+        generator = torch.Generator().manual_seed(step)
+        ttt_loss(drafter, source.batch(indices), ttt_steps=3, anchor_fraction=0.5, generator=generator).loss.backward()
+        torch.nn.utils.clip_grad_norm_(drafter.parameters(), 0.5)
+        optimiser.param_groups[0]["lr"] = learning_rate(CURED, step, 9)
+        optimiser.step()
+        optimiser.zero_grad()
+    trained = build()
+    train(trained, source, source, CURED, tmp_path)
+    assert len(same(weights_of(trained), weights_of(drafter))) == len(weights_of(drafter))
+
+
+def test_the_self_branch_and_the_gate_wait_for_the_warm_up_to_end(tmp_path):
+    drafter = build()
+    start, source = weights_of(drafter), examples.live()
+    waiting = {n for n in start if n.startswith(("layers.0.attention.", "layers.0.gate."))}
+    steps, one_step = [], Training.step
+
+    def watched(training, indices):
+        one_step(training, indices)
+        steps.append(same(weights_of(drafter), start))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Training, "step", watched)
+        train(drafter, source, source, replace(CURED, branch_warmup_steps=4), tmp_path)
+    assert len(waiting) == 6 and steps[:4] == [waiting] * 4 and steps[4:] == [set()] * 5
+    with pytest.raises(StudyError, match="branch_warmup_steps=9 must be below the 9 optimiser steps"):
+        train(build(), source, source, replace(CURED, branch_warmup_steps=9), tmp_path / "other")
+
+ALL_CURES = replace(
+    CURED, branch_warmup_steps=4, branch_loss_weight=0.5, branch_learning_rate_scale=3.0, kv_lag_augment_tokens=3
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("killed", [2, 4, 7])
+def test_with_every_cure_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, killed):
+    def run(folder, config=ALL_CURES):
+        drafter = build(gate_floor=0.2, kv_init="target")
+        history = train(drafter, examples.live(), examples.live(), config, folder)
+        return weights_of(drafter), history.drop(columns="seconds")
+
+    weights, history = run(tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        die_before_step(patched, killed)
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", replace(ALL_CURES, checkpoint_every_s=0.0))
+    again, same_history = run(tmp_path / "killed")
+    assert len(same(again, weights)) == len(weights) and same_history.equals(history)
+
+
+def test_the_branch_learns_at_its_own_rate(tmp_path):
+    """Adam's first step is the learning rate times the gradient's sign: three times as far for the branch."""
+    far, source = {}, examples.live()
+    for scale in (1.0, 3.0):
+        drafter = build()
+        start = weights_of(drafter)
+        config = replace(CURED, branch_learning_rate_scale=scale, weight_decay=0.0, max_steps=1, learning_rate=1e-3)
+        history = train(drafter, source, source, config, tmp_path / str(scale))
+        far[scale] = {n: (p - start[n]).abs().max().item() for n, p in weights_of(drafter).items()}
+        assert history["learning_rate"].unique().tolist() == [1e-3]
+    branch = {n for n, p in drafter.named_parameters() if any(p is q for q in branch_parameters(drafter))}
+    assert branch == {n for n in far[1.0] if n.startswith(BRANCH)} and len(branch) == 6
+    for name, distance in far[1.0].items():
+        assert far[3.0][name] == pytest.approx(distance * (3 if name in branch else 1), rel=1e-2)
+
+
+def test_lags_are_drawn_for_each_document_evenly_and_in_training_alone(tmp_path):
+    assert draw_lags(4, 0, None, "cpu") is None  # nothing is drawn: the anchors stay those of before
+    drawn = torch.cat([draw_lags(50, 4, torch.Generator().manual_seed(seed), "cpu") for seed in range(40)])
+    shares = drawn.bincount(minlength=5) / 2000
+    assert len(shares) == 5 and (shares - 0.2).abs().max() < 0.05
+    source, config = examples.live(), replace(CURED, kv_lag_augment_tokens=4)
+    with pytest.MonkeyPatch.context() as patched:
+        seen, loss = [], training.training_loss
+        patched.setattr(
+            training, "training_loss", lambda *given: seen.append(given[2].kv_lag_augment_tokens) or loss(*given)
+        )
+        drafter = examples.drafter("kv_2")
+        history = train(drafter, source, source, config, tmp_path)
+    assert seen == [4] * 9
+    right, total = 0, 0
+    for match, valid in match_documents(source, drafter, 3):
+        right, total = right + match[:, 0].sum(), total + valid[:, 0].sum()
+    last = history[(history["split"] == "validation") & (history["draft_step"] == 0)]["acceptance"].iloc[-1]
+    assert last == pytest.approx(right / total)

@@ -9,10 +9,16 @@ import pandas as pd
 import pytest
 import torch
 from examples import STEPS
+from killed import Killed, die_before_step
 
-from kvshot_lib.training import loop as training
-from kvshot_lib.training.loop import TrainConfig, load_checkpoint, train
+from kvshot_lib.files import write_sealed
+from kvshot_lib.training import record
+from kvshot_lib.training.anchors import find_anchors
+from kvshot_lib.training.config import TrainConfig
+from kvshot_lib.training.loop import train
+from kvshot_lib.training.loss import ttt_loss
 from kvshot_lib.training.record import (
+    Recorder,
     adam_step,
     branch_gradients,
     few_anchors,
@@ -22,9 +28,7 @@ from kvshot_lib.training.record import (
     matrix_rows,
     recorded,
     recorded_gradients,
-    watched_mixing,
 )
-from kvshot_lib.training.ttt import find_anchors, ttt_loss
 
 SHORT = TrainConfig(epochs=2, batch_documents=2, ttt_steps=3, anchor_fraction=0.5, checkpoint_every_s=1e9, seed=1)
 
@@ -54,23 +58,16 @@ def test_the_first_step_and_every_tenth_of_a_training_are_recorded():
 def test_weights_are_the_same_bits_with_and_without_recording(tmp_path, monkeypatch, variant):
     weights, table = trained(tmp_path / "with", variant)
     assert set(table["step"]) == set(range(1, 7))
-    monkeypatch.setattr(training, "recorded", lambda *_: False)
+    monkeypatch.setattr(record, "recorded", lambda *_: False)
     others, nothing = trained(tmp_path / "without", variant)
     assert nothing is None and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def test_a_killed_run_records_what_an_undisturbed_one_does(tmp_path, monkeypatch):
     _, wanted = trained(tmp_path / "undisturbed", "hybrid")
-    one_step = training._train_step
-
-    def killed(*given):
-        if given[5].step == 4:
-            raise KeyboardInterrupt
-        one_step(*given)
-
     with monkeypatch.context() as patched:
-        patched.setattr(training, "_train_step", killed)
-        with pytest.raises(KeyboardInterrupt):
+        die_before_step(patched, 4)
+        with pytest.raises(Killed):
             trained(tmp_path / "killed", "hybrid", replace(SHORT, checkpoint_every_s=0.0))
     pd.testing.assert_frame_equal(trained(tmp_path / "killed", "hybrid")[1], wanted, check_exact=True)
 
@@ -80,11 +77,10 @@ def test_a_checkpoint_from_before_there_was_a_record_goes_on(tmp_path):
     path = tmp_path / "checkpoint.pt"
     state = torch.load(path)
     del state["progress"]["gradients"]
-    torch.save(state, path)
-    drafter = examples.drafter("hidden")
-    optimiser = torch.optim.AdamW(drafter.parameters(), fused=True)
-    assert load_checkpoint(path, drafter, optimiser, state["identity"]).gradients == []
+    write_sealed(path, lambda handle: torch.save(state, handle))
     assert recorded_gradients(path, "hidden", 1) is None
+    history = train(examples.drafter("hidden"), examples.live(), examples.live(), SHORT, tmp_path)
+    assert history.equals(pd.DataFrame(state["progress"]["history"]))
 
 
 def test_every_parameter_is_in_one_matrix_and_norms_are_those_of_its_gradient():
@@ -96,7 +92,7 @@ def test_every_parameter_is_in_one_matrix_and_norms_are_those_of_its_gradient():
         norms = gradient_norms(drafter)
         for key, own in grouped.items():
             naive = math.sqrt(sum(float((p.grad**2).sum()) for p in own))
-            assert float(norms[key]) == pytest.approx(naive, rel=1e-5), key
+            assert norms[key] == pytest.approx(naive, rel=1e-5), key
     named = matrices(drafter := examples.drafter("hybrid"))
     attention = drafter.layers[0]
     assert named[0, "self", "k_proj"][0] is attention.attention.k_proj.weight
@@ -183,12 +179,17 @@ def test_compiled_steps_are_recorded_alike(monkeypatch):
     assert len(found[0]) > 2 * STEPS and (found[0]["value"] > 0).all()
 
 
-def test_mixing_is_restored_after_an_exception_compiled_or_not():
+def test_a_failing_step_leaves_no_hook_behind():
     drafter = examples.drafter("hybrid")
-    layer = drafter.layers[0]
-    for own in (None, layer.mix):
-        if own:
-            layer.mix = own
-        with pytest.raises(ZeroDivisionError), watched_mixing(drafter, lambda *_: 1 / 0):
-            loss(drafter)
-        assert vars(layer).get("mix") is own
+    rows, optimiser = [], torch.optim.AdamW(drafter.parameters(), fused=True)
+    recorder = Recorder(drafter, optimiser, 10, rows)
+    with pytest.raises(ZeroDivisionError), recorder.step(1, 100):
+        raise ZeroDivisionError
+    assert "mix" not in vars(drafter.layers[0]) and not optimiser._optimizer_step_post_hooks
+    for step in (2, 3):
+        with recorder.step(step, 100 * step):
+            loss(drafter).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert {(row["step"], row["trained_tokens"]) for row in rows} == {(2, 200), (3, 300)}
+    assert not optimiser._optimizer_step_post_hooks
