@@ -37,6 +37,7 @@ def lines(
     ylim: tuple[float | None, float | None] = (None, None),
     ticks: Sequence | None = None,
     columns: int = 4,
+    share_x: bool = True,
     share_y: bool = True,
     legend: bool | None = None,
     looks: Callable[[str], tuple[str, str]] = look,
@@ -60,6 +61,8 @@ def lines(
         A dashed level line: 0 for differences, 1 for ratios.
     ticks
         Values of the x axis that are written.
+    share_x, share_y
+        Whether all panels have the same axis.
     legend
         Names above the picture instead of at the lines' ends; by default only where there are several panels of single lines.
     height
@@ -79,7 +82,7 @@ def lines(
     values = list(dict.fromkeys(table[panels])) if panels else [None]
     rows, across = -(-len(values) // columns), min(columns, len(values))
     figure = Figure(figsize=(WIDTH, 0.4 + height * rows), layout="constrained")
-    grid = figure.subplots(rows, across, sharex=True, sharey=share_y, squeeze=False)
+    grid = figure.subplots(rows, across, sharex=share_x, sharey=share_y, squeeze=False)
     styles = dict(zip(dict.fromkeys(table[dashes]) if dashes else [None], (SOLID, DASHED)))
     ends: dict[Axes, list] = {}
     for axes, value in zip(grid.flat, values):

@@ -98,7 +98,7 @@ def _write(axes: Axes, table: pd.DataFrame, named: list[str], x: str, y: str, la
         texts.append(right if covered[0] <= covered[1] else left)
         targets.append((row[x], row[y]))
     thread, (across, up) = {"arrowstyle": "-", "color": "#999999", "lw": 0.7}, zip(*targets)
-    how = {"expand": (1.0, 1.1), "avoid_self": False, "min_arrow_len": 12, "arrowprops": thread}
+    how = {"expand": (1.0, 1.1), "force_pull": (0, 0), "avoid_self": False, "min_arrow_len": 12, "arrowprops": thread}
     adjust_text(texts, target_x=across, target_y=up, objects=points, ax=axes, iter_lim=500, **how)
 
 

@@ -42,7 +42,7 @@ STATED = [
     ("hardly falls, from .440 to .431", lambda: [value("none_1", STEP, k) for k in (0, 6)]),
     ("For `kv_1` it is gone at step 6: −.006 [−.012, −.002]", lambda: (6, *minus("kv_1", "none_1", STEP, 6))),
     ("For `hidden` it is negative: −.065 [−.071, −.059]", lambda: minus("hidden", "none_1", STEP, 6)),
-    ("`hidden_31` keeps +.050 [+.042, +.058]", lambda: minus("hidden_31", "none_1", STEP, 6)),
+    ("`hidden_31` keeps +.050 [+.042, +.057]", lambda: minus("hidden_31", "none_1", STEP, 6)),
     (
         "**Two norms**, +.31, cost nothing. The cache with two layers yields +.20 [+.17, +.22], with four +.34 [+.31, +.37]",
         lambda: (minus("hidden_31", "hidden")[0], *minus("kv_2", "hidden"), *minus("kv_4", "hidden")),
@@ -52,7 +52,7 @@ STATED = [
         "Against un-rotated cache the gain is .113, and .110 with four layers",
         lambda: (minus("states_2", "kv_2_unrotate")[0], minus("states_4", "kv_4_unrotate_mlp")[0]),
     ),
-    ("nothing clear to hidden states: +.018 [−.019, +.058]", lambda: minus("both_4_continued", "states_4_continued")),
+    ("nothing clear to hidden states: +.018 [−.019, +.057]", lambda: minus("both_4_continued", "states_4_continued")),
     ("gains +.064 [+.049, +.080] on `hidden`", lambda: minus("hybrid_warm", "hidden_continued")),
     ("(.715 < .735)", lambda: paper("retention", "kv_1", "hidden")),
     ("(1.84, 2.23, 2.34 < 2.37)", lambda: paper("expected_mat", "kv_1", "kv_2", "kv_4", "hidden")),

@@ -1,0 +1,98 @@
+"""Numbers in the text of notebook 09, held against the recorded tables."""
+
+import pytest
+from recorded import minus, table, value
+from stated import unstated, wrong
+
+NOTEBOOK = "notebooks/09_beyond_ttt.ipynb"
+
+
+def cost(variant):
+    """Bytes of a draft over those of a target forward, mean over seeds."""
+    own = table("compute").query("variant == @variant")
+    return own["chain_bytes"].mean() / own["target_bytes"].mean()
+
+
+def speedup(variant):
+    """The cost model's."""
+    return value(variant, "measured_mat") / (1 + cost(variant))
+
+
+def training_flops(variant):
+    return table("compute").query("variant == @variant")["training_flops"].mean()
+
+
+def millions(variant):
+    return table("runs").query("variant == @variant")["parameters"].iloc[0] / 1e6
+
+
+def turned(numbers):
+    """A loss as a positive number, with its interval."""
+    found, low, high = numbers
+    return -found, -high, -low
+
+
+def trained_on():
+    """Least and greatest gain of a chain that was trained on for as long again."""
+    kinds = ("hidden", "hidden_31", "states_2", "states_4", "both_4", "kv_4_unrotate_mlp")
+    gains = [minus(f"{kind}_continued", kind)[0] for kind in kinds]
+    return min(gains), max(gains)
+
+
+STATED = [
+    ("508 greedy answers", lambda: [table("counts")["document"].nunique()]),
+    ("yields .42 tokens [.39, .44] fewer per target forward", lambda: turned(minus("block_kv_2", "kv_2"))),
+    ("that is 1.60× against 1.34×", lambda: [speedup(v) for v in ("block_kv_2", "kv_2")]),
+    ("EAGLE-3.1 trained on for as long again, 1.79×", lambda: [3.1, speedup("hidden_31_continued")]),
+    ("`hidden_31` gives 1.56×, a little less than the block", lambda: [speedup("hidden_31")]),
+    (
+        "gains .014 tokens [.001, .027], with 8.08 million parameters in place of 7.41",
+        lambda: (*minus("hybrid_warm_unrotate_mlp", "hybrid_warm"), *map(millions, ("hybrid_warm_unrotate_mlp", "hybrid_warm"))),
+    ),
+    ("chains gain .22 to .34 tokens", trained_on),
+    ("−.419 [−.445, −.394] with two layers at equal tokens", lambda: minus("block_kv_2", "kv_2")),
+    ("−.414 [−.440, −.389] at equal compute", lambda: minus("block_kv_2_equal_compute", "kv_2")),
+    ("the cache gains .045 [.019, .065] on hidden states", lambda: minus("block_kv_1", "block_states_1")),
+    (
+        "gains the block .057 [.051, .064] (one seed), for 4.5 times the arithmetic",
+        lambda: (
+            *minus("block_kv_2_all_anchors", "block_kv_2"),
+            training_flops("block_kv_2_all_anchors") / training_flops("block_kv_2"),
+        ),
+    ),
+    ("The recorded trainings end at 15.3 million tokens", lambda: [table("history")["trained_tokens"].max() / 1e6]),
+    (
+        "every anchor (+.041 [+.028, +.054]), costs 2.9 times the training",
+        lambda: (
+            *minus("hybrid_warm_all_anchors", "hybrid_warm"),
+            training_flops("hybrid_warm_all_anchors") / training_flops("hybrid_warm"),
+        ),
+    ),
+    ("`hidden` about as much, .034 [.024, .046] (one seed)", lambda: minus("hidden_all_anchors", "hidden")),
+    (
+        "`hybrid_warm_31` gains .020 [−.005, .046] on `hidden_31_continued`",
+        lambda: minus("hybrid_warm_31", "hidden_31_continued"),
+    ),
+    ("Most tokens per forward has `states_4_continued`, 2.76", lambda: [value("states_4_continued", "measured_mat")]),
+    ("`kv_2` (1.34×) is worth no more than `none_1` (1.34×)", lambda: [speedup(v) for v in ("kv_2", "none_1")]),
+]
+
+
+@pytest.mark.parametrize("fragment, values", STATED, ids=[fragment[:40] for fragment, _ in STATED])
+def test_numbers_are_those_of_the_tables(fragment, values):
+    assert wrong(NOTEBOOK, fragment, values()) == []
+
+
+def test_every_interval_is_checked():
+    assert unstated(NOTEBOOK, [fragment for fragment, _ in STATED]) == []
+
+
+def test_words_in_place_of_numbers():
+    """A seventh of the drafting cost, more than twice, a quarter dearer, a fifteenth of what the target reads, best of all."""
+    assert cost("kv_2") / cost("block_kv_2") == pytest.approx(7, abs=0.5)
+    assert cost("states_4_continued") > 2 * cost("hidden_31_continued")
+    assert cost("hybrid_warm_31") / cost("hidden_31_continued") == pytest.approx(1.25, abs=0.02)
+    assert 7 / cost("hidden") == pytest.approx(15, abs=0.5)
+    assert max(table("compute")["variant"].unique(), key=speedup) == "hidden_31_continued"
+    for depth in (1, 2, 4):
+        assert speedup(f"block_kv_{depth}") > speedup(f"kv_{depth}")
