@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..drafters.variants import in_study_order
 from ..errors import StudyError
-from ..metrics.tables import in_order
-from .style import STYLE, WIDTH, label_ends, look
+from .style import STYLE, WIDTH, look
 
 MOST_LINES = 7  # more in one panel can't be told apart
 SOLID, DASHED = ("-", None), ((0, (3, 2)), "white")  # dashes, and the marker's filling
@@ -75,7 +75,7 @@ def lines(
     """
     if not len(table):
         raise StudyError("nothing to draw: the table is empty")
-    names = in_order(table[by]) if by == "variant" else list(dict.fromkeys(table[by]))
+    names = in_study_order(table[by]) if by == "variant" else list(dict.fromkeys(table[by]))
     if len(names) > MOST_LINES and panels != by:
         raise StudyError(f"{len(names)} lines can't be told apart: choose at most {MOST_LINES}")
     words = list(dict.fromkeys(table[x])) if not pd.api.types.is_numeric_dtype(table[x]) else []
@@ -139,11 +139,51 @@ def _name(figure: Figure, ends, styles, dashes, legend, names, looks) -> None:
         handles = [Line2D([], [], color=c, marker=m, ms=5, label=n) for n in map(str, names) for c, m in [looks(n)]]
     if dashes:
         handles += [
-            Line2D([], [], color="#555555", ls=d, marker="o", ms=5, mfc=f or "#555555", label=str(kind).replace("_", " "))
+            Line2D(
+                [], [], color="#555555", ls=d, marker="o", ms=5, mfc=f or "#555555", label=str(kind).replace("_", " ")
+            )
             for kind, (d, f) in styles.items()
         ]
     if handles:
         figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)))
     if not legend and several:
         for axes, own in ends.items():
-            label_ends(axes, own, max(end[0] for end in own))
+            _label_ends(axes, own, max(end[0] for end in own))
+
+
+def _label_ends(axes: Axes, ends: list[tuple], right: float) -> None:
+    """Write each line's name right of x = ``right``, (x, y, name, colour) each; names that would overlap move apart.
+
+    A dotted thread leads from the line's end to a name that is not beside it.
+    """
+    low, high = axes.get_ylim()
+    width = right - axes.get_xlim()[0]
+    ends = sorted(ends, key=lambda end: end[1])
+    gap, limit = 0.065 * (high - low), high
+    heights = _spread([y for _, y, _, _ in ends], gap)
+    for place in reversed(range(len(heights))):  # none above the axis, where the title is
+        heights[place] = min(heights[place], limit)
+        limit = heights[place] - gap
+    for (x, y, name, colour), height in zip(ends, heights):
+        where = (right + 0.055 * width, height)
+        axes.annotate(name, where, color=colour, va="center", fontsize=9.5, weight="bold", annotation_clip=False)
+        if x < right or abs(y - height) > 0.02 * (high - low):
+            thread = ([x, right + 0.045 * width], [y, height])
+            axes.plot(*thread, color=colour, lw=0.8, ls=(0, (1, 2)), clip_on=False, scalex=False, scaley=False)
+
+
+def _spread(heights: list[float], gap: float) -> list[float]:
+    """Move ascending heights until neighbours are ``gap`` apart; those that collide stay centred on their mean.
+
+    With gap 1: [0, 5, 5.2] becomes [0, 4.6, 5.6].
+    """
+    groups: list[list[float]] = []
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and _slots(groups[-2], gap)[-1] + gap > _slots(groups[-1], gap)[0]:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [slot for group in groups for slot in _slots(group, gap)]
+
+
+def _slots(group: list[float], gap: float) -> list[float]:
+    return [float(np.mean(group) + gap * (i - (len(group) - 1) / 2)) for i in range(len(group))]

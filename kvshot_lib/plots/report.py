@@ -12,7 +12,7 @@ from ..drafters.variants import VARIANTS
 from ..errors import StudyError
 from ..metrics.resampling import Draws, Interval
 from ..metrics.tables import in_order
-from .style import LEAST_ANCHORS
+LEAST_ANCHORS = 50
 
 
 def markdown_table(rows: Iterable[Iterable], header: list[str]) -> str:
