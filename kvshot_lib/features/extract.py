@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,10 @@ def prepare(values: Mapping) -> Extraction:
     """
     target = load_target(values["target"], device=values["device"], dtype=values["dtype"])
     spec = feature_spec(target, values["kv_layers"])
-    corpora = {split: load_corpus(values["corpus"], split) for split in SPLITS}
+    if values.get("state_layers", "eagle") == "kv":
+        spec = replace(spec, hidden_layers=spec.kv_layers)
+    names = dict.fromkeys(SPLITS, values["corpus"]) | {"evaluation": values.get("evaluation_corpus") or values["corpus"]}
+    corpora = {split: load_corpus(name, split) for split, name in names.items()}
     documents = {split: cut(corpus, values, target, spec) for split, corpus in corpora.items()}
     counts = answer_token_counts(corpora["train"].documents, target.vocab_size)
     return Extraction(target, spec, documents, counts)

@@ -19,12 +19,12 @@ from ..features.extract import read_counts
 from ..features.kept import open_features, read_spec
 from ..features.resident import ResidentFeatures
 from ..features.shuffled import ShuffledKV
+from ..features.spec import feature_spec
 from ..features.store import StoredFeatures
 from ..files import sha256, write_csv, write_json
 from ..metrics.acceptance import count_axes, count_run
 from ..provenance import provenance
-from ..target.capture import uniform_layers
-from ..target.load import Target, full_attention_layers, load_target, resolve_device, resolve_dtype
+from ..target.load import Target, load_target, resolve_device, resolve_dtype
 from ..text.corpus import SPLITS
 from .config import TrainConfig, configurations
 from .cost import drafting_cost
@@ -99,9 +99,14 @@ def prepare_run(variant: str, values: Mapping, results_dir: str | Path, features
         raise StudyError(f"{told}; run 01_extract_kv_cache anew")
     features = features or {split: open_features(folder, target) for split, folder in folders.items()}
     if config.reads_kv:
-        layers = uniform_layers(full_attention_layers(target.model), config.kv_layers)
+        layers = feature_spec(target, config.kv_layers).kv_layers
         features = {split: source.with_kv_layers(layers) for split, source in features.items()}
         spec = features["train"].spec
+    if config.state_layers == "kv" and spec.hidden_layers != spec.kv_layers:
+        raise StudyError(
+            f"state_layers='kv' wants the inputs of target layers {list(spec.kv_layers)}, the features hold those of "
+            f"{list(spec.hidden_layers)}; extract with state_layers='kv'"
+        )
     counts = read_counts(results_dir / "features", target.vocab_size)
     draft_ids = draft_vocabulary(counts, min(values["draft_vocab_size"], target.vocab_size))
     drafter = build_drafter(config, target, spec, draft_ids, seed=training.seed)
