@@ -1,13 +1,12 @@
-"""A scorecard shows each verdict where its statistic lies."""
+"""The scorecard shows every claim on the side of its verdict."""
 
-import numpy as np
 import pytest
 from flat_draws import draws_of
 
-from kvshot_lib.metrics.claims import in_favour
-from kvshot_lib.metrics.resampling import Interval
+from kvshot_lib.drafters.variants import VARIANTS
 from kvshot_lib.metrics.scorecard import read_paper, scorecard
-from kvshot_lib.plots.cards import LOOKS, cards
+from kvshot_lib.plots import cards
+from kvshot_lib.plots.style import save_figure
 
 RUNS = {"hidden": [(40, 30, 20), (42, 32, 20)], "kv_1": (30, 30, 30), "hybrid": (45, 41, 35), "kv_2": (35, 35, 34)}
 RUNS |= {"kv_2_unrotate": (34, 35, 34), "kv_2_zero": (10, 10, 10), "hybrid_warm": (44, 40, 35)}
@@ -18,25 +17,27 @@ def card():
     return scorecard(draws_of(RUNS, noise=2), read_paper())
 
 
-def test_markers_stand_on_the_claims_side_and_look_like_the_verdict(card):
-    judged = card[(card["direction"] != "") & card["value"].notna()]
-    markers = [line for line in cards(card).axes[0].lines if line.get_marker() in ("o", "X", "s")]
-    assert len(markers) == len(judged)
-    for marker, row in zip(markers, judged.itertuples()):
-        favour = in_favour(Interval(row.value, row.low, row.high), row.direction, row.threshold)
-        assert marker.get_xdata()[0] == pytest.approx(favour.value)
-        assert (marker.get_color(), marker.get_marker()) == LOOKS[row.verdict]
+def test_every_claim_is_named_with_its_value_or_not_measured(card):
+    figure = cards.cards(card)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    drawn = card[card["direction"] != ""]
+    assert [text.split()[0] for text in texts[::2]] == drawn["claim"].tolist()
+    assert texts.count("not measured") == (drawn["verdict"] == "not run").sum()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["reproduced / as expected", "not reproduced"]
 
 
-def test_plain_numbers_and_what_is_asked_stand_beside_them(card):
-    texts = " ".join(text.get_text() for text in cards(card).axes[0].texts)
-    row = card.set_index("claim").loc["C1"]
-    assert f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]\nreproduced: < 1 asked" in texts
-    assert "C7  Un-rotating RoPE changes MAT by less than .05" in texts and "within ±0.05 asked" in texts
-    assert "not measured" in texts, "what was not run"
+def test_marker_is_right_of_the_line_where_the_claim_holds(card):
+    ran = card[(card["direction"] != "") & (card["verdict"] != "not run")]
+    points = [line for line in cards.cards(card).axes[0].get_lines() if len(line.get_xdata()) == 1]
+    assert len(points) == len(ran)
+    for point, row in zip(points, ran.itertuples()):
+        assert point.get_color() == cards.LOOKS[row.verdict][0]
+        if row.verdict != "inconclusive":
+            assert (point.get_xdata()[0] > 0) == (not row.verdict.startswith("not")), row.claim
 
 
-def test_nothing_run_is_drawn_too(card):
-    figure = cards(card[card["verdict"] == "not run"])
-    low, high = figure.axes[0].get_xlim()
-    assert low == -high and np.isfinite(high)
+@pytest.mark.parametrize("variants", [["none_1"], list(VARIANTS)], ids=["nothing run", "everything run"])
+def test_any_set_of_variants_can_be_drawn(variants, tmp_path):
+    card = scorecard(draws_of(dict.fromkeys(variants, (30, 29, 28)), noise=3), read_paper())
+    assert (card["verdict"] == "not run").all() == (len(variants) == 1)
+    assert save_figure(cards.cards(card), card, tmp_path, "scorecard").is_file()
