@@ -10,14 +10,13 @@ import torch
 
 from kvshot_lib.drafters.checkpoint import load_drafter
 from kvshot_lib.errors import StudyError
+from kvshot_lib.features import extract
 from kvshot_lib.features.store import StoredFeatures
 from kvshot_lib.metrics import tables
-from kvshot_lib.metrics.collect import OF_RUN
+from kvshot_lib.metrics.collect import OF_RUN, _read_run
 from kvshot_lib.target.load import load_target
-from kvshot_lib.text.corpus import load_corpus
-from kvshot_lib.training.loop import _identity, load_checkpoint, train
-from kvshot_lib.training.objective import parameter_groups
-from kvshot_lib.training.run import SPLITS, _answer_token_counts
+from kvshot_lib.text.corpus import SPLITS, load_corpus
+from kvshot_lib.training.loop import Training, train
 
 
 def read_features(study: Path) -> list:
@@ -26,21 +25,20 @@ def read_features(study: Path) -> list:
 
 
 def read_counts(study: Path) -> torch.Tensor:
-    return _answer_token_counts(study / "features/answer_token_counts.csv", 512)
+    return extract.read_counts(study / "features", 512)
 
 
 def read_checkpoint(study: Path) -> list:
     run = study_jobs.training(study)
-    optimiser = torch.optim.AdamW(parameter_groups(run.drafter, study_jobs.CONFIG), fused=True)
-    identity = _identity(run.drafter, run.features["train"], study_jobs.CONFIG, torch.float32)
-    progress = load_checkpoint(study / "checkpoint/checkpoint.pt", run.drafter, optimiser, identity)
-    return [run.drafter.state_dict(), optimiser.state_dict(), vars(progress)]
+    splits = run.features["train"], run.features["validation"]
+    training = Training(run.drafter, *splits, run.training, study / "checkpoint", torch.float32)
+    return [run.drafter.state_dict(), training.optimiser.state_dict(), vars(training.progress)]
 
 
 def make_checkpoint(study: Path) -> None:
     """A checkpoint of the training's end; a finished run keeps none."""
     run = study_jobs.training(study)
-    train(run.drafter, run.features["train"], run.features["validation"], study_jobs.CONFIG, study / "checkpoint")
+    train(run.drafter, run.features["train"], run.features["validation"], run.training, study / "checkpoint")
 
 
 def read_drafter(study: Path) -> list:
@@ -49,7 +47,7 @@ def read_drafter(study: Path) -> list:
 
 
 def read_run(study: Path) -> dict:
-    return tables._read_run(study / "runs/kv_2/seed0")
+    return _read_run(study / "runs/kv_2/seed0")
 
 
 def read_tables(study: Path) -> list:

@@ -2,27 +2,28 @@
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from kvshot_lib.drafters.checkpoint import save_drafter
-from kvshot_lib.drafters.drafter import DrafterConfig
-from kvshot_lib.features.live import LiveFeatures
-from kvshot_lib.features.spec import feature_spec
-from kvshot_lib.features.store import write_store
-from kvshot_lib.files import read_json, sha256, write_csv
+from kvshot_lib.features.extract import COUNTS, keep, prepare
+from kvshot_lib.files import read_json, sha256
 from kvshot_lib.metrics import tables
 from kvshot_lib.metrics.collect import collect as collect_runs
 from kvshot_lib.study.profiles import Profile
 from kvshot_lib.study.sweep import sweep
-from kvshot_lib.target.load import load_target
-from kvshot_lib.text.corpus import answer_token_counts, load_corpus, save_corpus
-from kvshot_lib.training.loop import TrainConfig, train
-from kvshot_lib.training.run import SPLITS, finish_run, prepare_run, run_facts
+from kvshot_lib.text.corpus import SPLITS, load_corpus, save_corpus
+from kvshot_lib.training.run import Run, prepare_run, train_run
 
 VARYING = ["seconds", "train_s", "date", "profile"]  # the last is the name of the folder
 DOCUMENTS = {"train": 48, "validation": 4, "evaluation": 8}
-CONFIG = TrainConfig(epochs=1, batch_documents=2, anchor_fraction=0.5, checkpoint_every_s=0.0, validate_every=8)
+EXTRACT = {
+    "target": "tiny", "corpus": "tiny", "kv_layers": 3, "max_length_tokens": 512, "device": "cpu", "dtype": "float32",
+    "features": "stored", "replace_store": False, "batch_documents": 4, "shard_documents": 4,
+    **{f"{name}_documents": n for name, n in DOCUMENTS.items()},
+}  # fmt: skip
+TRAIN = {
+    "paradigm": "kv", "num_layers": 2, "draft_vocab_size": 384, "draft_length": 7, "device": "cpu", "dtype": "float32",
+    "epochs": 1, "batch_documents": 2, "anchor_fraction": 0.5, "checkpoint_every_s": 0.0, "validate_every": 8,
+}  # fmt: skip
 PROFILE = Profile(
     "torture",
     extract={"target": "tiny", "corpus": "tiny", **{f"{name}_documents": n for name, n in DOCUMENTS.items()}},
@@ -33,30 +34,19 @@ PROFILE = Profile(
 
 def extract(folder: Path) -> None:
     """What notebook 01 leaves, in small shards."""
-    target = load_target("tiny", device="cpu", dtype="float32")
-    spec = feature_spec(target, 3)
-    for split in SPLITS:
-        live = LiveFeatures(target, load_corpus("tiny", split).documents[: DOCUMENTS[split]], spec)
-        write_store(folder / "features" / split, live, batch_documents=4, shard_documents=4)
-    counts = answer_token_counts(load_corpus("tiny", "train").documents, 512)
-    table = pd.DataFrame({"token": np.flatnonzero(counts), "count": counts[counts > 0]})
-    write_csv(folder / "features/answer_token_counts.csv", table, listed=True)
+    keep(prepare(EXTRACT), EXTRACT, folder / "features")
 
 
-def training(folder: Path):
+def training(folder: Path) -> Run:
     """The drafter that `train_one` trains, before its first step."""
-    given = {"draft_vocab_size": 384, "device": "cpu", "dtype": "float32"}
-    return prepare_run("kv_2", DrafterConfig("kv", 2), CONFIG, folder, **given)
+    return prepare_run("kv_2", TRAIN, folder)
 
 
 def train_one(folder: Path) -> None:
-    """What notebook 02 does, with a checkpoint after every optimiser step."""
-    if not (folder / "features/answer_token_counts.csv").exists():  # the last of what it writes
+    """What notebook 03 does, with a checkpoint after every optimiser step."""
+    if not (folder / "features" / COUNTS).exists():  # the last of what it writes
         extract(folder)
-    run = training(folder)
-    history = train(run.drafter, run.features["train"], run.features["validation"], CONFIG, run.folder)
-    save_drafter(run.drafter, run.folder, variant="kv_2", seed=0)
-    finish_run(run, CONFIG, history, run_facts(run, CONFIG, history))
+    train_run("kv_2", TRAIN, folder)
 
 
 def sweep_all(folder: Path) -> None:
