@@ -29,7 +29,7 @@ WORDS = {
     "goal": ("reached", "not reached"),
 }
 KINDS = {"C": "claim", "K": "control", "H": "hypothesis", "B": "goal"}
-DIRECTIONS = ("above", "below", "within")
+HOLDS = {"above": "> {:g}", "below": "< {:g}", "within": "within ±{:g}"}  # what a direction asks of the statistic
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,8 @@ def in_favour(found: Interval, direction: str, threshold: float) -> Interval:
     0.02 [-0.01, 0.08] is 0.02 [-0.01, 0.08] in favour of "above 0", -0.02 [-0.08, 0.01] of "below 0" and, as nothing in
     it is nearer to 0 than 0 or further than 0.08, 0.03 [-0.03, 0.05] of "within 0.05".
     """
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction={direction!r} must be one of {', '.join(DIRECTIONS)}")
+    if direction not in HOLDS:
+        raise ValueError(f"direction={direction!r} must be one of {', '.join(HOLDS)}")
     value, low, high = found.value, found.low, found.high
     if direction == "within":
         nearest = 0.0 if low <= 0 <= high else min(abs(low), abs(high))

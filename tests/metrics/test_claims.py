@@ -101,7 +101,7 @@ def test_every_claim_is_there_once_and_about_variants_of_the_study():
     assert list(dict.fromkeys(c.whole for c in CLAIMS)) == wanted
     assert len(BY_ID) == len(CLAIMS)
     for claim in CLAIMS:
-        assert claim.direction in claims.DIRECTIONS and set(claim.variants) <= set(VARIANTS)
+        assert claim.direction in claims.HOLDS and set(claim.variants) <= set(VARIANTS)
         assert {metric for _, _, metric, *_ in claim.terms} <= set(acceptance.METRICS)
         assert (claim.direction == "within") <= (claim.threshold > 0)
 

@@ -1,0 +1,118 @@
+"""Numbers in the text of notebook 08, held against the recorded tables."""
+
+import re
+from functools import cache
+
+import numpy as np
+import pytest
+from notebook_checks import ROOT
+from recorded import draws, minus, table
+from stated import text_of, unstated, wrong
+
+from kvshot_lib.metrics.diagnostics import flow_draws, gate_draws
+from kvshot_lib.metrics.scorecard import compare_with_paper, paper_value, read_paper, whole_scorecard
+
+NOTEBOOK = "notebooks/08_paper_scorecard.ipynb"
+EXPECTED, STEP, TREE = "expected_mat", "step_acceptance", "tree_decoded_mat"
+
+
+@cache
+def card():
+    return whole_scorecard(ROOT / "data/recorded/full", read_paper())[0].set_index("claim")
+
+
+@cache
+def gates():
+    return gate_draws(table("gradients"))
+
+
+def trained():
+    runs = table("runs")
+    return len(runs), runs["variant"].nunique(), runs["trained_tokens"].mean() / 1e6
+
+
+def statistic(claim):
+    """Value and interval of a claim's statistic."""
+    return card().loc[claim, ["value", "low", "high"]].tolist()
+
+
+def gate(variant, metric):
+    return [*vars(gates().contrast((1, variant, metric))).values()]
+
+
+def values_share():
+    return [*vars(flow_draws(table("gradient_flow")).contrast((1, "hidden", "value_gradient"))).values()]
+
+
+def paper(metric, *variants):
+    return [paper_value(read_paper(), variant, metric) for variant in variants]
+
+
+def turned(numbers):
+    """A loss as a positive number, with its interval."""
+    found, low, high = numbers
+    return -found, -high, -low
+
+
+def orderings():
+    told = compare_with_paper(draws(), read_paper()).query("baseline != ''")["ordering"].value_counts()
+    assert told["not distinguishable"] == 2
+    return told[["yes", "no", "not distinguishable"]].sum(), told["yes"], told["no"]
+
+
+STATED = [
+    (
+        "157 trainings of 59 drafters on SmolLM2-135M-Instruct, 15 million tokens each, judged on 508 greedy answers",
+        lambda: [*trained(), table("counts")["document"].nunique()],
+    ),
+    ("beat the cache by .157 tokens [.138, .176]", lambda: statistic("C12c")),
+    ("with un-rotated keys on both sides by .110 [.092, .126]", lambda: statistic("C12d")),
+    ("a draft step 47% slower", lambda: [100 * (np.exp(statistic("C14c")[0]) - 1)]),
+    (
+        "is .029 at step 0 and −.006 [−.012, −.002] at step 6",
+        lambda: [minus("kv_1", "none_1", STEP, 0)[0], 0, *statistic("K6"), 6],
+    ),
+    ("cross-attention alone gains .120 [.107, .135]", lambda: statistic("C10b")),
+    ("it *loses* .072 [.056, .087]", lambda: turned(statistic("C10a"))),
+    ("It now says +.070 [.041, .103]", lambda: statistic("C14a")),
+    ("the values' share is .044 [.033, .054]", values_share),
+    ("whose gate is at .271 [.257, .288] after a tenth", lambda: gate("hybrid_warm", "gate_after_a_tenth")),
+    ("whose gate is at .142 [.131, .153]", lambda: gate("hybrid_warm_31", "gate_after_a_tenth")),
+    ("the paper's gate is at about .1.", lambda: paper("gate_at_the_end", "hybrid_warm")),
+    ("Ours reopens, to .567 [.542, .589]", lambda: gate("hybrid_warm", "gate_at_the_end")),
+    (
+        "4.76 tokens a forward for `hidden`, 5.01 for `hidden` trained on, 5.04 for the warm hybrid",
+        lambda: paper(TREE, "hidden", "hidden_continued", "hybrid_warm"),
+    ),
+    ("Of 32 differences 16 have the paper's sign, 14 the other", orderings),
+    ("(1.84, 2.23, 2.34 < 2.37)", lambda: paper(EXPECTED, "kv_1", "kv_2", "kv_4", "hidden")),
+]
+
+
+@pytest.mark.parametrize("fragment, values", STATED, ids=[fragment[:40] for fragment, _ in STATED])
+def test_numbers_are_those_of_the_tables(fragment, values):
+    assert wrong(NOTEBOOK, fragment, values()) == []
+
+
+def test_every_interval_is_checked():
+    assert unstated(NOTEBOOK, [fragment for fragment, _ in STATED]) == []
+
+
+def test_verdicts_in_the_text_are_those_of_the_scorecard():
+    whole = card()[~card().index.str[-1].str.isalpha()]
+    claims = whole[whole["kind"] == "claim"]["verdict"].value_counts()
+    assert claims.to_dict() == {"reproduced": 9, "not reproduced": 7, "inconclusive": 2}
+    text = text_of(NOTEBOOK)
+    assert "Of 18 claims nine are reproduced, seven are not, and two stay open" in text
+    parts = {verdict: text.partition(f"**{word}.**")[2].partition("**")[0] for word, verdict in (
+        ("Reproduced", "reproduced"), ("Not reproduced", "not reproduced"), ("Open", "inconclusive"))}  # fmt: skip
+    for verdict, told in parts.items():
+        named = {name.rstrip("abcd") for name in re.findall(r"\((C\d+[a-d]?)", told)}
+        assert named and all(whole.loc[name, "verdict"] == verdict for name in named), (verdict, named)
+
+
+def test_c14a_was_open_on_the_prompts_that_were_looked_at_first():
+    trees = table("decoding").query("mode == 'tree' and category == 'all'").set_index("variant")["decoded_mat"]
+    assert wrong(NOTEBOOK, "the statistic was −.017", [trees["hybrid_warm"] - trees["hidden_continued"]]) == []
+    duel, first = (set(table(name)["prompt"]) for name in ("decode_duel", "decode_prompts"))
+    assert (len(first), len(duel - first)) == (7, 98)
