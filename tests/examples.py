@@ -105,12 +105,18 @@ def target_layer_as_drafter(name: str = "tiny-llama"):
     for linear in (layer.fusion.keys, layer.fusion.values):
         linear.weight.zero_()
         linear.weight[:, -linear.out_features :] = torch.eye(linear.out_features)
+    copy_layer(layer, source)
+    return built
+
+
+@torch.no_grad()
+def copy_layer(layer, source) -> None:
+    """Weights of one of the target's layers into a plain layer of a drafter's."""
     for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
         getattr(layer.attention, part).weight.copy_(getattr(source.self_attn, part).weight)
     layer.mlp.load_state_dict(source.mlp.state_dict())
     layer.attention_norm.load_state_dict(source.input_layernorm.state_dict())
     layer.mlp_norm.load_state_dict(source.post_attention_layernorm.state_dict())
-    return built
 
 
 def logits_by_pair(built, features, steps=STEPS, anchors=None):

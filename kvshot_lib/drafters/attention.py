@@ -214,12 +214,12 @@ class PrefixAttention(nn.Module):
         return self.merge(chain_attention(query, prefix, mask, chain)), chain
 
     def columns(self, inputs: Tensor, rotary: Entries, entries: Entries) -> Tensor:
-        """The prefix's own columns, each over the entries up to its own: [B, M, width], the last M of N entries -> [B, M, d]"""
+        """The prefix's own columns, each over the entries up to its own: the last M of N, [B, M, width] -> [B, M, d]"""
         (query,) = self.project(inputs, rotary, "q")
-        keys, values = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in entries)
-        rows, seen = query.shape[2], keys.shape[2]
-        causal = torch.ones(rows, seen, dtype=torch.bool, device=query.device).tril(seen - rows)
-        return self.merge(nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=causal))
+        rows, length = query.shape[2], entries[0].shape[2]
+        visible = torch.arange(length - rows, length, device=query.device) + 1
+        mask = prefix_mask(visible.expand(len(query), -1), length)
+        return self.merge(chain_attention(query, entries, mask, None))
 
     def merge(self, heads: Tensor) -> Tensor:
         """[B, H, M, D] -> [B, M, d]"""

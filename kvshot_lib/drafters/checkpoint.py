@@ -1,13 +1,20 @@
-"""Trained drafters on disk: weights as safetensors, what they are as JSON beside them."""
+"""Trained drafters on disk: weights as safetensors, what they are as JSON beside them; whole, or rounded to be published.
+
+Rounding keeps about three bits a weight, so that a drafter is small enough to be tracked. A matrix is rounded row by row to
+multiples of ``step`` standard deviations of the row, kept as int8 counts and one float16 scale a row. Small counts are
+frequent and large ones rare, and a Huffman code (zlib's, without its search for repetitions, of which there are none) gives
+them short and long words: for bell-shaped rows about log2(4.13 / step) bits a weight, 3.1 at .5 (entropy of a Gaussian less
+the log of the step). Rounding errs by step / √12 of a standard deviation, root mean square: a seventh at .5. Vectors (norms,
+biases) and token ids stay as they are.
+"""
 
 import hashlib
 import os
-import re
-import shlex
 import tempfile
-from collections.abc import Sequence
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,11 +24,12 @@ from ..features.spec import FeatureSpec
 from ..files import read_json, sha256, write_atomically, write_json
 from ..target.load import Target
 from .drafter import Drafter, DrafterConfig, build_drafter
-from .rounding import load_rounded
-from .variants import VARIANTS, in_study_order, parameters_of
+from .runs import DESCRIPTION, how_to_train
 
-WEIGHTS, DESCRIPTION = "drafter.safetensors", "drafter.json"
+WEIGHTS = "drafter.safetensors"
 HUGGING_FACE = {DESCRIPTION: "config.json", WEIGHTS: "model.safetensors"}  # the same two files, as it names them
+STEP = 0.5
+COUNTS, SCALES = ".counts", ".scales"
 
 
 def save_drafter(drafter: Drafter, folder: str | Path, **facts) -> None:
@@ -42,38 +50,15 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     StudyError : no drafter there, altered weights, or another target.
     """
     description, tensors = _read(Path(folder))
-    spec = description["spec"]
-    if spec["target_hash"] != target.hash:
+    spec = FeatureSpec.from_json(description["spec"])
+    if spec.target_hash != target.hash:
         raise StudyError(
-            f"the drafter in {folder} was trained for target {spec['target']} ({spec['target_hash'][:8]}…), "
-            f"not for {target.name} ({target.hash[:8]}…); load that target or train a drafter for this one"
+            f"the drafter in {folder} was trained for {_target(spec)}, not for {target.name} ({target.hash[:8]}…); "
+            "load that target or train a drafter for this one"
         )
-    config, spec = DrafterConfig(**description["config"]), FeatureSpec.from_json(spec)
-    drafter = build_drafter(config, target, spec, tensors.pop("draft_ids"))
+    drafter = build_drafter(DrafterConfig(**description["config"]), target, spec, tensors.pop("draft_ids"))
     drafter.load_state_dict(tensors)
     return drafter.eval()
-
-
-def find_runs(results_dir: str | Path, runs: Sequence[str] = (), finished: bool = True) -> dict[str, Path]:
-    """Runs of a results folder, ``variant/seedN`` -> folder, in the study's order.
-
-    ``runs`` names the wanted ones (all by default); ``finished`` leaves out trainings that have not run to their end.
-
-    Raises
-    ------
-    StudyError : there is none, or one of ``runs`` is not there.
-    """
-    mark, found = "run.json" if finished else DESCRIPTION, {}
-    for path in Path(results_dir).glob(f"runs/*/seed*/{mark}"):
-        found[f"{path.parents[1].name}/{path.parent.name}"] = path.parent
-    told, known = "finished run" if finished else "run", ", ".join(sorted(found)) or "none"
-    if unknown := [name for name in runs if name not in found]:
-        raise StudyError(f"{', '.join(unknown)}: no {told} in {Path(results_dir) / 'runs'}; there: {known}")
-    if not found:
-        raise StudyError(f"no {told} in {Path(results_dir) / 'runs'}: train one with notebooks/03_train_drafter.ipynb")
-    places = {variant: place for place, variant in enumerate(in_study_order(name.split("/")[0] for name in found))}
-    order = sorted(runs or found, key=lambda name: (places[name.split("/")[0]], int(name.rpartition("seed")[2])))
-    return {name: found[name] for name in order}
 
 
 def read_description(folder: str | Path) -> dict:
@@ -100,7 +85,7 @@ def from_pretrained(folder: str | Path, target: Target) -> Drafter:
                 (Path(temporary) / ours).symlink_to((folder / theirs).resolve())
         described = read_json(folder / HUGGING_FACE[DESCRIPTION], "give a folder that save_pretrained wrote")
         if any("Eagle3" in name for name in described.get("architectures", [])):
-            raise StudyError(f"{folder} holds an EAGLE-3 checkpoint; read it with kvshot_lib.drafters.eagle3 import")
+            raise StudyError(f"{folder} holds an EAGLE-3 checkpoint; read it with `python -m kvshot_lib eagle3 import`")
         try:
             return load_drafter(temporary, target)
         except StudyError as error:
@@ -120,17 +105,17 @@ def warm_start(drafter: Drafter, folder: str | Path) -> list[str]:
     """
     draft_ids = drafter.draft_ids.cpu()
     description, tensors = _read(Path(folder), draft_vocab_size=len(draft_ids))
-    theirs, ours = description["spec"], drafter.spec
-    if theirs["target_hash"] != ours.target_hash:
+    theirs, ours = FeatureSpec.from_json(description["spec"]), drafter.spec
+    if theirs.target_hash != ours.target_hash:
         raise StudyError(
-            f"can't start from {folder}: it was trained for target {theirs['target']} ({theirs['target_hash'][:8]}…), "
-            f"not for {ours.target} ({ours.target_hash[:8]}…); train it for this target, in another results_dir"
+            f"can't start from {folder}: it was trained for {_target(theirs)}, not for {ours.target} "
+            f"({ours.target_hash[:8]}…); train it for this target, in another results_dir"
         )
     their_ids = tensors.pop("draft_ids")
     if not torch.equal(their_ids, draft_ids):
         raise StudyError(
-            f"can't start from {folder}: it drafts from another vocabulary ({_named(their_ids)}, not {_named(draft_ids)}); "
-            "train both with the same draft_vocab_size and features"
+            f"can't start from {folder}: it drafts from another vocabulary ({_named(their_ids)}, not "
+            f"{_named(draft_ids)}); train both with the same draft_vocab_size and features"
         )
     own = drafter.state_dict()
     shared = {name: tensor for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
@@ -149,20 +134,8 @@ def draft_vocabulary(answer_token_counts: torch.Tensor, size: int) -> torch.Tens
     return torch.argsort(answer_token_counts, descending=True, stable=True)[:size].sort().values
 
 
-def training_command(folder: Path, **parameters) -> str:
-    """The command, for the repository's root, that trains the drafter of ``results_dir/runs/<variant>/seed<k>``.
-
-    ``results_dir`` may be absolute, or relative to the root or to notebooks/; the study's variants bring their parameters along.
-    """
-    results_dir, variant, seed = folder.parents[2], folder.parent.name, folder.name.removeprefix("seed")
-    inside = Path(*(part for part in results_dir.parts if part != ".."))
-    seen = inside if inside.is_absolute() else Path("..") / inside  # from notebooks/, where notebooks run
-    output = inside / f"notebooks/03_train_drafter.{variant}.seed{seed}.ipynb"
-    values = {"variant": variant, **parameters_of(variant), "seed": seed, **parameters}
-    values |= {"results_dir": seen, "figures_dir": seen / "figures"}
-    given = [word for name, value in values.items() for word in ("-p", name, str(value))]
-    notebook = "notebooks/03_train_drafter.ipynb"
-    return shlex.join(["python", "-m", "kvshot_lib.study.notebooks", "run", notebook, str(output), *given])
+def _target(spec: FeatureSpec) -> str:
+    return f"target {spec.target} ({spec.target_hash[:8]}…)"
 
 
 def _named(draft_ids: torch.Tensor) -> str:
@@ -170,36 +143,64 @@ def _named(draft_ids: torch.Tensor) -> str:
     return f"{len(draft_ids)} tokens, {hashlib.sha256(draft_ids.numpy().tobytes()).hexdigest()[:8]}…"
 
 
-def _missing(folder: Path, **parameters) -> str:
-    """What to do about a drafter that isn't there."""
-    if not (re.fullmatch(r"seed\d+", folder.name) and folder.parent.parent.name == "runs"):
-        return f"no trained drafter in {folder}; give a folder that notebook 03_train_drafter made: .../runs/<variant>/seed<k>"
-    known = "" if folder.parent.name in VARIANTS else ", what makes it this variant"
-    return (
-        f"no trained drafter in {folder}; train it first, from the repository's root (add your budget{known}): "
-        f"{training_command(folder, **parameters)}"
-    )
-
-
 def _read(folder: Path, **parameters) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Checked description and tensors of a trained drafter; ``parameters`` are known of how one that is missing is to be trained."""
+    """Checked description and tensors of a trained drafter; ``parameters`` are those of `how_to_train`."""
     if not (folder / DESCRIPTION).exists():
-        raise StudyError(_missing(folder, **parameters))
-    description = read_json(folder / DESCRIPTION, "delete that folder and train the drafter again")
+        raise StudyError(how_to_train(folder, **parameters))
+    remedy = "delete that folder and train the drafter again"
+    description = read_json(folder / DESCRIPTION, remedy)
+    if not {"weights_sha256", "spec", "config"} <= set(description):
+        raise StudyError(f"{folder / DESCRIPTION} is damaged; {remedy}")
+    if not (folder / WEIGHTS).exists() or sha256(folder / WEIGHTS) != description["weights_sha256"]:
+        raise StudyError(f"the weights in {folder} are missing or altered; {remedy}")
     try:
-        expected, _, _ = description["weights_sha256"], description["spec"], description["config"]
-    except KeyError as error:
-        raise StudyError(
-            f"{folder / DESCRIPTION} is damaged; delete that folder and train the drafter again"
-        ) from error
-    if not (folder / WEIGHTS).exists() or sha256(folder / WEIGHTS) != expected:
-        raise StudyError(
-            f"the weights in {folder} are missing or altered; delete that folder and train the drafter again"
-        )
-    try:
-        rounded = "rounding_step" in description  # a published drafter
-        return description, (load_rounded if rounded else load_file)(folder / WEIGHTS)
+        read = load_rounded if "rounding_step" in description else load_file
+        return description, read(folder / WEIGHTS)
     except SafetensorError as error:
-        raise StudyError(
-            f"the weights in {folder} can't be read ({error}); delete that folder and train again"
-        ) from error
+        raise StudyError(f"the weights in {folder} can't be read ({error}); {remedy}") from error
+
+
+def round_rows(matrix: np.ndarray, step: float = STEP) -> tuple[np.ndarray, np.ndarray]:
+    """float [rows, columns] -> int8 counts of the same shape and float16 scales [rows, 1]; matrix ≈ counts · scales.
+
+    The scale grows where a row's largest weight would take more than 127 steps.
+    """
+    matrix = np.asarray(matrix, dtype=np.float32)
+    scales = np.maximum(step * matrix.std(1, keepdims=True), np.abs(matrix).max(1, keepdims=True) / 127)
+    scales = np.maximum(scales, 2.0**-20).astype(np.float16)  # a row of zeros has a scale too
+    counts = np.rint(matrix / scales.astype(np.float32))
+    return counts.clip(-127, 127).astype(np.int8), scales
+
+
+def save_rounded(tensors: dict[str, torch.Tensor], path: str | Path, step: float = STEP) -> Path:
+    """Write tensors as safetensors, matrices rounded; equal weights make equal bytes."""
+    kept: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2:
+            counts, scales = round_rows(tensor.detach().cpu().numpy(), step)
+            coder = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+            coded = coder.compress(counts.tobytes()) + coder.flush()
+            kept[name + COUNTS] = torch.frombuffer(bytearray(coded), dtype=torch.uint8)
+            kept[name + SCALES] = torch.from_numpy(scales)
+        else:
+            kept[name] = tensor.detach().cpu().contiguous()
+    return write_atomically(path, lambda p: save_file(kept, p))
+
+
+def load_rounded(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read what `save_rounded` wrote; matrices come back as float32.
+
+    Raises
+    ------
+    StudyError : no such file, or not one of this kind.
+    """
+    try:
+        kept = load_file(path)
+        found = {name: tensor for name, tensor in kept.items() if not name.endswith((COUNTS, SCALES))}
+        for name in (name.removesuffix(COUNTS) for name in kept if name.endswith(COUNTS)):
+            scales = kept[name + SCALES].numpy().astype(np.float32)
+            counts = np.frombuffer(zlib.decompress(kept[name + COUNTS].numpy().tobytes()), dtype=np.int8)
+            found[name] = torch.from_numpy(counts.reshape(len(scales), -1) * scales)
+    except (OSError, KeyError, ValueError, zlib.error, SafetensorError) as error:
+        raise StudyError(f"{path} can't be read ({error}); restore it with git") from error
+    return found

@@ -1,8 +1,5 @@
 """`hidden` drafters in the format of EAGLE-3 checkpoints, which vLLM and SGLang serve; and theirs read for our metrics.
 
-python -m kvshot_lib.drafters.eagle3 export RUN_FOLDER OUT [--target NAME] [--dtype bfloat16]
-python -m kvshot_lib.drafters.eagle3 import FOLDER [--target NAME] [--corpus NAME] [--documents 64]    prints its acceptance
-
 What must agree, and where it is easy to be wrong by one:
 
 - Layers. EAGLE and vLLM count hidden states as inputs of decoder layers (2, L/2, L-3), as the study does; ``eagle_config``, which
@@ -14,9 +11,7 @@ What must agree, and where it is easy to be wrong by one:
 - LM head. Our drafters use the target's rows; exported they are the checkpoint's own, and an imported one keeps what it brought.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -24,17 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from ..errors import StudyError, one_line_errors
-from ..features.live import LiveFeatures
+from ..errors import StudyError
 from ..features.spec import feature_spec
 from ..files import read_json, write_atomically
-from ..metrics.acceptance import count_run
 from ..target.capture import hidden_layers
-from ..target.load import Target, load_target
-from ..target.smollm2 import DEFAULT_TARGET
-from ..text.corpus import load_corpus
-from ..training.judging import acceptance_by_step, match_documents
-from .checkpoint import load_drafter
+from ..target.load import Target
 from .drafter import Drafter, DrafterConfig
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -47,6 +36,7 @@ NAMES = {
     **{f"layers.0.attention.{p}_proj.weight": f"midlayer.self_attn.{p}_proj.weight" for p in "qkvo"},
     **{f"layers.0.mlp.{p}_proj.weight": f"midlayer.mlp.{p}_proj.weight" for p in ("gate", "up", "down")},
 }
+TABLES = ("lm_head.weight", "embed_tokens.weight", "d2t", "t2d")
 SIZES = (
     *("hidden_size", "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads"),
     *("rms_norm_eps", "hidden_act", "max_position_embeddings"),
@@ -111,38 +101,39 @@ def import_eagle3(folder: str | Path, target: Target) -> Drafter:
     ------
     StudyError : no such checkpoint, one of another shape than the target's, or one with parts that `hidden` doesn't have.
     """
-    folder = Path(folder)
-    found, tensors = read_json(folder / CONFIG, "give the folder of an EAGLE-3 checkpoint"), _tensors(folder)
+    folder, config = Path(folder), target.config
+    found = read_json(folder / CONFIG, "give the folder of an EAGLE-3 checkpoint")
     check_config(found, folder)
-    names, config = {theirs: ours for ours, theirs in NAMES.items()}, target.config
-    state = {names[name]: tensors.pop(name) for name in names if name in tensors}
-    missing = sorted(theirs for theirs, ours in names.items() if ours not in state)
-    head, embedding = tensors.pop("lm_head.weight", None), tensors.pop("embed_tokens.weight", None)
-    d2t, _ = tensors.pop("d2t", None), tensors.pop("t2d", None)
-    if missing or tensors or head is None:
-        told = (
-            f"lacks {', '.join(missing or ['lm_head.weight'])}"
-            if missing or head is None
-            else f"has {', '.join(tensors)}"
-        )
-        raise StudyError(f"{folder} {told}: that is no EAGLE-3 drafter of one layer as the study has it")
-    ids = torch.arange(len(head)) + (0 if d2t is None else d2t.long())
-    embedding = target.model.get_input_embeddings().weight.cpu() if embedding is None else embedding
-    if head.shape[1] != config.hidden_size or int(ids.max()) >= config.vocab_size or len(ids) != len(head):
+    state, rest = _split(_tensors(folder), folder)
+    head = rest["lm_head.weight"]
+    ids = torch.arange(len(head)) + rest.get("d2t", torch.zeros(len(head))).long()
+    if head.shape[1] != config.hidden_size or int(ids.max()) >= config.vocab_size:
         raise StudyError(
-            f"{folder} drafts {len(head)} tokens up to {int(ids.max())} at width {head.shape[1]}, target {target.name} has "
-            f"{config.vocab_size} at width {config.hidden_size}; load the target that it was trained for"
+            f"{folder} drafts {len(head)} tokens up to {int(ids.max())} at width {head.shape[1]}, target {target.name} "
+            f"has {config.vocab_size} at width {config.hidden_size}; load the target that it was trained for"
         )
     spec = feature_spec(target, fused_layers=fused_layers(found, target.num_layers))
     sizes = LlamaConfig.from_dict({name: value for name, value in found.items() if name != "eagle_config"})
+    embedding = rest.get("embed_tokens.weight", target.model.get_input_embeddings().weight.cpu())
     drafter = Drafter(DrafterConfig("hidden"), spec, sizes, ids, embedding, head)
     try:
         drafter.load_state_dict(state)
     except RuntimeError as error:
-        raise StudyError(
-            f"{folder}: {CONFIG} and {WEIGHTS} don't fit ({str(error).splitlines()[-1].strip()})"
-        ) from error
+        told = str(error).splitlines()[-1].strip()
+        raise StudyError(f"{folder}: {CONFIG} and {WEIGHTS} don't fit ({told})") from error
     return drafter.to(target.device).eval()
+
+
+def _split(tensors: dict[str, torch.Tensor], folder: Path) -> tuple[dict, dict]:
+    """The drafter's own weights under our names, and the tables that stand beside them; refuse anything else."""
+    state = {ours: tensors[theirs] for ours, theirs in NAMES.items() if theirs in tensors}
+    rest = {name: tensors[name] for name in TABLES if name in tensors}
+    missing = sorted({*NAMES.values(), "lm_head.weight"} - set(tensors))
+    unknown = sorted(set(tensors) - {*NAMES.values(), *TABLES})
+    if missing or unknown:
+        told = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}"
+        raise StudyError(f"{folder} {told}: that is no EAGLE-3 drafter of one layer as the study has it")
+    return state, rest
 
 
 def check_config(found: dict, folder: Path) -> None:
@@ -159,7 +150,7 @@ def check_config(found: dict, folder: Path) -> None:
 
 
 def fused_layers(found: dict, num_layers: int) -> tuple[int, ...]:
-    """Target layers whose inputs are fused: as named at the top (vLLM), in ``eagle_config`` (SGLang, one less), or EAGLE's own."""
+    """Target layers whose inputs are fused: named at the top (vLLM), in ``eagle_config`` (SGLang, one less), or EAGLE's."""
     if ids := found.get("eagle_aux_hidden_state_layer_ids"):
         return tuple(ids)
     if ids := (found.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids"):
@@ -182,42 +173,3 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise StudyError(f"the weights in {folder} can't be read ({type(error).__name__}); fetch them again") from error
     floats = {name.replace("layers.0.", "midlayer.", 1): tensor for name, tensor in tensors.items()}
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in floats.items()}
-
-
-def measure(drafter: Drafter, target: Target, corpus: str, documents: int, draft_length: int = 7) -> str:
-    """Acceptance of an imported drafter on the corpus' evaluation answers, as text; features are captured on the fly."""
-    source = LiveFeatures(target, load_corpus(corpus, "evaluation").documents[:documents], drafter.spec)
-    matched = match_documents(source, drafter, draft_length, device=target.device, dtype=torch.float32)
-    counts, run_lengths = count_run("imported", 0, matched)
-    table = acceptance_by_step(counts).to_string(index=False, float_format="%.3f")
-    accepted = run_lengths["accepted"].sum() / max(1, run_lengths["anchors"].sum())
-    return (
-        f"{table}\nmeasured MAT {1 + accepted:.3f} tokens per target forward, on {len(source)} answers of {target.name}"
-    )
-
-
-@one_line_errors
-def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kvshot_lib.drafters.eagle3", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="a trained `hidden` drafter -> the folder of an EAGLE-3 checkpoint")
-    export.add_argument("run", type=Path, metavar="RUN_FOLDER", help=".../runs/hidden/seed0")
-    export.add_argument("out", type=Path)
-    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    reading = commands.add_parser("import", help="measure an EAGLE-3 checkpoint with the study's metrics")
-    reading.add_argument("folder", type=Path)
-    reading.add_argument("--corpus", default="selfgen", help="its evaluation answers are drafted")
-    reading.add_argument("--documents", type=int, default=64)
-    for command in (export, reading):
-        command.add_argument("--target", default=DEFAULT_TARGET, help="a name of the study, a hub id or a model folder")
-    given = parser.parse_args(words)
-    target = load_target(given.target, dtype="float32")
-    if given.command == "export":
-        print(export_eagle3(load_drafter(given.run, target), given.out, dtype=getattr(torch, given.dtype)))
-    else:
-        print(measure(import_eagle3(given.folder, target), target, given.corpus, given.documents))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -36,6 +36,7 @@ class Variant:
 HIDDEN, KV, HYBRID, BLOCK = ({"paradigm": name} for name in ("hidden", "kv", "hybrid", "block"))
 HIDDEN_31 = {**HIDDEN, "feedback": "post_norm", "hidden_norm": True}
 KV_2, KV_3, KV_4 = ({**KV, "num_layers": depth} for depth in (2, 3, 4))
+NONE, QUERY = {"kv_control": "none"}, {"kv_fusion": "heads", "kv_layers": 1}
 UNROTATE_MLP = {"kv_rope": "unrotate", "kv_fusion": "mlp"}
 STATES, BOTH = {"kv_control": "from_hidden"}, {"kv_with_hidden": True, "kv_rope": "unrotate"}
 WARM = {**HYBRID, "init_from": "hidden"}
@@ -74,13 +75,25 @@ _ENTRIES = (
     Variant("kv_2_4kv", "kv_2 over the cache of four layers instead of three.",
             {**KV_2, "kv_layers": 4}, "kv_2", "fusion", *KV_LOOK),
     Variant("none_1", "No target state: one layer over the tokens so far, a tiny language model on its own.",
-            {**KV, "kv_control": "none"}, "kv_1", "controls", "#444444", "X"),
+            {**KV, **NONE}, "kv_1", "controls", "#444444", "X"),
+    Variant("none_2", "No target state: two layers over the tokens so far.",
+            {**KV_2, **NONE}, "kv_2", "controls", "#8c8c8c", "X"),
+    Variant("none_4", "No target state: four layers over the tokens so far.",
+            {**KV_4, **NONE}, "kv_4", "controls", "#000000", "X"),
     Variant("kv_2_zero", "kv_2 with zeros in place of the cache.",
             {**KV_2, "kv_control": "zero"}, "kv_2", "controls", "#777777", "X"),
     Variant("kv_2_shuffled", "kv_2 with the cache of another document.",
             {**KV_2, "kv_control": "shuffled"}, "kv_2", "controls", "#aaaaaa", "X"),
     Variant("kv_2_lagged", "kv_2 whose cache ends four tokens before the anchor.",
             {**KV_2, "kv_control": "lagged"}, "kv_2", "controls", *KV_LOOK),
+    Variant("query_1", "One layer whose queries read the last target layer's own cache, without maps.",
+            {**KV, **QUERY}, "kv_1", "sources", "#f2b84b", "*"),
+    Variant("query_2", "Two layers whose queries read the last target layer's own cache, without maps.",
+            {**KV_2, **QUERY}, "kv_2", "sources", "#e07b39", "*"),
+    Variant("query_4", "Four layers whose queries read the last target layer's own cache, without maps.",
+            {**KV_4, **QUERY}, "kv_4", "sources", "#8a4b1f", "*"),
+    Variant("states_1", "One layer over entries made from hidden states: kv_1 with another source.",
+            {**KV, **STATES}, "kv_1", "sources", "#8ecbf0", "s"),
     Variant("states_2", "Two layers over entries made from hidden states: kv_2 with another source.",
             {**KV_2, **STATES}, "kv_2", "sources", "#56B4E9", "s"),
     Variant("kv_2_no_ttt", "kv_2, trained on its first draft step alone (no training-time test).",
@@ -121,6 +134,10 @@ _ENTRIES = (
             {**WARM, **COMBINED}, "hybrid_warm", "cures", *HYBRID_LOOK),
     Variant("hidden_31", "EAGLE-3.1: hidden with normed inputs and its state fed back after the final norm.",
             HIDDEN_31, "hidden_post_norm", "norms", "#7a86d6", "p"),
+    Variant("hidden_31_2", "EAGLE-3.1 with a second layer over the stream.",
+            {**HIDDEN_31, "num_layers": 2}, "hidden_31", "sources", "#5a66bd", "p"),
+    Variant("hidden_31_4", "EAGLE-3.1 with three more layers over the stream.",
+            {**HIDDEN_31, "num_layers": 4}, "hidden_31", "sources", "#1e2769", "p"),
     Variant("hidden_31_continued", "hidden_31, trained once more for as long.",
             {**HIDDEN_31, "init_from": "hidden_31"}, "hidden_31", "training", "#2f3b8f", "p"),
     Variant("hybrid_warm_31", "hybrid_warm over EAGLE-3.1: both norms, started from a trained hidden_31.",

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..drafters.runs import find_runs
 from ..drafters.variants import MAIN_VARIANTS, in_study_order
 from ..errors import StudyError
 from ..files import read_json, sha256
@@ -41,13 +42,7 @@ def collect(
         documents, draft steps, anchors or target). Tables of an earlier collection stay as they were.
     """
     results_dir = Path(results_dir)
-    finished = [path.parent for path in results_dir.glob("runs/*/seed*/run.json")]
-    finished = [folder for folder in finished if not runs or f"{folder.parent.name}/{folder.name}" in runs]
-    if not finished:
-        raise StudyError(
-            f"no finished run in {results_dir / 'runs'}: train a drafter there with notebooks/03_train_drafter.ipynb"
-        )
-    found = {_key(run): run for run in map(_read_run, finished)}
+    found = {_key(run): run for run in map(_read_run, find_runs(results_dir, runs).values())}
     if keep:
         kept = {name: read(keep, name) for name in ("runs", *OF_RUN)}
         for variant, number in kept["runs"][["variant", "seed"]].itertuples(index=False, name=None):

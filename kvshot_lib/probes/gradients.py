@@ -30,10 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from ..drafters.attention import Entries
-from ..drafters.checkpoint import find_runs, load_drafter
+from ..drafters.checkpoint import load_drafter
 from ..drafters.drafter import Drafter
 from ..drafters.hooks import watching
 from ..drafters.layers import BlockLayer, View
+from ..drafters.runs import find_runs
 from ..errors import StudyError
 from ..features.live import LiveFeatures
 from ..features.resident import ResidentFeatures

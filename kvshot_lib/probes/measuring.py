@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..drafters.checkpoint import DESCRIPTION, find_runs
+from ..drafters.runs import DESCRIPTION, find_runs
 from ..errors import StudyError
 from ..features.shuffled import ShuffledKV
 from ..features.store import StoredFeatures

@@ -23,9 +23,10 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ..drafters.checkpoint import find_runs, load_drafter
+from ..drafters.checkpoint import load_drafter
 from ..drafters.config import DrafterConfig
 from ..drafters.drafter import Drafter
+from ..drafters.runs import find_runs
 from ..drafters.variants import QUERY_ARMS, QUERY_VARIANTS
 from ..errors import StudyError
 from ..features.shuffled import ShuffledKV

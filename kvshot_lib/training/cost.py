@@ -43,10 +43,10 @@ def drafting_cost(drafter: Drafter, context_length_tokens: int = CONTEXT, draft_
     ``prefix_flops_per_token`` and ``prefix_bytes_per_token``, for each token that the target verified; and N.
     """
     steps = drafter.config.block_size - 1 if drafter.config.paradigm == "block" else draft_length
-    prefix = prefix_cost(drafter)
+    prefix = prefix_cost(drafter, context_length_tokens)
     return {
         "drafting_flops": round(chain_cost(drafter, context_length_tokens, draft_length).flops / steps),
-        "prefix_flops_per_token": prefix.flops,
+        "prefix_flops_per_token": round(prefix.flops),
         "prefix_bytes_per_token": prefix.bytes,
         "draft_context_tokens": context_length_tokens,
     }
@@ -83,10 +83,11 @@ def pass_cost(drafter: Drafter, context_length_tokens: float, draft_step: int = 
     return Cost(head * max(1, rows - 1) + rows * (maps + attended), head + maps + read)
 
 
-def prefix_cost(drafter: Drafter) -> Cost:
+def prefix_cost(drafter: Drafter, context_length_tokens: float = CONTEXT) -> Cost:
     """Of one more token's target state: FLOPs that turn it into prefix entries, and bytes of these entries.
 
-    With ``kv_fusion="heads"`` they are the target's own cache and take no memory besides.
+    With ``kv_fusion="heads"`` they are the target's own cache and take no memory besides. Where a layer's entries are made
+    from the output of the one below, the token runs through that one too, over N entries.
     """
     flops, entries = _linear(getattr(drafter, "fuse_hidden", None)), 0
     for layer in drafter.layers:
@@ -94,6 +95,10 @@ def prefix_cost(drafter: Drafter) -> Cost:
         for attention in _attentions(layer):
             flops += _keys_and_values(attention) * _makes_its_prefix(layer, attention)
             entries += _entry_bytes(attention)
+    for layer in drafter.layers[:-1]:
+        if layer.own_prefix:
+            attended = 4 * layer.attention.q_proj.out_features * context_length_tokens
+            flops += _linear(layer) - _keys_and_values(layer.attention) + attended
     return Cost(flops, entries * _entries_a_position(drafter))
 
 
@@ -192,7 +197,7 @@ def training_flops(drafter: Drafter, work: Work) -> float:
     seen = work.entries / np.maximum(work.rows, 1)  # on average; costs are linear in it
     passes = range(1 if block else len(work.rows))
     layers = sum(work.rows[k] * (pass_cost(drafter, seen[k], k).flops - head * drafted) for k in passes)
-    prefix = work.columns * (3 * prefix_cost(drafter).flops - plain_prefix_flops(drafter))
+    prefix = work.columns * (3 * prefix_cost(drafter, seen[0]).flops - plain_prefix_flops(drafter))
     return float(3 * layers + prefix + 2 * head * work.scored.sum() + head * work.tokens)
 
 
@@ -201,7 +206,7 @@ def plain_prefix_flops(drafter: Drafter) -> int:
     config, maps = drafter.config, []
     if config.fuses_hidden and not config.hidden_norm:
         maps.append(drafter.fuse_hidden)
-    if config.kv_control != "from_hidden":
+    if config.kv_control != "from_hidden" and not config.kv_norm:
         fusions = [fusion for layer in drafter.layers if (fusion := getattr(layer, "fusion", None))]
         maps += [part for fusion in fusions for part in (fusion.keys, fusion.values)]
     first = [part[0] if isinstance(part, nn.Sequential) else part for part in maps]

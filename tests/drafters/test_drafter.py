@@ -6,10 +6,13 @@ import torch
 from examples import DRAFT_IDS, VARIANTS
 
 from kvshot_lib.drafters.attention import prefix_mask
+from kvshot_lib.drafters.context import drafter_spec
 from kvshot_lib.drafters.drafter import DrafterConfig, build_drafter
 from kvshot_lib.drafters.layers import View
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features.spec import feature_spec
+from kvshot_lib.training.anchors import find_anchors
+from kvshot_lib.training.judging import predict
 
 
 def build(variant="hidden", name="tiny-llama", seed=0, **options):
@@ -99,7 +102,6 @@ def test_a_layer_started_from_the_target_is_the_targets_layer():
         ),
         ({"paradigm": "kv", "num_layers": 0}, "num_layers=0 must be above 0"),
         ({"paradigm": "kv", "kv_grad_scale": 0}, "kv_grad_scale=0 must be above 0"),
-        ({"paradigm": "hidden", "num_layers": 2}, "num_layers=2 means nothing to a hidden drafter; it takes feedback"),
         ({"paradigm": "hybrid", "num_layers": 2}, "num_layers=2 means nothing to a hybrid drafter"),
         ({"paradigm": "hidden", "kv_fusion": "mlp"}, "kv_fusion='mlp' means nothing to a hidden drafter"),
         (
@@ -111,10 +113,16 @@ def test_a_layer_started_from_the_target_is_the_targets_layer():
             {"paradigm": "kv", "kv_fusion": "heads", "kv_rope": "unrotate"},
             "kv_fusion='heads' contradicts kv_rope='unro",
         ),
-        (
-            {"paradigm": "kv", "kv_control": "none", "num_layers": 2},
-            "kv_control='none' contradicts num_layers=2; with it",
-        ),
+        ({"paradigm": "kv", "kv_control": "none", "kv_norm": True}, "kv_control='none' contradicts kv_norm=True; with it"),
+        ({"paradigm": "kv", "kv_norm": True, "kv_fusion": "heads"}, "kv_fusion='heads' contradicts kv_norm=True"),
+        ({"paradigm": "kv", "kv_norm": True, "kv_init": "target"}, "kv_init='target' contradicts kv_norm=True"),
+        ({"paradigm": "hidden", "kv_norm": True}, "kv_norm=True means nothing to a hidden drafter"),
+        ({"paradigm": "kv", "state_layers": "kv"}, "state_layers='kv' means nothing without hidden states to read"),
+        ({"paradigm": "block", "state_layers": "kv"}, "state_layers='kv' means nothing without hidden states to read"),
+        ({"paradigm": "kv", "qk_norm": True}, "cached keys have theirs: set kv_rope='unrotate'"),
+        ({"paradigm": "kv", "qk_norm": True, "kv_rope": "unrotate", "kv_with_hidden": True}, "contradicts qk_norm=True"),
+        ({"paradigm": "hybrid", "qk_norm": True}, "qk_norm=True means nothing to a hybrid drafter"),
+        ({"paradigm": "kv", "kv_layers": []}, r"kv_layers=\(\) must be above 0"),
         (
             {"paradigm": "kv", "kv_control": "from_hidden", "kv_fusion": "mlp"},
             "contradicts kv_fusion='mlp'; .* be 'linear'",
@@ -144,3 +152,35 @@ def test_any_number_of_reused_layers_fits_any_number_of_drafter_layers(layers):
         config = DrafterConfig("kv", number)
         drafter = build_drafter(config, examples.target(), spec, DRAFT_IDS)
         assert len(drafter.layers) == number
+
+
+def test_states_of_the_layers_whose_cache_is_read():
+    """Two layers of four, 1 and 3; EAGLE's would be 0, 2 and 3. Layers may also be named."""
+    own = {"paradigm": "kv", "kv_control": "from_hidden", "kv_layers": 2}
+    assert drafter_spec(DrafterConfig(**own), examples.target()).hidden_layers == (0, 2, 3)
+    same = DrafterConfig(**own, state_layers="kv")
+    spec = drafter_spec(same, examples.target())
+    assert spec.hidden_layers == spec.kv_layers == (1, 3)
+    named = drafter_spec(DrafterConfig(**{**own, "kv_layers": [0, 1, 3]}, state_layers="kv"), examples.target())
+    assert named.hidden_layers == named.kv_layers == (0, 1, 3)
+    built = build_drafter(same, examples.target(), spec, DRAFT_IDS)
+    assert built.layers[0].fusion.keys.in_features == 2 * 64
+
+
+@torch.no_grad()
+def test_a_drafter_without_target_state_that_is_the_target_is_perfect():
+    """All of the target's layers as a causal model of the drafter's own: every draft is the target's, at every step."""
+    target, everything = examples.target(), torch.arange(512)
+    config = DrafterConfig("kv", target.num_layers, kv_control="none")
+    built = build_drafter(config, target, examples.live().spec, everything)
+    for layer, source in zip(built.layers, target.model.get_decoder().layers, strict=True):
+        examples.copy_layer(layer, source)
+    features = examples.features(documents=(0, 1, 4))
+    anchors = find_anchors(features.answer_mask, 7)
+    drafted = predict(built, features, anchors, 7)
+    compared = 0
+    for document, row, step in anchors.valid.nonzero().tolist():
+        place = int(anchors.index[document, row]) + 1 + step
+        assert drafted[document, row, step] == features.target_argmax[document, place]
+        compared += 1
+    assert compared > 80

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvshot_lib.drafters.rounding import load_rounded, round_rows, save_rounded
+from kvshot_lib.drafters.checkpoint import load_rounded, round_rows, save_rounded
 from kvshot_lib.errors import StudyError
 
 
