@@ -1,7 +1,8 @@
 """The study's one command line: `python -m kvshot_lib VERB`, or `kvshot VERB`; `--help` lists the verbs.
 
-A verb is a function of the library. Its parameters before the ``*`` are arguments, those behind it options; its docstring is the help.
-A module is imported when its verb runs, so that every command starts at once.
+A verb is a function of the library: parameters before the ``*`` are arguments, those behind it options, the docstring is
+the help. A module is imported when its verb runs, so that every command starts at once. (typer and tyro would want
+their own annotations at every parameter, and all modules at the start.)
 """
 
 import ast
@@ -29,10 +30,10 @@ VERBS = {
     "generate": "text.generate:generate",
     "collect": "metrics.collect:collect",
     "thin": "metrics.collect:thin",
-    "convert": "study.publish:convert_tables",
+    "convert": "study.publish:convert",
     "compute": "study.compute:write_compute",
-    "bench": "study.bench:bench",
-    "dry-run": "study.dry_run:dry_run",
+    "bench": "study.scale:bench",
+    "dry-run": "study.scale:dry_run",
     "publish": "study.publish:publish_runs",
     "judge": "study.publish:judge_checkpoint",
     "report": "study.site:build_report",
@@ -40,10 +41,10 @@ VERBS = {
     "measure queries": "probes.queries:measure_queries",
     "measure gradients": "probes.gradients:measure_gradients",
     "measure shift": "probes.shift:measure_shift",
-    "decode speed": "decoding.timing:measure",
-    "decode duel": "decoding.duel:duel",
+    "decode speed": "decoding.timing:measure_speed",
+    "decode duel": "decoding.timing:duel",
     "decode lossless": "decoding.lossless:verify_lossless",
-    "decode latency": "decoding.latency:latency",
+    "decode latency": "decoding.latency:measure_latency",
     "eagle3 export": "study.publish:export",
     "eagle3 import": "study.publish:measure_eagle3",
 }
@@ -108,35 +109,41 @@ def is_argument(own: inspect.Parameter) -> bool:
 
 def parameter(own: inspect.Parameter, kind: object, told: str | None) -> click.Parameter:
     """A click argument or option for one parameter of a function."""
-    several = get_origin(kind) is Sequence
-    inner = get_args(kind)[0] if several else kind
-    required, default = own.default is own.empty, own.default
-    word = inner if inner in (int, float, bool) else str
+    several, required = get_origin(kind) is Sequence, own.default is own.empty
+    word = next((known for known in (bool, int, float) if known in (kind, *get_args(kind))), str)
+    default = None if required else own.default
     if is_argument(own):
-        options = {"nargs": -1, "required": False} if several else {"required": required, "default": None if required else default}
-        return click.Argument([own.name], type=word, **options)
-    flag = f"--{own.name.replace('_', '-')}"
-    if kind is bool:
-        return click.Option([f"{flag}/--no-{flag[2:]}"], default=default, help=told, show_default=True)
-    if several:
-        default = ",".join(map(str, default)) or "none"
-        return click.Option([flag], default=default, help=told, show_default=True, callback=lambda *a: _several(word, flag, a[-1]))
-    return click.Option([flag], type=word, required=required, default=None if required else default, help=told, show_default=default != "")
+        nargs = {"nargs": -1} if several else {"default": default}
+        return click.Argument([own.name], type=word, required=required, **nargs)
+    flag = own.name.replace("_", "-")
+    flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
+    shown = {"help": told, "show_default": default not in ("", None), "required": required, "default": default}
+    return click.Option([flags], type=Several(word) if several else word, **shown)
 
 
-def _several(kind: type, flag: str, text: str) -> list:
+class Several(click.ParamType):
     """Words or numbers with commas between them; none for ``none``."""
-    try:
-        return [] if text == "none" else [kind(word) for word in text.split(",")]
-    except ValueError:
-        raise StudyError(f"{flag} {text!r}: give whole numbers with commas between them") from None
+
+    name = "a,b"
+
+    def __init__(self, word: type):
+        self.word = word
+
+    def convert(self, value: object, own: click.Parameter | None, context: click.Context | None) -> list:
+        if not isinstance(value, str):
+            return list(value)
+        try:
+            return [] if value == "none" else [self.word(word) for word in value.split(",")]
+        except ValueError:
+            raise StudyError(f"{own.opts[0]} {value!r}: give whole numbers with commas between them") from None
 
 
 def parameter_help(docstring: str) -> dict[str, str]:
     """What the Parameters section of a docstring says of each name."""
     section = docstring.partition("Parameters\n----------")[2].partition("\n\n")[0]
     parts = re.split(r"(?:\.\s|\n)\s*((?:\w+, )*\w+) : ", section)
-    return {name: " ".join(text.split()) for names, text in zip(parts[1::2], parts[2::2], strict=True) for name in names.split(", ")}
+    told = zip(parts[1::2], parts[2::2], strict=True)
+    return {name: " ".join(text.split()) for names, text in told for name in names.split(", ")}
 
 
 def tell(result: object) -> None:

@@ -15,15 +15,15 @@ from .notebooks import check_names, read_code_cells
 from .profiles import DRAWING, NOTEBOOKS
 
 PACKAGE = Path(__file__).parents[1]
-# What can't change a number: messages, how files are written, how steps are started. A variant's parameters reach its training as
-# parameters, so that another variant more leaves the trained ones alone.
+# What can't change a number: messages, how files are written, how steps are started. A variant's parameters reach its
+# training as parameters, so that another variant more leaves the trained ones alone; where they are drawn they count.
 LOOKS = {"drafters.variants"}
-UNCOUNTED = {"errors", "files", "parts", "provenance", *LOOKS}  # and the rooms study and plots; looks count where drawn
+UNCOUNTED = {"errors", "files", "parts", "provenance", *LOOKS}
 FIGURE = "figure"  # tag of cells that only draw or print: they are not counted where numbers are made
 
 
 def fingerprint(step: str, parameters: dict, *upstream: str) -> str:
-    """Short hash of all that a step's results depend on: `covered`, its parameters, and the fingerprints of what it reads.
+    """Short hash of all that a step's results depend on: `covered`, its parameters, fingerprints of what it reads.
 
     ``step`` is a key of ``NOTEBOOKS``, or a module of the library such as ``probes.gradients``.
     """
@@ -42,7 +42,7 @@ def covered_names(step: str) -> list[str]:
 
 
 def covered(step: str) -> dict[str, str]:
-    """Code that the step's fingerprint covers: name of each notebook or module -> its code without comments, docstrings and layout.
+    """Code that the step's fingerprint covers: name of each notebook or module -> its code without comments and layout.
 
     Raises
     ------
@@ -62,14 +62,14 @@ def covered(step: str) -> dict[str, str]:
             continue
         path = module_path(name)
         if path is None:
-            raise StudyError(f"there is no module kvshot_lib.{name}, which {step} is made of; restore it with git checkout")
+            raise StudyError(f"{step} is made of kvshot_lib.{name}, which isn't there; restore it with git checkout")
         found[name], imported = _read_module(path, name, path.stat().st_mtime_ns)
         todo |= imported
     return code | {f"kvshot_lib.{name}".rstrip("."): found[name] for name in sorted(found)}
 
 
 def plain_python(notebook: str | Path, *, figures: bool = True) -> str:
-    """The notebook's code cells as one program, without lines of IPython's own syntax (and, if wanted, without cells that only draw)."""
+    """The notebook's code cells as one program, without IPython's own syntax (and, if wanted, cells that only draw)."""
     cells = [cell for cell in read_code_cells(notebook) if figures or FIGURE not in cell.tags]
     lines = [line for cell in cells for line in cell.source.splitlines()]
     return "\n".join(line for line in lines if not line.startswith(("%", "!", "?")))
@@ -93,11 +93,11 @@ def _read_module(path: Path, name: str, _changed_ns: int) -> tuple[str, set[str]
 
 
 def imported_modules(tree: ast.AST, room: str, where: str) -> set[str]:
-    """Modules of the library that a program imports, dotted without ``kvshot_lib.``; ``room`` is the package that it stands in.
+    """Modules of the library that a program in the package ``room`` imports, dotted without ``kvshot_lib.``.
 
     Raises
     ------
-    StudyError : an import of kvshot_lib that leads nowhere: to pass over it would leave its code out of every fingerprint.
+    StudyError : one that leads nowhere: to pass over it would leave its code out of every fingerprint.
     """
     names: set[str] = set()
     for node in ast.walk(tree):
@@ -117,10 +117,13 @@ def _imported(base: str, names: Iterable[str], where: str) -> set[str]:
     """Modules behind ``from base import names``: a name may itself be one, or be lent by the package's ``__init__``."""
     from .. import EXPORTS
 
-    if module_path(base) is None:
-        raise StudyError(f"{where} imports kvshot_lib.{base}, which isn't there; mend the import")
-    found = set()
+    path, found = module_path(base), set()
     for name in names:
         inner = f"{base}.{name}".lstrip(".")
-        found.add(inner if module_path(inner) else EXPORTS.get(name, base) if not base else base)
+        if module_path(inner):
+            found.add(inner)
+        elif path and name in path.read_text():
+            found.add(EXPORTS.get(name, base) if not base else base)
+        else:
+            raise StudyError(f"{where} imports kvshot_lib.{inner}, which isn't there; mend the import")
     return found

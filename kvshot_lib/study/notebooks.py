@@ -51,7 +51,7 @@ def read_code_cells(notebook: str | Path) -> list[CodeCell]:
 def parameter_defaults(notebook: str | Path) -> dict:
     """Names and values in the notebook's ``parameters`` cell, in their order; plain values, no expressions.
 
-    (`papermill.inspect_notebook` gives names and source texts, and takes three seconds to import in every job of a study.)
+    (`papermill.inspect_notebook` takes three seconds to import, in every job of a study, and gives source texts.)
 
     Raises
     ------
@@ -59,7 +59,7 @@ def parameter_defaults(notebook: str | Path) -> dict:
     """
     sources = [cell.source for cell in read_code_cells(notebook) if "parameters" in cell.tags]
     if len(sources) != 1:
-        raise StudyError(f"{notebook} has {len(sources)} cells tagged 'parameters' instead of one; nothing can be set in it")
+        raise StudyError(f"{notebook} has {len(sources)} cells tagged 'parameters' instead of one: nothing can be set")
     assignments = [node for node in ast.parse(sources[0]).body if isinstance(node, ast.Assign)]
     return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
 
@@ -128,7 +128,7 @@ def run_notebook(
 
 
 def execute(notebook: Path, output: Path, parameters: dict, cwd: Path, progress: "Progress") -> None:
-    """Run ``notebook`` with papermill in this Python, its own warnings and logs silenced, its stderr sent to ``progress``.
+    """Run ``notebook`` with papermill in this Python, papermill's logs silenced, the notebook's stderr to ``progress``.
 
     Raises
     ------
@@ -143,11 +143,12 @@ def execute(notebook: Path, output: Path, parameters: dict, cwd: Path, progress:
     options = {
         "kernel_name": "python3",  # an editor may have saved the name of its own
         "progress_bar": False,
+        "stderr_file": progress,
         "config": Config({"KernelManager": {"transport_encryption": "auto"}}),
         "extra_arguments": ["--IPKernelApp.log_level=50"],
     }
     try:
-        papermill.execute_notebook(str(notebook), str(output), parameters, cwd=str(cwd), stderr_file=progress, **options)
+        papermill.execute_notebook(str(notebook), str(output), parameters, cwd=str(cwd), **options)
     except PapermillExecutionError as error:
         text = " ".join(str(error.evalue).split()) or "(no message)"
         line = text if error.ename == "StudyError" else f"{error.ename}: {text}"
@@ -209,7 +210,8 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
         held = lock.acquire()
     except OSError as error:
         why = disk_trouble(error) or str(error)
-        raise StudyError(f"could not write to {path.parent}: {why}; free some space or choose another folder") from error
+        told = f"could not write to {path.parent}: {why}; free some space or choose another folder"
+        raise StudyError(told) from error
     with held:
         yield
 

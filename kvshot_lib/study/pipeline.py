@@ -35,7 +35,7 @@ def run_study(profile: str, words: Sequence[str]) -> int:
         except SystemExit as stop:
             status = int(stop.code or 0)
     if status:
-        print("the run stopped early; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        print("the run stopped early; what was finished is kept, the same command goes on from there", file=sys.stderr)
     elif not words:
         print(f"{results} is complete and up to date: see its notebooks/, tables/ and figures/")
     return status
@@ -53,13 +53,14 @@ def snakemake_words(profile: Profile, given: str, words: Sequence[str]) -> list[
 
 
 def overview(profile: Profile, results: Path) -> str:
-    """The profile's trainings, a line a drafter: which seeds have finished a run, up to date or not, and which haven't."""
+    """The profile's trainings, a line a drafter: seeds with a finished run, up to date or not, and those without."""
     lines = [f"{profile.name}: {len(profile.drafters)} drafters, seeds {', '.join(map(str, profile.seeds))}"]
     for variant in profile.drafters:
         seeds = {True: [], False: []}
         for seed in profile.seeds:
             seeds[(results / f"runs/{variant}/seed{seed}/run.json").exists()].append(str(seed))
-        told = [" ".join([word, *seeds[done]]) for done, word in ((True, "finished"), (False, "not yet")) if seeds[done]]
+        words = {"finished": seeds[True], "not yet": seeds[False]}
+        told = [" ".join([word, *found]) for word, found in words.items() if found]
         lines.append(f"  {variant:20} {', '.join(told)}")
     return "\n".join(lines)
 
@@ -70,8 +71,8 @@ def check_foreign_runs(profile: Profile, results: Path) -> None:
     foreign = [folder for folder in folders if (folder / "run.json").exists() and not (folder / MARK).exists()]
     if foreign:
         raise StudyError(
-            f"{len(foreign)} runs in {results} were not trained by the pipeline ({foreign[0]}, ...), which would replace "
-            f"them; to use them: python -m kvshot_lib collect {results}; to train anew, move {results}/runs away"
+            f"{len(foreign)} runs in {results} were not trained by the pipeline ({foreign[0]}, ...), which would "
+            f"replace them; to use them: python -m kvshot_lib collect {results}; to train anew: move {results}/runs"
         )
 
 
@@ -82,7 +83,7 @@ def redraw_all(profiles: Sequence[str] = ()) -> None:
 
 
 def redraw(name: str) -> None:
-    """Draw figures/<name> anew: every drawing notebook of its profile, with its parameters; one that isn't drawn is named.
+    """Draw figures/<name> anew by the drawing notebooks of its profile; one that isn't run is named, with the reason.
 
     Raises
     ------
@@ -90,7 +91,8 @@ def redraw(name: str) -> None:
     """
     tables = Path("data/recorded") / name
     if not tables.is_dir():
-        raise StudyError(f"there are no tables in {tables}; recorded: {', '.join(recorded_profiles()) or 'nothing yet'}")
+        recorded = ", ".join(recorded_profiles()) or "nothing yet"
+        raise StudyError(f"there are no tables in {tables}; recorded: {recorded}")
     known = (FOLDER / f"{name}.yaml").exists()  # or else recorded by hand
     profile = load_profile(name) if known else Profile(name)
     for key in DRAWING:
@@ -99,7 +101,8 @@ def redraw(name: str) -> None:
             print(f"{notebook.name}: not drawn for {name}, whose profile has no '{key}'")
             continue
         folders = {"tables_dir": f"../{tables}", "figures_dir": f"../figures/{name}"}
-        run_notebook(notebook, results_of(profile) / f"notebooks/{notebook.stem}.recorded.ipynb", (parameters or {}) | folders)
+        output = results_of(profile) / f"notebooks/{notebook.stem}.recorded.ipynb"
+        run_notebook(notebook, output, (parameters or {}) | folders)
 
 
 def recorded_profiles() -> list[str]:

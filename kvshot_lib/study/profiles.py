@@ -1,4 +1,4 @@
-"""What a profile (notebooks/profiles/NAME.yaml) says: which drafters, how much, and the parameters of every notebook."""
+"""What a profile (notebooks/profiles/NAME.yaml) says: which drafters, how much, and every notebook's parameters."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ class Profile:
     Attributes
     ----------
     generate, extract, train, decay, bottlenecks, prefix, decode, scorecard, beyond : of that key of `NOTEBOOKS`.
-    dialogues : options of `kvshot generate`; the target of `extract` writes (or answers) them first: they are the corpus.
+    dialogues : options of `kvshot generate`; the target of `extract` writes (or answers) them: they are the corpus.
     speed : options of `kvshot decode speed`, measured for ``decode``; lists for those that take several numbers.
     checkpoints : names of published drafters (folders of data/checkpoints), judged beside the trained ones.
     drafters : variant name to the training parameters that make it; the file may just list names of `VARIANTS`.
@@ -101,10 +101,10 @@ def load_profile(name_or_path: str | Path) -> Profile:
             if name in SET_BY_PIPELINE:
                 raise StudyError(f"{where}, {section}: '{name}' is set by the pipeline; take it out")
             check_no_number_as_text(f"{where}, {section}, {name}", value)
-    if "dialogues" in content and "corpus" in content.get("extract", {}):
-        raise StudyError(f"{where}, extract: with 'dialogues' they are the corpus; take 'corpus' out")
     check_names(content.get("dialogues", {}), DIALOGUES, f"{where}, dialogues")
     check_names(content.get("speed", {}), SPEED, f"{where}, speed")
+    if "dialogues" in content and "corpus" in content.get("extract", {}):
+        raise StudyError(f"{where}, extract: with 'dialogues' they are the corpus; take 'corpus' out")
     return Profile(name=path.stem, **content)
 
 
@@ -127,9 +127,8 @@ def resolve_drafters(given: list | dict, where: str) -> dict[str, dict]:
         own = parameters_of(name)
         for key in own.keys() & parameters.keys():
             if own[key] != parameters[key]:
-                raise StudyError(
-                    f"{where}: the study's '{name}' has {key}={own[key]!r}; with {parameters[key]!r} give it another name"
-                )
+                told = f"{where}: the study's '{name}' has {key}={own[key]!r}"
+                raise StudyError(f"{told}; with {parameters[key]!r} give it another name")
         found[name] = own | parameters
     return found
 

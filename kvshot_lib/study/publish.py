@@ -1,12 +1,14 @@
-"""Drafters that go out and come in: published small and described, judged in another study, as EAGLE-3 checkpoints.
+"""What goes out and comes in: published drafters, EAGLE-3 checkpoints, tables of earlier versions.
 
-A published drafter is a folder of data/checkpoints: rounded weights, ``drafter.json`` (config, target, hash, what the run
-recorded of its training), ``history.csv``, ``acceptance.csv`` and ``README.md``, the card. `load_drafter` reads it like any
-other, so whoever clones the study can draft at once.
+A published drafter is a folder of data/checkpoints that `load_drafter` reads like any other: rounded weights,
+``drafter.json`` (config, target, hash, what its run recorded), ``history.csv``, ``acceptance.csv``, ``README.md`` (the card).
 """
 
+import csv
+import io
+import lzma
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -14,9 +16,11 @@ import torch
 
 from ..drafters.checkpoint import DESCRIPTION, WEIGHTS, load_drafter, read_description, training_command
 from ..drafters.config import READS
+from ..drafters.context import read_by
 from ..drafters.drafter import Drafter, DrafterConfig
 from ..drafters.eagle3 import export_eagle3, import_eagle3
 from ..drafters.rounding import STEP, save_rounded
+from ..drafters.variants import current_name
 from ..errors import StudyError
 from ..features.live import LiveFeatures
 from ..features.store import StoredFeatures
@@ -54,10 +58,10 @@ def publish_runs(results_dir: str, runs: Sequence[str], *, to: str = str(CHECKPO
     for run in runs:
         folder, out = Path(results_dir) / "runs" / run, Path(to) / run.split("/")[0]
         draws = publish(folder, out, target, evaluation, step)
-        lost = draws.contrast((1, AFTER, "measured_mat"), (-1, BEFORE, "measured_mat"))
+        lost = draws.difference((AFTER, "measured_mat"), (BEFORE, "measured_mat"))
         size = (out / WEIGHTS).stat().st_size / 1e6
-        told = f"{out}: {size:.2f} MB; measured MAT {draws.mean(AFTER, 'measured_mat')}, by rounding {lost}"
-        print(told, flush=True)
+        told = f"measured MAT {draws.mean(AFTER, 'measured_mat')}, by rounding {lost}"
+        print(f"{out}: {size:.2f} MB; {told}", flush=True)
 
 
 def publish(folder: Path, to: Path, target: Target, evaluation: StoredFeatures, step: float = STEP) -> Draws:
@@ -88,58 +92,42 @@ def judged(states: dict[str, Drafter], evaluation: StoredFeatures) -> Draws:
     """Metrics of some drafters on the same evaluation documents, paired."""
     counted = []
     for name, drafter in states.items():
-        source = evaluation.with_kv_layers(drafter.spec.kv_layers) if drafter.config.reads_kv else evaluation
+        source = read_by(drafter.config, drafter.spec, evaluation)
         counted.append(count_run(name, 0, match_documents(source, drafter, DRAFT_LENGTH)))
     counts, run_lengths = (pd.concat(parts, ignore_index=True) for parts in zip(*counted, strict=True))
     return draw(counts, run_lengths)
 
 
-def card(record: dict, described: dict, draws: Draws, size_bytes: int) -> str:
-    """The card, from what was recorded and measured."""
-    spec, config, variant = described["spec"], described["config"], record["variant"]
-    made = DrafterConfig(**config)
-    rows = []
-    for name, step in METRICS:
-        label = name.replace("_", " ").replace("mat", "MAT") + ("" if step is None else f", draft step {step}")
-        lost = draws.contrast((1, AFTER, name, step), (-1, BEFORE, name, step))
-        rows.append([label, draws.mean(BEFORE, name, step), draws.mean(AFTER, name, step), lost])
-    states = made.fuses_hidden or made.kv_with_hidden or made.kv_control == "from_hidden"
-    read = [f"hidden states of layers {spec['hidden_layers']}"] * states
-    read += [f"keys and values of layers {spec['kv_layers']}"] * made.reads_kv
-    start = f", after starting from a trained `{record['init_from']}`" if record.get("init_from") else ""
-    facts = {
-        "target": f"{spec['target']}, weights of SHA-256 `{record['target_hash'][:16]}…` (SmolLM2's are Q4_1, dequantised)",
-        "drafter": f"`{config['paradigm']}`, {record['parameters']:,} parameters, {record['draft_vocab_size']:,} draft tokens",
-        "reads": " and ".join(read) or "no target state",
-        "trained on": f"{record['trained_tokens']:,} tokens of the corpus `selfgen` (documents `{record['corpus']}`){start}",
-        "training": f"{record['train_s'] / 60:.0f} minutes on {record['device']}, {record['dtype']}, {record['date']}, "
-        f"seed {record['seed']}",
-        "made by": f"git revision `{record['git_revision']}`, torch {record['torch']}, transformers {record['transformers']}",
-        "weights": f"{size_bytes / 1e6:.2f} MB: rounded to {described['rounding_step']:g} standard deviations of their row, "
-        f"{8 * size_bytes / record['parameters']:.2f} bits a parameter",
-        "SHA-256": f"`{described['weights_sha256']}`",
-    }
-    told = ", ".join(f"{name} {config[name]!r}" for name in READS[config["paradigm"]])
-    command = training_command(Path("results") / record["profile"] / "runs" / variant / f"seed{record['seed']}")
-    return f"""# Drafter `{variant}`
+CARD = """# Drafter `{variant}`
 
-{_markdown(facts.items(), ["what", "this drafter"])}
+| what | this drafter |
+| :-- | :-- |
+| target | {target}, weights of SHA-256 `{target_hash:.16}…` (SmolLM2's are Q4_1, dequantised) |
+| drafter | `{paradigm}`, {parameters:,} parameters, {draft_vocab_size:,} draft tokens |
+| reads | {read} |
+| trained on | {trained_tokens:,} tokens of the corpus `selfgen` (documents `{corpus}`){start} |
+| training | {minutes:.0f} minutes on {device}, {dtype}, {date}, seed {seed} |
+| made by | git revision `{git_revision}`, torch {torch}, transformers {transformers} |
+| weights | {megabytes:.2f} MB: rounded to {rounding_step:g} deviations of their row, {bits:.2f} bits a parameter |
+| SHA-256 | `{weights_sha256}` |
 
-Judged on {int(draws.keys["documents"].max())} held-out greedy answers of the target, before and after rounding (95% intervals over documents; the
-difference is on the same documents):
+Judged on {documents} held-out greedy answers of the target, before and after rounding (95% intervals over documents;
+the difference is on the same documents):
 
-{_markdown(rows, ["metric", BEFORE, AFTER, "difference"])}
+| metric | as trained | as published | difference |
+| :-- | --: | --: | --: |
+{judged}
 
 Load it, or use it in a run of your own:
 
 ```python
 from kvshot_lib import load_drafter, load_target
 
-drafter = load_drafter("data/checkpoints/{variant}", load_target("{spec["target"]}"))
+drafter = load_drafter("data/checkpoints/{variant}", load_target("{target}"))
 ```
 
-Its parameters: {told}. Train it again, with the profile `{record["profile"]}`
-(`make study PROFILE={record["profile"]}` trains all of its drafters; this command alone wants the profile's budget added):
+Its parameters: {told}. Train it again, with the profile `{profile}`
+(`make study PROFILE={profile}` trains all of its drafters; this command alone wants the profile's budget added):
 
 ```
 {command}
@@ -147,15 +135,37 @@ Its parameters: {told}. Train it again, with the profile `{record["profile"]}`
 """
 
 
-def _markdown(rows: Iterable[Iterable], header: list[str]) -> str:
-    lines = [header, [":--"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+def card(record: dict, described: dict, draws: Draws, size_bytes: int) -> str:
+    """The card, from what was recorded and measured."""
+    spec, config = described["spec"], described["config"]
+    made, folder = DrafterConfig(**config), f"runs/{record['variant']}/seed{record['seed']}"
+    states = made.fuses_hidden or made.kv_with_hidden or made.kv_control == "from_hidden"
+    read = [f"hidden states of layers {spec['hidden_layers']}"] * states
+    read += [f"keys and values of layers {spec['kv_layers']}"] * made.reads_kv
+    lines = []
+    for name, step in METRICS:
+        label = name.replace("_", " ").replace("mat", "MAT") + ("" if step is None else f", draft step {step}")
+        lost = draws.difference((AFTER, name, step), (BEFORE, name, step))
+        lines.append(f"| {label} | {draws.mean(BEFORE, name, step)} | {draws.mean(AFTER, name, step)} | {lost} |")
+    return CARD.format(
+        **record,
+        **{name: described[name] for name in ("rounding_step", "weights_sha256")},
+        read=" and ".join(read) or "no target state",
+        start=f", after starting from a trained `{record['init_from']}`" if record.get("init_from") else "",
+        minutes=record["train_s"] / 60,
+        megabytes=size_bytes / 1e6,
+        bits=8 * size_bytes / record["parameters"],
+        documents=int(draws.keys["documents"].max()),
+        judged="\n".join(lines),
+        told=", ".join(f"{name} {config[name]!r}" for name in READS[config["paradigm"]]),
+        command=training_command(Path("results") / record["profile"] / folder),
+    )
 
 
 def judge_checkpoint(results_dir: str, name: str, *, mark: str = "", draft_length: int = DRAFT_LENGTH) -> Path:
     """Judge a published drafter in a study of one's own, as one variant more: `kv_2` becomes `kv_2_checkpoint`.
 
-    It leaves there what a training leaves, so that whatever reads runs reads this one. Its training is the recorded one.
+    It leaves there what a training leaves, so that whatever reads runs reads it. Its training is the recorded one.
 
     Parameters
     ----------
@@ -170,8 +180,7 @@ def judge_checkpoint(results_dir: str, name: str, *, mark: str = "", draft_lengt
     evaluation = StoredFeatures(results_dir / "features" / "evaluation")
     target = load_target(evaluation.spec.target)
     drafter = load_drafter(source, target)
-    if drafter.config.reads_kv:
-        evaluation = evaluation.with_kv_layers(drafter.spec.kv_layers)
+    evaluation = read_by(drafter.config, drafter.spec, evaluation)
     variant, seed = f"{name}_checkpoint", described["seed"]
     folder = results_dir / "runs" / variant / f"seed{seed}"
     claim(folder, mark)
@@ -201,9 +210,7 @@ def export(run_folder: str, out: str, *, target: str = DEFAULT_TARGET, dtype: st
     return export_eagle3(load_drafter(Path(run_folder), model), Path(out), dtype=getattr(torch, dtype))
 
 
-def measure_eagle3(
-    folder: str, *, target: str = DEFAULT_TARGET, corpus: str = "selfgen", documents: int = 64
-) -> str:
+def measure_eagle3(folder: str, *, target: str = DEFAULT_TARGET, corpus: str = "selfgen", documents: int = 64) -> str:
     """Measure an EAGLE-3 checkpoint with the study's metrics, on evaluation answers of the target.
 
     Parameters
@@ -216,4 +223,39 @@ def measure_eagle3(
     counts, lengths = count_run("imported", 0, match_documents(source, drafter, DRAFT_LENGTH))
     accepted = lengths["accepted"].sum() / max(1, lengths["anchors"].sum())
     table = acceptance_by_step(counts).to_string(index=False, float_format="%.3f")
-    return f"{table}\nmeasured MAT {1 + accepted:.3f} tokens per target forward, on {len(source)} answers of {model.name}"
+    told = f"measured MAT {1 + accepted:.3f} tokens per target forward, on {len(source)} answers of {model.name}"
+    return f"{table}\n{told}"
+
+
+def convert(tables_dir: str | Path) -> list[Path]:
+    """Bring tables of earlier versions into their present form, with present names; gives the files written.
+
+    Raises
+    ------
+    StudyError : no table of the study there.
+    """
+    written = []
+    for name, schema in tables.SCHEMAS.items():
+        old = [Path(tables_dir) / f"{name}.{form}" for form in (*tables.OLD_FORMS, "csv")]
+        path = next((path for path in old if path.is_file()), None)
+        if path is None:
+            continue
+        table = _read_old(path, {column: "str" for column, kind in schema.items() if kind == "str"})
+        for column in {"variant", "init_from"} & set(table):
+            table[column] = [name if pd.isna(name) else current_name(name) for name in table[column]]
+        written.append(tables.write(tables_dir, name, tables.check(table, name, path)))
+        if path != written[-1]:
+            path.unlink()
+    if not written:
+        raise StudyError(f"{tables_dir} holds no table of the study; nothing was converted")
+    return written
+
+
+def _read_old(path: Path, text: dict[str, str]) -> pd.DataFrame:
+    """A table as it was: CSV, its columns one a line (``.columns.xz``), or compressed CSV."""
+    if path.name.endswith(".columns.xz"):
+        lines = lzma.decompress(path.read_bytes()).decode()
+        columns = {name: values for name, *values in csv.reader(io.StringIO(lines))}
+        table = pd.DataFrame(columns, dtype="str").replace("", pd.NA)
+        return table.assign(**{name: pd.to_numeric(table[name]) for name in table if name not in text})
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])

@@ -1,8 +1,8 @@
 """A profile's trainings without the pipeline: side by side on one GPU, or each of them over several processes.
 
 The pipeline keeps features on disk and each training reads them from there. In a sweep the target writes them into the
-device's memory once and all trainings share them; a run that starts from another waits for it. Either way runs that are done
-are skipped, and runs that were begun go on from their last checkpoint.
+device's memory once and all trainings share them; a run that starts from another waits for it. Either way runs that are
+done are skipped, and runs that were begun go on from their last checkpoint.
 """
 
 import contextlib
@@ -48,15 +48,16 @@ def sweep_profile(
     jobs = named_runs(loaded, runs)
     left = sweep(loaded, folder, jobs, workers, stop_after_s)
     if left < len(jobs):
-        collect(folder, [f"{variant}/seed{seed}" for variant, seed in named_runs(loaded) if _done(folder, variant, seed)])
+        done = [job for job in named_runs(loaded) if _done(folder, *job)]
+        collect(folder, [f"{variant}/seed{seed}" for variant, seed in done])
     print(f"{left} runs are left: the same command goes on with them" if left else "all runs are done")
     return int(left > 0)
 
 
 def several_processes(profile: str, what: str, runs: Sequence[str] = (), *, results_dir: str = "") -> None:
-    """Extract or train (what) over several processes: accelerate launch --multi_gpu --num_processes 8 -m kvshot_lib processes …
+    """Extract or train over several processes, one GPU each: accelerate launch --multi_gpu -m kvshot_lib processes …
 
-    It writes what `make study` would write. A batch is shared out, so that results are those of one process (`parallel`).
+    It writes what `make study` would write. A batch is shared out, so that results are those of one process.
     From a notebook: ``accelerate.notebook_launcher(several_processes, ("qwen3-8b", "extract"), num_processes=8)``.
 
     Parameters

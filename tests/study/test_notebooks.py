@@ -10,8 +10,10 @@ import pytest
 from notebook_checks import COMMITTED, ROOT, faults, write_notebook
 
 from kvshot_lib.errors import StudyError
-from kvshot_lib.study.notebooks import Progress, claim, collapse_progress, execute_in_place, locked, main, run_notebook
-from kvshot_lib.study.parameters import check_parameters, code_hash
+from kvshot_lib.study.cli import main
+from kvshot_lib.study.notebooks import (
+    Progress, check_parameters, collapse_progress, execute_in_place, locked, parameter_defaults, run_notebook,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def small(tmp_path):
 
 
 def test_the_notebooks_are_there():
-    assert [path.name[:2] for path in COMMITTED] == ["00", "01", "02", "03", "04", "05", "06", "07", "08", "09"]
+    assert [path.name[:2] for path in COMMITTED] == [f"{number:02}" for number in range(12)]
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
@@ -57,27 +59,8 @@ def test_missing_or_broken_notebook_is_one_line(tmp_path):
         assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_code_hash_sees_code_and_nothing_else(small):
-    before = code_hash(small)
-    notebook = nbformat.read(small, as_version=4)
-    notebook.cells[0].source = "# Another title"
-    notebook.cells[2].outputs = [nbformat.v4.new_output("stream", text="0.5\n")]
-    notebook.cells[2].execution_count = 9
-    nbformat.write(notebook, small)
-    assert code_hash(small) == before
-    notebook.cells[2].source += " # edited"
-    nbformat.write(notebook, small)
-    assert code_hash(small) != before
-
-
-def test_folder_of_another_fingerprint_is_emptied_and_of_the_same_is_kept(tmp_path):
-    work = tmp_path / "work"
-    claim(work, "one")
-    (work / "checkpoint").write_text("half")
-    claim(work, "one")
-    assert (work / "checkpoint").exists()
-    claim(work, "two")
-    assert not (work / "checkpoint").exists()
+def test_parameters_are_read_with_their_values(small):
+    assert parameter_defaults(small) == {"learning_rate": 0.1, "steps": 3}
 
 
 def test_lock_is_refused_while_held_and_free_afterwards(tmp_path):
@@ -99,9 +82,21 @@ def test_progress_shows_the_newest_line_of_a_bar_now_and_then(capsys):
 
 
 def test_command_line_refuses_before_running(small, tmp_path, capsys):
-    assert main(["run", str(small), str(tmp_path / "out.ipynb"), "-p", "step", "3"]) == 1
+    assert main(["notebook", "run", str(small), str(tmp_path / "out.ipynb"), "-p", "step", "3"]) == 1
     assert capsys.readouterr().err.startswith("error: notebook small.ipynb has no 'step' (did you mean 'steps'?)")
     assert not (tmp_path / "out.ipynb").exists()
+
+
+@pytest.mark.pipeline
+def test_parameters_reach_the_notebook_by_every_way_and_an_editors_kernel_does_not_matter(small, tmp_path, capfd):
+    notebook = nbformat.read(small, as_version=4)
+    notebook.metadata.kernelspec.name = "myenv"
+    nbformat.write(notebook, small)
+    (tmp_path / "mine.yaml").write_text("steps: 5")
+    words = ["-f", str(tmp_path / "mine.yaml"), "-y", "{learning_rate: 0.5}", "-p", "steps", "4"]
+    assert main(["notebook", "run", str(small), str(tmp_path / "out.ipynb"), *words]) == 0
+    assert nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs[0].text == "2.0\n"
+    assert "out: started" in capfd.readouterr().err
 
 
 @pytest.mark.pipeline
@@ -124,7 +119,7 @@ def test_nbval_sees_a_changed_number_and_a_changed_figure_and_the_checks_see_a_s
     good = write_notebook(
         tmp_path / "good.ipynb", "height = 1", "import sys\nprint('busy', file=sys.stderr)\nprint(height)", DRAW
     )
-    execute_in_place(good)
+    execute_in_place([good])
     assert faults(good) == []
     before = good.read_text()
     notebook = json.loads(before)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -18,12 +17,18 @@ from notebook_checks import ROOT, write_notebook
 
 from kvshot_lib.drafters.variants import VARIANTS
 from kvshot_lib.errors import StudyError
-from kvshot_lib.metrics import paper, tables
-from kvshot_lib.metrics.scorecard import whole_scorecard
+from kvshot_lib.metrics import tables
+from kvshot_lib.metrics.scorecard import read_paper, whole_scorecard
 from kvshot_lib.parts import claim
 from kvshot_lib.study import pipeline
-from kvshot_lib.study.fingerprints import fingerprint
-from kvshot_lib.study.profiles import check_drafters, check_profile, load_profile
+from kvshot_lib.study.cli import main
+from kvshot_lib.study.profiles import (
+    Profile,
+    check_profile,
+    checked_profile,
+    load_profile,
+    option_words,
+)
 from kvshot_lib.target.capture import uniform_layers
 
 EXTRACT = """from pathlib import Path
@@ -53,6 +58,9 @@ def small_study(folder: Path) -> Path:
     """A checkout with notebooks that do nothing but leave the files that the study's notebooks leave."""
     common = 'results_dir = "../results/none"\nfigures_dir = ""\n'
     notebooks = folder / "notebooks"
+    for name in ("05_find_bottlenecks", "06_information_in_the_prefix", "07_decode_end_to_end", "09_beyond_ttt"):
+        write_notebook(notebooks / f"{name}.ipynb", 'tables_dir = ""\nfigures_dir = ""', "print(1)")
+    write_notebook(notebooks / "08_paper_scorecard.ipynb", 'tables_dir = ""\nfigures_dir = ""\nsamples = 9')
     write_notebook(notebooks / "01_extract_kv_cache.ipynb", common + 'target = "tiny"\ntrain_documents = 4', EXTRACT)
     train = 'variant = "a"\nseed = 0\nparadigm = "hidden"\nnum_layers = 1\ninit_from = ""\nwait_s = 0\nlearning_rate = 0.001'
     write_notebook(notebooks / "03_train_drafter.ipynb", common + train, TRAIN)
@@ -64,14 +72,14 @@ def small_study(folder: Path) -> Path:
 
 
 def start(folder: Path, *words: str, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "kvshot_lib.study.pipeline", *words]
+    command = [sys.executable, "-m", "kvshot_lib", "study", *words]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
 def run(folder: Path, *words: str) -> None:
-    """Snakemake in a process of its own, the pipeline's command line in this one: it has imported torch already."""
+    """In this process, which has imported everything."""
     with contextlib.chdir(folder):
-        assert pipeline.main([*words]) == 0
+        assert main(["study", *words]) == 0
 
 
 def due(folder: Path, capfd) -> dict[str, int]:
@@ -156,7 +164,7 @@ def test_killed_run_is_resumed_and_changed_parameters_start_afresh(tmp_path, mon
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.2)
     monkeypatch.chdir(folder)
-    assert pipeline.main(["small"]) == 1 and "another run is at work" in capfd.readouterr().err
+    assert main(["study", "small"]) == 1 and "another run is at work" in capfd.readouterr().err
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
@@ -188,7 +196,7 @@ def test_killed_run_is_resumed_and_changed_parameters_start_afresh(tmp_path, mon
         ("init_from: hidden", "init_from: warm", "'warm' starts from itself, by warm from warm"),
         ("drafters:", "seeds: [0, a]\ndrafters:", "seed 'a' must be a whole number"),
         ("drafters:", "seeds: []\ndrafters:", "no seeds, so there is nothing to train"),
-        ("drafters:", "scorecard: {}\ndrafters:", "there is no notebook notebooks/08_paper_scorecard.ipynb"),
+        ("drafters:", "generate: {}\ndrafters:", "there is no notebook notebooks/00_generate_corpus.ipynb"),
         ("{paradigm: kv}", "{paradigm: kv, num_layers: 0}", "drafter 'kv_1': num_layers=0 "),
         (
             "{paradigm: hybrid,",
@@ -207,15 +215,13 @@ def test_bad_profile_is_refused_in_one_line(tmp_path, monkeypatch, old, new, mes
     monkeypatch.chdir(small_study(tmp_path))
     edit(tmp_path / "notebooks/profiles/small.yaml", old, new)
     with pytest.raises(StudyError, match=message) as caught:
-        profile = load_profile("small")
-        check_profile(profile)
-        check_drafters(profile)
+        checked_profile("small")
     assert "\n" not in str(caught.value)
 
 
 def test_command_line_refuses_a_bad_profile_before_anything_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(small_study(tmp_path))
-    assert pipeline.main(["smal"]) == 1
+    assert main(["study", "smal"]) == 1
     assert "there is no profile notebooks/profiles/smal.yaml; known: small" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
@@ -223,46 +229,43 @@ def test_command_line_refuses_a_bad_profile_before_anything_runs(tmp_path, monke
 @pytest.mark.parametrize("parallel, cores, limit", [(0, 4, 4), (1, 4, 1), (3, 4, 3), (6, 6, 6)])
 def test_no_more_trainings_at_once_than_the_profile_says(monkeypatch, parallel, cores, limit):
     """Threads alone would let 16 cores run eight trainings of two threads where six were asked for."""
-    commands = []
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    done = SimpleNamespace(wait=lambda: 0)
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: commands.append(command) or done)
-    assert pipeline.run_snakemake("small", parallel, ["-n"], lock=0) == 0
-    assert f"--cores {cores} --resources training={limit} " in " ".join(commands[0])
+    words = pipeline.snakemake_words(Profile("small", parallel_trainings=parallel), "small", ["-n"])
+    assert f"--cores {cores} --resources training={limit} " in " ".join(words)
     assert re.search(r"rule train:.*?resources:\s+training=1,", (ROOT / "notebooks/Snakefile").read_text(), re.DOTALL)
 
 
 def test_speed_is_measured_with_the_profiles_options_and_alone(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("drafters: [hidden]\nspeed: {new_tokens: 8, chain: [2, 4], tree: none}")
-    assert pipeline.speed_words(load_profile(path)) == ["--new-tokens", "8", "--chain", "2,4", "--tree", "none"]
+    path.write_text("drafters: [hidden]\nspeed: {new_tokens: 8, chains: [2, 4], tree: none}")
+    words = option_words(load_profile(path).speed)
+    assert words == ["--new-tokens", "8", "--chains", "2,4", "--tree", "none"]
     path.write_text("drafters: [hidden]\nspeed: {new_token: 8}")
     with pytest.raises(StudyError, match=r"speed.*'new_token' \(did you mean 'new_tokens'"):
-        pipeline.speed_words(load_profile(path))
+        load_profile(path)
     rule = re.search(r"rule speed:.*?shell", (ROOT / "notebooks/Snakefile").read_text(), re.DOTALL)[0]
     assert "threads: workflow.cores" in rule  # all that Snakemake has: no training runs beside it
 
 
 def test_figures_are_redrawn_from_every_recorded_profile(tmp_path, monkeypatch, capsys):
-    """Notebooks 03 and 08 with the profile's own parameters, if it has some; a wrong name is told."""
+    """Every drawing notebook with the profile's own parameters; one that its profile leaves out is named."""
     monkeypatch.chdir(small_study(tmp_path))
     edit(tmp_path / "notebooks/profiles/small.yaml", "drafters:", "scorecard: {samples: 5}\ndrafters:")
-    write_notebook(tmp_path / "notebooks/08_paper_scorecard.ipynb", "samples = 9")
     for name in ("other", "small"):
         (tmp_path / "data/recorded" / name).mkdir(parents=True)
     ran = []
     monkeypatch.setattr(pipeline, "run_notebook", lambda *given: ran.append(given))
-    assert pipeline.main(["--figures"]) == 0
-    assert [(notebook.name[:2], str(output), parameters) for notebook, output, parameters in ran] == [
-        (number, f"results/{name}/notebooks/{stem}.recorded.ipynb", {**own, **recorded_folders(name)})
-        for name, number, stem, own in [
-            ("other", "03", "04_long_range_decay", {}),
-            ("other", "08", "08_paper_scorecard", {}),
-            ("small", "03", "04_long_range_decay", {}),
-            ("small", "08", "08_paper_scorecard", {"samples": 5}),
-        ]
-    ]
-    assert pipeline.main(["--figures", "smal"]) == 1
+    assert main(["figures"]) == 0
+    drawn = {name: [] for name in ("other", "small")}
+    for notebook, output, parameters in ran:
+        name = Path(parameters["tables_dir"]).name
+        drawn[name].append(notebook.name[:2])
+        assert str(output) == f"results/{name}/notebooks/{notebook.stem}.recorded.ipynb"
+        own = {"samples": 5} if (name, notebook.name[:2]) == ("small", "08") else {}
+        assert parameters == {**own, "tables_dir": f"../data/recorded/{name}", "figures_dir": f"../figures/{name}"}
+    assert drawn == {"other": ["04", "05", "06", "07", "08", "09"], "small": ["04", "08"]}
+    assert "09_beyond_ttt.ipynb: not drawn for small, whose profile has no 'beyond'" in capsys.readouterr().out
+    assert main(["figures", "smal"]) == 1
     assert "there are no tables in data/recorded/smal; recorded: other, small" in capsys.readouterr().err
 
 
@@ -286,7 +289,7 @@ def test_published_drafters_are_judged_beside_the_trained_ones(tmp_path, monkeyp
 
 
 def test_a_dry_run_lists_the_trainings(tmp_path):
-    profile = pipeline.Profile("mine", drafters={"hidden": {}, "kv_1": {}}, seeds=[0, 1, 2])
+    profile = Profile("mine", drafters={"hidden": {}, "kv_1": {}}, seeds=[0, 1, 2])
     (tmp_path / "runs/kv_1/seed1").mkdir(parents=True)
     (tmp_path / "runs/kv_1/seed1/run.json").touch()
     lines = [line.split() for line in pipeline.overview(profile, tmp_path).splitlines()[1:]]
@@ -298,58 +301,30 @@ def test_runs_made_elsewhere_are_not_replaced(tmp_path, monkeypatch, capsys):
     run = tmp_path / "results/small/runs/kv_1/seed0"
     run.mkdir(parents=True)
     (run / "run.json").touch()
-    monkeypatch.setattr(pipeline, "run_snakemake", lambda *_: 0)
-    assert pipeline.main(["small"]) == 1 and run.exists()
+    monkeypatch.setattr("snakemake.cli.main", lambda _: sys.exit(0))
+    assert main(["study", "small"]) == 1 and run.exists()
     assert (
         "1 runs in results/small were not trained by the pipeline (results/small/runs/kv_1/" in capsys.readouterr().err
     )
-    assert pipeline.main(["small", "-n"]) == 0
+    assert main(["study", "small", "-n"]) == 0
     claim(run, "its fingerprint")
     (run / "run.json").touch()
-    assert pipeline.main(["small"]) == 0
-
-
-def recorded_folders(name: str) -> dict[str, str]:
-    return {"tables_dir": f"../data/recorded/{name}", "figures_dir": f"../figures/{name}"}
-
-
-def test_fingerprint_sees_library_code_but_neither_comments_nor_docstrings(tmp_path, monkeypatch):
-    library = tmp_path / "kvshot_lib"
-    library.mkdir()
-    (library / "top.py").write_text('"""Top."""\nfrom .low import f\n')
-    (library / "low.py").write_text('def f():\n    """Doc."""\n    return 1\n')
-    write_notebook(
-        tmp_path / "notebooks/01_extract_kv_cache.ipynb", "a = 1", "%matplotlib inline\nfrom kvshot_lib.top import f"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "__file__", str(library / "pipeline.py"))
-    before = fingerprint("extract", {"a": 1})
-    (library / "low.py").write_text('def f():  # a comment\n    """Another doc."""\n    return 1\n')
-    (library / "unused.py").write_text("x = 1\n")
-    assert fingerprint("extract", {"a": 1}) == before
-    (library / "top.py").write_text("from .low import f\nfrom .variants import VARIANTS\n")
-    changed = fingerprint("extract", {"a": 1})
-    (library / "variants.py").write_text("VARIANTS = {}\n")
-    assert fingerprint("extract", {"a": 1}) == changed, "a new variant trains itself, not the others"
-    (library / "top.py").write_text("from .low import f\n")
-    assert len({before, fingerprint("extract", {"a": 2}), fingerprint("extract", {"a": 1}, "other input")}) == 3
-    (library / "low.py").write_text("def f():\n    return 2\n")
-    assert fingerprint("extract", {"a": 1}) != before
+    assert main(["study", "small"]) == 0
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks/profiles").glob("*.yaml")), ids=lambda path: path.stem)
 def test_committed_profile_fits_the_notebooks(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    profile = load_profile(path.stem)
-    check_profile(profile)
-    check_drafters(profile)
+    checked_profile(path.stem)
 
 
 def test_full_trains_every_variant_on_layers_that_are_extracted():
-    """Three layers of SmolLM2's 30 unless a variant says otherwise; `extract` records the union."""
+    """Three layers of SmolLM2's 30 unless a variant says otherwise; `extract` records the union. Sources at equal depth come later."""
     profile = load_profile(ROOT / "notebooks/profiles/full.yaml")
-    assert profile.drafters == {name: v.parameters for name, v in VARIANTS.items()} and list(profile.drafters) == list(VARIANTS) and profile.seeds == [0, 1, 2]
-    counts = {3} | {variant.parameters.get("kv_layers", 3) for variant in VARIANTS.values()}
+    later = {"none_2", "none_4", "query_1", "query_2", "query_4", "states_1", "hidden_31_2", "hidden_31_4"}
+    matrix = {name: variant.parameters for name, variant in VARIANTS.items() if name not in later}
+    assert profile.drafters == matrix and list(profile.drafters) == list(matrix) and profile.seeds == [0, 1, 2]
+    counts = {3} | {parameters.get("kv_layers", 3) for parameters in matrix.values()}
     wanted = {layer for count in counts for layer in uniform_layers(range(30), count)}
     assert profile.extract["kv_layers"] == sorted(wanted)
 
@@ -382,10 +357,10 @@ def test_smoke_study_from_end_to_end(tmp_path, capfd):
     executed = {path.name.split(".")[0] for path in results.glob("notebooks/[0-9]*.ipynb")}
     assert {"01_extract_kv_cache", "03_train_drafter", "04_long_range_decay", "07_decode_end_to_end"} <= executed
     assert set(tables.read(results / "tables", "decoding").variant) == {*drafters, "transformers"}
-    assert len(list(results.glob("notebooks/02*.ipynb"))) == len(drafters)
+    assert len(list(results.glob("notebooks/03*.ipynb"))) == len(drafters)
     assert list(results.glob("figures/*.png")) and list(results.glob("figures/*.csv"))
     card = pd.read_csv(results / "figures/scorecard.csv")
-    again, _ = whole_scorecard(results / "tables", paper.read_paper(ROOT / "data/paper/results.csv"), samples=20)
+    again, _ = whole_scorecard(results / "tables", read_paper(ROOT / "data/paper/results.csv"), samples=20)
     assert card["claim"].tolist() == again["claim"].tolist(), "the scorecard saw every table that the study makes"
     assert ((card["verdict"] == "not run") == (again["verdict"] == "not run")).all()
     run(tmp_path, "smoke", "--dry-run")
@@ -402,7 +377,7 @@ def test_dialogues_come_before_extraction_and_are_its_corpus(tmp_path, capfd):
     assert due(folder, capfd) == {"dialogues": 1, "extract": 1, "train": 3}
     with contextlib.chdir(folder):
         profile = load_profile("small")
-        assert pipeline.generate_words(profile) == ["--target", "tiny", "--train", "4", "--no-thinking"]
+        assert option_words(profile.dialogues) == ["--train", "4", "--no-thinking"]
         edit(Path("notebooks/profiles/small.yaml"), "target: tiny", "target: tiny, corpus: tiny")
         with pytest.raises(StudyError, match="with 'dialogues' they are the corpus; take 'corpus' out"):
             load_profile("small")

@@ -8,9 +8,9 @@ import pytest
 import synthetic
 import torch
 from notebook_checks import ROOT
+from safetensors.torch import load_file
 
-from kvshot_lib.drafters.checkpoint import load_drafter, read_description, save_drafter
-from kvshot_lib.drafters.rounding import load_rounded
+from kvshot_lib.drafters.checkpoint import load_drafter, load_rounded, read_description, save_drafter
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features.store import StoredFeatures, write_store
 from kvshot_lib.files import write_csv, write_json
@@ -18,6 +18,7 @@ from kvshot_lib.metrics import tables
 from kvshot_lib.metrics.collect import collect
 from kvshot_lib.metrics.resampling import Interval
 from kvshot_lib.provenance import provenance
+from kvshot_lib.study import cli
 from kvshot_lib.study import judge as checkpoint_run
 from kvshot_lib.study import publish as publish_checkpoint
 
@@ -126,3 +127,13 @@ def tables_of(folder) -> pd.DataFrame:
 def test_a_run_that_is_not_finished_is_refused(tmp_path, study):
     with pytest.raises(StudyError, match="no finished run"):
         publish_checkpoint.publish(tmp_path / "runs/kv_1/seed0", tmp_path / "to", examples.target(), None)
+
+
+def test_a_drafter_in_eagle3s_form_is_exported_and_measured(tmp_path, capsys):
+    save_drafter(examples.drafter("hidden", "tiny"), tmp_path / "run")
+    out, target = str(tmp_path / "out"), ["--target", "tiny"]
+    assert cli.main(["eagle3", "export", str(tmp_path / "run"), out, *target]) == 0
+    assert load_file(tmp_path / "out/model.safetensors")["fc.weight"].dtype == torch.bfloat16
+    assert cli.main(["eagle3", "import", out, *target, "--corpus", "tiny", "--documents", "4"]) == 0
+    assert "measured MAT 1." in capsys.readouterr().out
+    assert cli.main(["eagle3", "import", str(tmp_path / "nothing"), *target]) == 1

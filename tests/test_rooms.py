@@ -1,0 +1,60 @@
+"""The library's shape: a room imports only from rooms before it, files are short, and what draws loads no torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "kvshot_lib"
+ORDER = ("target", "text", "features", "drafters", "metrics", "training", "decoding", "probes", "plots", "study")
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the library that a file imports, dotted without ``kvshot_lib.``; at any depth of the file."""
+    here, names = path.relative_to(PACKAGE.parent).parent.parts, set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = [*here[: len(here) - node.level + 1]] if node.level else []
+            base += (node.module or "").split(".") if node.module else []
+            names |= {".".join([*base, alias.name]) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.removeprefix("kvshot_lib.") for name in names if name.startswith("kvshot_lib.")}
+
+
+def against_the_order(path: Path) -> list[str]:
+    """Imports of a file from rooms behind its own."""
+    room = path.relative_to(PACKAGE).parts[0]
+    later = ORDER[ORDER.index(room) + 1 :] if room in ORDER else ORDER
+    return sorted(name for name in imported(path) if name.split(".")[0] in later)
+
+
+def test_the_rooms_are_those_of_the_design():
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_from_rooms_before_it_and_is_short(path):
+    lines = path.read_text().splitlines()
+    starts = path.relative_to(PACKAGE).parts == ("__main__.py",)
+    assert starts or against_the_order(path) == []
+    assert len(lines) <= 300 and max(map(len, lines), default=0) <= 120
+
+
+def test_an_import_against_the_order_would_be_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "kvshot_lib")
+    path = tmp_path / "kvshot_lib/metrics/a.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("from ..target import load\nfrom .. import errors\ndef f():\n    from ..plots.style import look\n")
+    assert against_the_order(path) == ["plots.style.look"]
+
+
+def test_what_drawing_needs_loads_no_torch():
+    modules = [path for room in ("metrics", "plots") for path in sorted((PACKAGE / room).glob("[a-z]*.py"))]
+    names = [f"kvshot_lib.{path.parent.name}.{path.stem}" for path in modules] + ["kvshot_lib.drafters.variants"]
+    program = f"import sys, importlib\nfor name in {names}: importlib.import_module(name)\nprint('torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert told.stdout == "False\n"
