@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 
 from ..drafters.variants import in_study_order
 from ..errors import StudyError
+from .labels import name_ends
 from .style import STYLE, WIDTH, look
 
 MOST_LINES = 7  # more in one panel can't be told apart
@@ -101,19 +102,26 @@ def lines(
     for axes, value in zip(grid.flat, values):  # once every line is in place: a limit that is set once stays
         told = title.get(value, value) if isinstance(title, Mapping) else title or value
         axes.set(title=told or "", xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+        axes.set_ylim(*ylim)
         axes.grid(axis="x", visible=False)
         if level is not None:
             axes.axhline(level, color="#222222", lw=1, ls=(0, (4, 3)), zorder=1)
         if words or ticks is not None:
-            shown = range(len(words)) if words else ticks
-            axes.set_xticks(shown, words or [f"{tick:,g}" for tick in ticks])
-            axes.tick_params(axis="x", rotation=40 if len("".join(words)) > 60 / across else 0)
-            axes.minorticks_off()
-        axes.set_ylim(*ylim)
+            _tick(axes, words, ticks, across)
     for axes in grid[:, 0]:
         axes.set_ylabel(ylabel)
     figure.supxlabel(xlabel, fontsize=10)
-    _name(figure, ends, styles, dashes, legend, names, looks)
+    legend = len(values) > 3 if legend is None else legend
+    handles = []
+    if len(names) > 1 and not legend:
+        for axes, own in ends.items():
+            name_ends(axes, own, height - 0.7)
+    elif len(names) > 1 and panels != by:
+        handles = [_handle(looks(str(name)), SOLID, name) for name in names]
+    if dashes:
+        handles += [_handle(("#555555", "o"), style, kind.replace("_", " ")) for kind, style in styles.items()]
+    if handles:
+        figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)))
     return figure
 
 
@@ -129,61 +137,13 @@ def _line(axes: Axes, at: np.ndarray, line: pd.DataFrame, y, low, high, look_, s
     axes.plot(at, line[y], color=colour, ls=dash, marker=marker, ms=5, mfc=face or colour, clip_on=False)
 
 
-def _name(figure: Figure, ends, styles, dashes, legend, names, looks) -> None:
-    """Names at the ends of the lines, or above the picture."""
-    several = len(names) > 1
-    if legend is None:
-        legend = len(ends) > 3
-    handles = []
-    if legend and several and any(len({end[2] for end in own}) > 1 for own in ends.values()):
-        handles = [Line2D([], [], color=c, marker=m, ms=5, label=n) for n in map(str, names) for c, m in [looks(n)]]
-    if dashes:
-        handles += [
-            Line2D(
-                [], [], color="#555555", ls=d, marker="o", ms=5, mfc=f or "#555555", label=str(kind).replace("_", " ")
-            )
-            for kind, (d, f) in styles.items()
-        ]
-    if handles:
-        figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)))
-    if not legend and several:
-        for axes, own in ends.items():
-            _label_ends(axes, own, max(end[0] for end in own))
+def _tick(axes: Axes, words: list[str], ticks: Sequence | None, across: int) -> None:
+    """Write the words, or the values of ``ticks``; slanted where many stand in a row."""
+    axes.set_xticks(range(len(words)) if words else ticks, words or [f"{tick:,g}" for tick in ticks])
+    axes.tick_params(axis="x", rotation=40 if len("".join(words)) > 60 / across else 0)
+    axes.minorticks_off()
 
 
-def _label_ends(axes: Axes, ends: list[tuple], right: float) -> None:
-    """Write each line's name right of x = ``right``, (x, y, name, colour) each; names that would overlap move apart.
-
-    A dotted thread leads from the line's end to a name that is not beside it.
-    """
-    low, high = axes.get_ylim()
-    width = right - axes.get_xlim()[0]
-    ends = sorted(ends, key=lambda end: end[1])
-    gap, limit = 0.065 * (high - low), high
-    heights = _spread([y for _, y, _, _ in ends], gap)
-    for place in reversed(range(len(heights))):  # none above the axis, where the title is
-        heights[place] = min(heights[place], limit)
-        limit = heights[place] - gap
-    for (x, y, name, colour), height in zip(ends, heights):
-        where = (right + 0.055 * width, height)
-        axes.annotate(name, where, color=colour, va="center", fontsize=9.5, weight="bold", annotation_clip=False)
-        if x < right or abs(y - height) > 0.02 * (high - low):
-            thread = ([x, right + 0.045 * width], [y, height])
-            axes.plot(*thread, color=colour, lw=0.8, ls=(0, (1, 2)), clip_on=False, scalex=False, scaley=False)
-
-
-def _spread(heights: list[float], gap: float) -> list[float]:
-    """Move ascending heights until neighbours are ``gap`` apart; those that collide stay centred on their mean.
-
-    With gap 1: [0, 5, 5.2] becomes [0, 4.6, 5.6].
-    """
-    groups: list[list[float]] = []
-    for height in heights:
-        groups.append([height])
-        while len(groups) > 1 and _slots(groups[-2], gap)[-1] + gap > _slots(groups[-1], gap)[0]:
-            groups[-2:] = [groups[-2] + groups[-1]]
-    return [slot for group in groups for slot in _slots(group, gap)]
-
-
-def _slots(group: list[float], gap: float) -> list[float]:
-    return [float(np.mean(group) + gap * (i - (len(group) - 1) / 2)) for i in range(len(group))]
+def _handle(look_: tuple[str, str], style: tuple, label: str) -> Line2D:
+    (colour, marker), (dash, face) = look_, style
+    return Line2D([], [], color=colour, ls=dash, marker=marker, ms=5, mfc=face or colour, label=str(label))

@@ -5,13 +5,12 @@ from collections.abc import Callable
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 
 from ..errors import StudyError
+from .labels import name_points
 from .style import STYLE, WIDTH, look
 
 MOST_NAMES = 10
@@ -76,36 +75,8 @@ def plane(
         axes.set(xlim=ends, ylim=ends)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    _write(axes, table, named, x, y, label, looks)
+    name_points(axes, table, named, x, y, label, lambda name: looks(name)[0])
     return figure
-
-
-def _write(axes: Axes, table: pd.DataFrame, named: list[str], x: str, y: str, label: str, looks) -> None:
-    """Names beside their points, on the side that has more room; adjustText moves those that still cover something."""
-    spots = axes.transData.transform(table[[x, y]].to_numpy(float))
-    points, frame = [Bbox.from_extents(*spot, *spot).padded(5) for spot in spots], axes.get_window_extent()
-    texts, targets = [], []
-    for spot, (_, row) in zip(spots, table.iterrows()):
-        if row[label] not in named:
-            continue
-        how = {"color": looks(row[label])[0], "fontsize": 9.5, "weight": "bold", "va": "center", "zorder": 5}
-        right, left = (
-            axes.text(*axes.transData.inverted().transform(spot + (gap, 0)), row[label], ha=side, **how)
-            for gap, side in ((9, "left"), (-9, "right"))
-        )
-        covered = [_covered(text.get_window_extent(), points, frame) for text in (right, left)]
-        (left if covered[0] <= covered[1] else right).remove()
-        texts.append(right if covered[0] <= covered[1] else left)
-        targets.append((row[x], row[y]))
-    thread, (across, up) = {"arrowstyle": "-", "color": "#999999", "lw": 0.7}, zip(*targets)
-    how = {"expand": (1.0, 1.1), "force_pull": (0, 0), "avoid_self": False, "min_arrow_len": 12, "arrowprops": thread}
-    adjust_text(texts, target_x=across, target_y=up, objects=points, ax=axes, iter_lim=500, **how)
-
-
-def _covered(box: Bbox, points: list[Bbox], frame: Bbox) -> int:
-    """How many points a name would cover; one that leaves the plane covers too many."""
-    outside = box.x0 < frame.x0 or box.x1 > frame.x1
-    return sum(box.overlaps(point) for point in points) + 99 * outside
 
 
 def _equal_speedup(axes: Axes) -> None:

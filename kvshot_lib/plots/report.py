@@ -12,6 +12,7 @@ from ..drafters.variants import VARIANTS
 from ..errors import StudyError
 from ..metrics.resampling import Draws, Interval
 from ..metrics.tables import in_order
+
 LEAST_ANCHORS = 50
 
 

@@ -7,7 +7,8 @@ import pytest
 from kvshot_lib.errors import StudyError
 from kvshot_lib.plots.bars import bars
 from kvshot_lib.plots.forest import forest
-from kvshot_lib.plots.lines import _spread, lines
+from kvshot_lib.plots.labels import spread
+from kvshot_lib.plots.lines import lines
 from kvshot_lib.plots.plane import plane
 from kvshot_lib.plots.style import look
 
@@ -62,16 +63,20 @@ def test_the_second_of_two_kinds_is_dashed():
 def test_too_many_lines_or_none_are_refused():
     with pytest.raises(StudyError, match="8 lines can't be told apart: choose at most 7"):
         lines(steps_of(*map(str, range(8))), "draft_step")
-    for draw in (lambda t: lines(t, "draft_step"), lambda t: forest(t, label="variant"), lambda t: bars(t, label="variant")):
+    for draw in (
+        lambda t: lines(t, "draft_step"),
+        lambda t: forest(t, label="variant"),
+        lambda t: bars(t, label="variant"),
+    ):
         with pytest.raises(StudyError, match="nothing to draw"):
             draw(steps_of("hidden")[:0])
 
 
 def test_names_at_line_ends_do_not_overlap():
-    assert _spread([0, 5, 5.2], 1) == pytest.approx([0, 4.6, 5.6])
-    assert _spread([0, 0, 0], 1) == pytest.approx([-1, 0, 1])
-    assert _spread([0, 1.2, 1.3, 2.1], 1) == pytest.approx([-0.35, 0.65, 1.65, 2.65])
-    assert _spread([], 1) == []
+    assert spread([0, 5, 5.2], 1) == pytest.approx([0, 4.6, 5.6])
+    assert spread([0, 0, 0], 1) == pytest.approx([-1, 0, 1])
+    assert spread([0, 1.2, 1.3, 2.1], 1) == pytest.approx([-0.35, 0.65, 1.65, 2.65])
+    assert spread([], 1) == []
 
 
 def differences():
@@ -108,7 +113,9 @@ def test_plane_names_the_chosen_and_refuses_more_than_ten():
 
 
 def test_names_in_the_plane_do_not_lie_on_one_another():
-    points = pd.DataFrame({"variant": ["kv_1", "kv_2", "hidden"], "cost": [0.5, 0.51, 0.52], "value": [2.0, 2.001, 2.002]})
+    points = pd.DataFrame(
+        {"variant": ["kv_1", "kv_2", "hidden"], "cost": [0.5, 0.51, 0.52], "value": [2.0, 2.001, 2.002]}
+    )
     figure = plane(points, "cost", reference="")
     boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text() in set(points["variant"])]
     assert len(boxes) == 3 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
