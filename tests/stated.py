@@ -11,7 +11,7 @@ import re
 import nbformat
 from notebook_checks import ROOT
 
-NUMBER = re.compile(r"(?<![\w.])[+−-]?\d*\.?\d+(?![\w])")
+NUMBER = re.compile(r"(?<![\w.])[+−-]?(?:\d{1,3}(?:,\d{3})+|\d*\.?\d+)(?![\w])")
 INTERVAL = re.compile(r"\[[+−-]?\d*\.\d+, ?[+−-]?\d*\.\d+\]")
 
 
@@ -41,7 +41,7 @@ def wrong(path: str, fragment: str, values) -> list[str]:
 def printed(number: str, value: float) -> bool:
     """Whether ``number`` is ``value``, rounded to the digits that it has."""
     digits = len(number.partition(".")[2])
-    return abs(float(number.replace("−", "-")) - value) <= 0.5001 * 10.0**-digits
+    return abs(float(number.replace("−", "-").replace(",", "")) - value) <= 0.5001 * 10.0**-digits
 
 
 def unstated(path: str, fragments: list[str]) -> list[str]:

@@ -181,7 +181,7 @@ def _continue(target, prompts, settings, max_new_tokens, *, greedy) -> list[np.n
     sampling = {} if greedy else {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     config = GenerationConfig(do_sample=not greedy, max_new_tokens=max_new_tokens, **rules, **sampling)
     ids, mask = torch.from_numpy(padded).to(target.device), torch.from_numpy(real).long().to(target.device)
-    with tqdm(total=max_new_tokens, desc="batch in hand", unit="token", delay=5, leave=False) as bar:
+    with tqdm(total=max_new_tokens, desc="batch in hand", unit="token", delay=5, leave=False, position=0) as bar:
         output = target.model.generate(ids, attention_mask=mask, generation_config=config, streamer=_Ticker(bar))
     new = output[:, width:].cpu().numpy().astype(np.int32)  # [B, new tokens]; after a row's end there is padding
     stopped = np.isin(new, stops)

@@ -1,0 +1,30 @@
+"""Numbers in the text of notebook 01, held against recorded tables and profiles."""
+
+import pytest
+from recorded import table
+from stated import unstated, wrong
+
+from kvshot_lib.study.profiles import load_profile
+
+NOTEBOOK = "notebooks/01_extract_kv_cache.ipynb"
+
+
+def kept(*variants):
+    """Bytes a token that drafters keep of the prefix."""
+    return [table("runs").set_index("variant").loc[variant, "prefix_bytes_per_token"].iloc[0] for variant in variants]
+
+
+STATED = [
+    ("record 9,931 training dialogues", lambda: [load_profile("full").extract["train_documents"]]),
+    ("768 bytes a token, be it `hidden` or `kv_1`", lambda: {*kept("hidden", "kv_1")}),
+    ("`kv_4` with its four layers keeps 3,072", lambda: kept("kv_4")),
+]
+
+
+@pytest.mark.parametrize("fragment, values", STATED, ids=[fragment[:40] for fragment, _ in STATED])
+def test_numbers_are_those_of_the_tables(fragment, values):
+    assert wrong(NOTEBOOK, fragment, values()) == []
+
+
+def test_every_interval_is_checked():
+    assert unstated(NOTEBOOK, [fragment for fragment, _ in STATED]) == []
