@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..drafters import context
 from ..drafters.runs import DESCRIPTION, find_runs
 from ..errors import StudyError
 from ..features.shuffled import ShuffledKV
@@ -58,7 +59,7 @@ def open_results(results_dir: str | Path, runs: Sequence[str] = (), splits: Sequ
 
 def read_by(drafter, source):
     """Features as ``drafter`` was trained to read them: its layers' KV, another document's if it is that control."""
-    source = source.with_kv_layers(drafter.spec.kv_layers)
+    source = context.read_by(drafter.config, drafter.spec, source)
     return ShuffledKV(source) if drafter.config.kv_control == "shuffled" else source
 
 

@@ -168,8 +168,8 @@ def key_moments(states: States, documents: Sequence[int]) -> Tensor:
 def query_maps(weight: Tensor, moments: Tensor, layer: int, heads: int, groups: int, size: int) -> Tensor:
     """The matrix of q -> q̃ of every head: [H, D, D].
 
-    weight : [G · D, S · G · D] of the fusion of keys. moments : C. A little of C's mean eigenvalue is added to its diagonal, so that the
-    inverse exists whatever the projection is.
+    weight : [G · D, S · G · D] of the fusion of keys, W_g for each of G groups. moments : C; a little of its mean
+    eigenvalue is added to the diagonal, so that the inverse exists whatever the projection is.
     """
     width, reused = weight.shape[1], weight.shape[1] // (groups * size)
     moments = moments + 1e-4 * moments.trace() / width * torch.eye(width, device=weight.device)

@@ -51,7 +51,7 @@ class Run:
         self.folder, self.target, self.steps = folder, results.target, axis_steps(results.draft_length)
         self.draft_length, self.layers = results.draft_length, described(folder)["spec"]["kv_layers"]
         kept = results.folder / "target_state" / "-".join(map(str, self.layers))
-        self.sources = {split: source.with_kv_layers(self.layers) for split, source in results.sources.items()}
+        self.sources = {split: source.with_layers(kv=self.layers) for split, source in results.sources.items()}
         self.states = {s: partial(read_state, kept, self.target, source) for s, source in self.sources.items()}
 
     @cached_property
