@@ -127,6 +127,12 @@ def drafter_spec(config: DrafterConfig, target: Target) -> FeatureSpec:
     return replace(spec, hidden_layers=spec.kv_layers) if config.state_layers == "kv" else spec
 
 
+def read_by(config: DrafterConfig, spec: FeatureSpec, source):
+    """A source of features with just the target layers that a drafter reads."""
+    hidden = spec.hidden_layers if "hidden_states" in config.reads else None
+    return source.with_layers(spec.kv_layers if config.reads_kv else None, hidden)
+
+
 @torch.no_grad()
 def start_from_target(drafter, target: Target) -> None:
     """``kv_init="target"``: start each draft-side key and value map as the target's own, sent through the fusion.

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,7 @@ def prepare(values: Mapping) -> Extraction:
     target = load_target(values["target"], device=values["device"], dtype=values["dtype"])
     spec = feature_spec(target, values["kv_layers"])
     if values.get("state_layers", "eagle") == "kv":
-        spec = replace(spec, hidden_layers=spec.kv_layers)
+        spec = spec.of_layers(None, sorted({*spec.hidden_layers, *spec.kv_layers}))
     names = dict.fromkeys(SPLITS, values["corpus"]) | {"evaluation": values.get("evaluation_corpus") or values["corpus"]}
     corpora = {split: load_corpus(name, split) for split, name in names.items()}
     documents = {split: cut(corpus, values, target, spec) for split, corpus in corpora.items()}

@@ -36,11 +36,11 @@ class LiveFeatures:
     def __len__(self) -> int:
         return len(self.documents)
 
-    def with_kv_layers(self, layers: Sequence[int]) -> "LiveFeatures":
-        """The same documents, with keys and values of other target layers (any of full attention)."""
-        check_layers(self.target.model, (), layers)
+    def with_layers(self, kv: Sequence[int] | None = None, hidden: Sequence[int] | None = None) -> "LiveFeatures":
+        """The same documents, with cache (of full attention) and hidden states of other target layers (None: of the same)."""
+        check_layers(self.target.model, hidden or (), kv or ())
         view = copy.copy(self)
-        view.spec = replace(self.spec, kv_layers=tuple(layers))
+        view.spec = self.spec.of_layers(kv, hidden)
         return view
 
     @property

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -18,7 +17,8 @@ class ResidentFeatures:
 
     def __init__(self, source, device: torch.device | str, state: Sequence[str] = STATE, batch_documents: int = 64):
         self.spec, self.lengths, self.documents_hash = source.spec, source.lengths, source.documents_hash
-        self.device, self._kv_places = torch.device(device), None
+        self.device = torch.device(device)
+        self._whole, self._chosen = self.spec, {}  # all that is held; by field, which of its target layers are read
         self._lengths = torch.tensor(self.lengths, device=self.device)
         self._starts = self._lengths.cumsum(0) - self._lengths
         self._fields: dict[str, torch.Tensor] = {}
@@ -43,15 +43,17 @@ class ResidentFeatures:
         rows, fields = self._rows(indices), {}
         for name in ("tokens", "answer_mask", *state):
             fields[name] = self._fields[name][rows]
-            if self._kv_places is not None and name in ("keys", "values"):
-                fields[name] = fields[name][:, :, self._kv_places]
+            if name in self._chosen:
+                fields[name] = fields[name][:, :, self._chosen[name]]
         return Features(documents=torch.tensor(list(indices), device=self.device), **fields)
 
-    def with_kv_layers(self, layers: Sequence[int]) -> "ResidentFeatures":
-        """The same features, with keys and values of some of their target layers only."""
+    def with_layers(
+        self, kv: Sequence[int] | None = None, hidden: Sequence[int] | None = None
+    ) -> "ResidentFeatures":
+        """The same features, with cache and hidden states of some of their target layers only (None: of all)."""
         view = copy.copy(self)
-        view._kv_places = self.spec.kv_places(layers)
-        view.spec = replace(self.spec, kv_layers=tuple(layers))
+        view.spec = self._whole.of_layers(kv or self.spec.kv_layers, hidden or self.spec.hidden_layers)
+        view._chosen = self._whole.places(view.spec)
         return view
 
     def _rows(self, indices: Sequence[int]) -> torch.Tensor:

@@ -36,14 +36,28 @@ class FeatureSpec:
         """A spec back from JSON, which knows lists but no tuples."""
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in read.items()})
 
-    def kv_places(self, layers: Sequence[int]) -> list[int]:
-        """Where these target layers stand among those whose keys and values were recorded; others are refused."""
-        if missing := [layer for layer in layers if layer not in self.kv_layers]:
+    def of_layers(self, kv: Sequence[int] | None, hidden: Sequence[int] | None) -> "FeatureSpec":
+        """The same with other layers; None leaves them."""
+        kv, hidden = self.kv_layers if kv is None else kv, self.hidden_layers if hidden is None else hidden
+        return replace(self, kv_layers=tuple(kv), hidden_layers=tuple(hidden))
+
+    def places(self, wanted: "FeatureSpec") -> dict[str, list[int]]:
+        """Where the layers of ``wanted`` stand in the recorded fields, of each field that has others; refused if they don't."""
+        if missing := [layer for layer in wanted.kv_layers if layer not in self.kv_layers]:
             raise StudyError(
                 f"no keys and values of target layers {missing} were recorded, only of {list(self.kv_layers)}; "
-                f"run notebook 01_extract_kv_cache with kv_layers={sorted({*self.kv_layers, *layers})}"
+                f"run notebook 01_extract_kv_cache with kv_layers={sorted({*self.kv_layers, *wanted.kv_layers})}"
             )
-        return [self.kv_layers.index(layer) for layer in layers]
+        if missing := [layer for layer in wanted.hidden_layers if layer not in self.hidden_layers]:
+            raise StudyError(
+                f"no inputs of target layers {missing} were recorded, only of {list(self.hidden_layers)}; "
+                "run notebook 01_extract_kv_cache with state_layers='kv'"
+            )
+        cached = [self.kv_layers.index(layer) for layer in wanted.kv_layers]
+        found = {} if wanted.kv_layers == self.kv_layers else {"keys": cached, "values": cached}
+        if wanted.hidden_layers != self.hidden_layers:
+            found["hidden_states"] = [self.hidden_layers.index(layer) for layer in wanted.hidden_layers]
+        return found
 
     @property
     def bytes_per_token(self) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """Target state on disk: safetensors shards with a manifest, resumable, checked on reading, read memory-mapped."""
 
 import copy
-import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -137,13 +136,13 @@ class StoredFeatures:
                 self._places.append((path, row))
                 row += length
         self._open: dict[Path, object] = {}
-        self._kv_places: list[int] | None = None  # which stored layers keys and values are read of; None: all
+        self._whole, self._chosen = self.spec, {}  # all that is stored; by field, which of its target layers are read
 
-    def with_kv_layers(self, layers: Sequence[int]) -> "StoredFeatures":
-        """The same store, with keys and values of some of its target layers only."""
+    def with_layers(self, kv: Sequence[int] | None = None, hidden: Sequence[int] | None = None) -> "StoredFeatures":
+        """The same store, with cache and hidden states of some of its target layers only (None: of all)."""
         view = copy.copy(self)
-        view._kv_places = self.spec.kv_places(layers)
-        view.spec = dataclasses.replace(self.spec, kv_layers=tuple(layers))
+        view.spec = self._whole.of_layers(kv or self.spec.kv_layers, hidden or self.spec.hidden_layers)
+        view._chosen = self._whole.places(view.spec)
         return view
 
     def __len__(self) -> int:
@@ -165,7 +164,7 @@ class StoredFeatures:
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt")
         rows = self._open[path].get_slice(name)[row : row + self.lengths[index]]
-        return rows[:, self._kv_places] if self._kv_places is not None and name in ("keys", "values") else rows
+        return rows[:, self._chosen[name]] if name in self._chosen else rows
 
 
 def _shard(

@@ -13,13 +13,13 @@ import torch
 
 from .. import parallel
 from ..drafters.checkpoint import draft_vocabulary, save_drafter, warm_start
+from ..drafters.context import drafter_spec, read_by
 from ..drafters.drafter import Drafter, build_drafter
 from ..errors import StudyError
 from ..features.extract import read_counts
 from ..features.kept import open_features, read_spec
 from ..features.resident import ResidentFeatures
 from ..features.shuffled import ShuffledKV
-from ..features.spec import feature_spec
 from ..features.store import StoredFeatures
 from ..files import sha256, write_csv, write_json
 from ..metrics.acceptance import count_axes, count_run
@@ -98,15 +98,9 @@ def prepare_run(variant: str, values: Mapping, results_dir: str | Path, features
         told = f"the features in {results_dir}/features come from other weights of {spec.target}"
         raise StudyError(f"{told}; run 01_extract_kv_cache anew")
     features = features or {split: open_features(folder, target) for split, folder in folders.items()}
-    if config.reads_kv:
-        layers = feature_spec(target, config.kv_layers).kv_layers
-        features = {split: source.with_kv_layers(layers) for split, source in features.items()}
-        spec = features["train"].spec
-    if config.state_layers == "kv" and spec.hidden_layers != spec.kv_layers:
-        raise StudyError(
-            f"state_layers='kv' wants the inputs of target layers {list(spec.kv_layers)}, the features hold those of "
-            f"{list(spec.hidden_layers)}; extract with state_layers='kv'"
-        )
+    wanted = drafter_spec(config, target)
+    features = {split: read_by(config, wanted, source) for split, source in features.items()}
+    spec = features["train"].spec
     counts = read_counts(results_dir / "features", target.vocab_size)
     draft_ids = draft_vocabulary(counts, min(values["draft_vocab_size"], target.vocab_size))
     drafter = build_drafter(config, target, spec, draft_ids, seed=training.seed)

@@ -31,10 +31,10 @@ def test_a_recipe_gives_the_features_of_its_documents(tmp_path):
     for name, tensor in vars(again.batch([4, 1])).items():
         assert torch.equal(tensor, getattr(live["train"].batch([4, 1]), name)), name
     assert isinstance(open_features(tmp_path / "evaluation", examples.target()), StoredFeatures)
-    fewer = again.with_kv_layers([3])
+    fewer = again.with_layers([3])
     assert torch.equal(fewer.batch([2]).keys[:, :, 0], again.batch([2]).keys[:, :, 2]) and fewer.spec.kv_layers == (3,)
     with pytest.raises(StudyError, match="layer 4 is out of range"):
-        again.with_kv_layers([4])
+        again.with_layers([4])
 
 
 def test_store_and_recipe_replace_one_another_only_when_asked(tmp_path):

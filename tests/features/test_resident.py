@@ -34,7 +34,7 @@ def test_every_batch_is_the_stores(store, batch_documents):
 def test_some_target_layers_of_what_is_there(store):
     layers = store.spec.kv_layers
     for chosen in ((layers[2],), (layers[0], layers[2])):
-        fewer, resident = store.with_kv_layers(chosen), ResidentFeatures(store, "cpu").with_kv_layers(chosen)
+        fewer, resident = store.with_layers(chosen), ResidentFeatures(store, "cpu").with_layers(chosen)
         places = [layers.index(layer) for layer in chosen]
         assert fewer.spec.kv_layers == resident.spec.kv_layers == chosen
         assert torch.equal(fewer.batch((0, 1)).keys, store.batch((0, 1)).keys[:, :, places])
@@ -46,9 +46,22 @@ def test_layers_that_were_not_extracted_are_refused_with_the_way_to_get_them(sto
     told = r"target layers \[1\] were recorded, only of \[0, 2, 3\]; run notebook 01.*kv_layers=\[0, 1, 2, 3\]"
     for source in (store, ResidentFeatures(store, "cpu")):
         with pytest.raises(StudyError, match=told):
-            source.with_kv_layers((0, 1))
+            source.with_layers((0, 1))
 
 
 def test_padding_is_zero(store):
     batch = ResidentFeatures(store, "cpu").batch((3, 1))  # 7 and 19 tokens
     assert not any(getattr(batch, name)[0, 7:].any() for name in ("tokens", "answer_mask", *STATE))
+
+
+def test_hidden_states_of_some_layers_and_views_of_views(store):
+    held, layers = ResidentFeatures(store, "cpu"), store.spec.hidden_layers
+    for source in (store, held):
+        fewer = source.with_layers(hidden=layers[1:])
+        assert fewer.spec.hidden_layers == layers[1:] and fewer.spec.kv_layers == store.spec.kv_layers
+        assert torch.equal(fewer.batch((0, 1)).hidden_states, store.batch((0, 1)).hidden_states[:, :, 1:])
+        last = fewer.with_layers(kv=store.spec.kv_layers[:1]).with_layers(hidden=layers[2:])
+        assert torch.equal(last.batch((0,)).hidden_states, store.batch((0,)).hidden_states[:, :, 2:])
+        assert torch.equal(last.batch((0,)).keys, store.batch((0,)).keys[:, :, :1])
+        with pytest.raises(StudyError, match=r"no inputs of target layers \[1\] .*state_layers='kv'"):
+            source.with_layers(hidden=(1,))

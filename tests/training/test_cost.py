@@ -79,7 +79,7 @@ def test_drafting_flops_are_those_that_pytorch_counts(variant, monkeypatch):
     found = drafter(variant)
     block = found.config.paradigm == "block"
     steps = found.config.block_size - 1 if block else 6
-    features = examples.live_of(examples.document("0" * N + "1")).with_kv_layers(found.spec.kv_layers).batch([0])
+    features = examples.live_of(examples.document("0" * N + "1")).with_layers(found.spec.kv_layers).batch([0])
     anchors = Anchors(torch.tensor([[N - 1]]), torch.ones(1, 1, steps, dtype=torch.bool), torch.ones(1, 1))
     prefix, entries = found.prefix(features), counted(lambda: found.prefix(features))
     assert entries == N * cost.prefix_cost(found, N).flops + (N + 1) * HEAD_DIM
