@@ -1,8 +1,8 @@
-"""Data-parallel training and extraction over several processes, started by Hugging Face Accelerate; with one process nothing happens here.
+"""Several processes, started by Hugging Face Accelerate, that train or extract together; alone, nothing happens here.
 
-Process r of P takes documents r, r + P, r + 2P, … of every batch. A training is the same whatever P is: a mean's denominator is summed
-over all processes before anything is divided by it, so gradients are summed, not averaged; and each process draws the random numbers of
-the *whole* batch and keeps its rows. Sums are in another order, so results agree up to rounding.
+Process r of P takes documents r, r + P, r + 2P, … of every batch. A training is the same whatever P is: a mean's denominator
+is summed over all processes before anything is divided by it, so gradients are summed, not averaged; and each process draws
+the random numbers of the *whole* batch and keeps its rows. Sums are in another order, so results agree up to rounding.
 """
 
 import datetime
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def begin() -> None:
-    """Join the processes that `accelerate launch` or `notebook_launcher` has started; alone, nothing.
+    """Join the processes that `accelerate launch` or `notebook_launcher` has started.
 
     The first one judges a trained drafter while the others wait, which may take longer than torch's usual ten minutes.
     """
@@ -48,10 +48,7 @@ def wait() -> None:
 
 
 def share(batch: Sequence[int]) -> list[int]:
-    """This process's documents of a batch.
-
-    It may be empty: then training takes the first document with no anchor in it (`training.share_of_batch`).
-    """
+    """This process's documents of a batch; it may be empty."""
     return list(batch[rank() :: count()])
 
 

@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import subprocess
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,18 +14,16 @@ import torch
 def git_revision() -> str:
     """Short revision of the study's checkout, with ``+`` if tracked files differ from it.
 
-    ``KVSHOT_GIT_REVISION`` wins where it is set: for files copied to a GPU machine, whose own history is another or none. Outside git
-    and without it: ``unknown``.
+    ``KVSHOT_GIT_REVISION`` wins where it is set: for files copied to a GPU machine, whose own history is another or none.
+    Outside git and without it: ``unknown``.
     """
     if given := os.environ.get("KVSHOT_GIT_REVISION"):
         return given
-    folder = Path(__file__).parent
+    git = partial(subprocess.check_output, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL)
+    tracked = ("--untracked-files=no", "--", ":/kvshot_lib", ":/notebooks/Snakefile")
     try:
-        run = lambda *words: subprocess.run(
-            ["git", "-C", folder, *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = run("status", "--porcelain", "--untracked-files=no", "--", ":/kvshot_lib", ":/notebooks/Snakefile")
-        return run("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+        changed = git(["git", "status", "--porcelain", *tracked]).strip()
+        return git(["git", "rev-parse", "--short=10", "HEAD"]).strip() + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
