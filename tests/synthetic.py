@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kvshot_lib.drafters.variants import VARIANTS, parameters_of
+from kvshot_lib.drafters.variants import VARIANTS, in_study_order, parameters_of
 from kvshot_lib.metrics import acceptance as metrics
 from kvshot_lib.metrics import tables
 
@@ -20,7 +20,7 @@ def matrix(variants=tuple(VARIANTS), seeds=3, documents=300) -> dict[str, pd.Dat
     chance = np.random.default_rng(0)
     answers = chance.integers(2, 300, documents)
     prompts, ease = chance.integers(40, 160, documents), chance.normal(1, 0.25, documents).clip(0.3, 1.8)
-    made = [_run(v, seed, answers, prompts, ease) for v in tables.in_order(variants) for seed in range(seeds)]
+    made = [_run(v, seed, answers, prompts, ease) for v in in_study_order(variants) for seed in range(seeds)]
     return {name: pd.concat([run[name] for run in made], ignore_index=True) for name in made[0]}
 
 

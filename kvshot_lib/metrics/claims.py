@@ -8,7 +8,7 @@ A statistic is a weighted sum of metrics. ``direction`` says on which side of th
 
 A verdict needs the whole 95% interval: on the claim's side it is *reproduced*, on the other side *not reproduced*,
 across the threshold *inconclusive*; *not run* if a variant is missing. "Does not help" and "changes nothing" can't be
-shown for a margin of 0, so these claims have a ``MARGIN`` in tokens of MAT: they say that a change brings less than that.
+shown for a margin of 0, so these claims have a ``MARGIN`` in tokens of MAT: a change brings less than that.
 """
 
 from collections.abc import Collection, Sequence
@@ -79,7 +79,7 @@ class Claim:
     def measured(self) -> "Claim | None":
         """The same claim about measured MAT in place of expected MAT; None if it is not about MAT."""
         names = {"expected_mat": "measured_mat"}
-        terms = tuple((weight, variant, names.get(metric, metric), *step) for weight, variant, metric, *step in self.terms)
+        terms = tuple((weight, variant, names.get(metric, metric), *at) for weight, variant, metric, *at in self.terms)
         return None if terms == self.terms else replace(self, terms=terms)
 
 
@@ -112,7 +112,8 @@ CLAIMS = (
           gap("cross_only_warm", "hidden_continued"), "below", MARGIN),
     Claim("C10b", "… nor plain `hidden`, as the paper compares it", gap("cross_only_warm", "hidden"), "below", MARGIN,
           note="`hidden` had half the tokens; this was the study's first verdict on C10", aside=True),
-    Claim("C11", "Scaling the gradient of draft-side KV by 50 does not gain .05", gap("kv_2_grad50", "kv_2"), "below", MARGIN),
+    Claim("C11", "Scaling the gradient of draft-side KV by 50 does not gain .05", gap("kv_2_grad50", "kv_2"),
+          "below", MARGIN),
     Claim("C12a", "A fourth reused layer adds less than .05", gap("kv_2_4kv", "kv_2"), "below", MARGIN),
     Claim("C12b", "An MLP projection of KV is worse than a linear one", gap("kv_2_mlp", "kv_2"), "below"),
     Claim("C12c", "KV projected from hidden states is worse than KV from the cache", gap("states_2", "kv_2"), "below",
@@ -128,14 +129,14 @@ CLAIMS = (
     Claim("K3", "Older KV costs MAT", gap("kv_2_lagged", "kv_2"), "below"),
     Claim("K4", "Post-norm feedback retains more than pre-norm", gap("hidden_post_norm", "hidden", "retention")),
     Claim("K5", "Post-norm feedback has a higher MAT than pre-norm", gap("hidden_post_norm", "hidden")),
-    Claim("K6", "At the last draft step, too, a layer that reads the cache beats one alone", gap("kv_1", "none_1", STEP, LAST),
-          note="added after C2 was judged"),
+    Claim("K6", "At the last draft step, too, a layer that reads the cache beats one alone",
+          gap("kv_1", "none_1", STEP, LAST), note="added after C2 was judged"),
 )  # fmt: skip
 
 # On decoded answers. The paper found 5.04 tokens against 5.01, and 5-10% more draft latency. Latency does not depend on
 # what the weights are, so `hidden` stands for every drafter of its kind.
 DECODE_CLAIMS = (
-    Claim("C14a", "In tree decoding `hybrid_warm` gets more tokens a target forward than `hidden` trained on for as many",
+    Claim("C14a", "In tree decoding `hybrid_warm` gets more tokens a forward than `hidden` trained on for as many",
           gap("hybrid_warm", "hidden_continued", TREE),
           note="judged again on more data: inconclusive on the first 7 prompts; 98 were added after that look"),
     Claim("C14b", "So it does in chain decoding", gap("hybrid_warm", "hidden_continued", CHAIN),
@@ -166,9 +167,11 @@ def query_claims(variants: Collection[str]) -> tuple[Claim, ...]:
     """
     deep = "kv_2" if "kv_2" in variants and "kv_4" not in variants else "kv_4"
     return (
-        Claim("C15a", f"`{deep}` looks at more of what the target looks at than `kv_1`", gap(deep, "kv_1", "overlap_recall")),
+        Claim("C15a", f"`{deep}` looks at more of what the target looks at than `kv_1`",
+              gap(deep, "kv_1", "overlap_recall")),
         Claim("C15b", f"`{deep}` drafts longer than `kv_1`", gap(deep, "kv_1", "mat_as_trained")),
-        Claim("C15c", "The target's true query gains `kv_1` .05 or more", ((1, "kv_1", "oracle_gain"),), "above", MARGIN),
+        Claim("C15c", "The target's true query gains `kv_1` .05 or more", ((1, "kv_1", "oracle_gain"),),
+              "above", MARGIN),
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def registered_pairs(variants: Iterable[str]) -> list[tuple[str, str]]:
 def comparison_table(
     draws: Draws, pairs: Sequence[tuple[str, str]] | None = None, metrics: Sequence[str] = ("measured_mat",)
 ) -> pd.DataFrame:
-    """`compare` for each pair (variant, against), metric and draft step; pairs that lack a run are rows without numbers.
+    """`compare` for each pair (variant, against), metric and draft step; without numbers where a run is missing.
 
     Returns
     -------
@@ -85,7 +85,7 @@ ALIKE = 0.02  # token counts that differ by less are equal: other seeds draw oth
 
 
 def reads(variant: str) -> str:
-    """``kv`` if the drafter reuses the target's cache as it is, ``hidden`` if it reads hidden states alone, else ``neither``.
+    """``kv`` if a drafter reuses the target's cache as it is, ``hidden`` if it reads hidden states alone, ``neither``.
 
     Controls (zeros, another document's KV, older KV, no target state) are neither, and so are drafters of others.
     """
@@ -103,8 +103,9 @@ def contenders(runs: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     ends = validation_mat(history)
     ends = ends[ends["step"] == ends.groupby(["variant", "seed"])["step"].transform("max")]
     mat = ends.groupby("variant")["value"].mean()
+    before = starts.map(lambda start: own.get(start, np.nan) if start else 0)
     rows = [
-        [variant, reads(variant), own[variant] + (own.get(starts[variant], np.nan) if starts[variant] else 0), mat[variant]]
+        [variant, reads(variant), own[variant] + before[variant], mat[variant]]
         for variant in in_study_order(own.index)
         if variant in mat and reads(variant) != "neither"
     ]
@@ -113,7 +114,7 @@ def contenders(runs: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_pair(table: pd.DataFrame) -> tuple[str, str, str]:
-    """The best KV-reusing drafter of `contenders`, the best hidden-only one of equal tokens, and plain `hidden` of equal tokens.
+    """Of `contenders` the best that reuses KV, and of equal tokens the best hidden-only one and plain `hidden`.
 
     Named where there is none, too, so that a scorecard says what is missing.
     """
@@ -126,7 +127,7 @@ def best_pair(table: pd.DataFrame) -> tuple[str, str, str]:
 
 
 def comparable(prompts: pd.DataFrame) -> pd.DataFrame:
-    """Rows of ``decode_prompts`` of either side, on the device and in the number format with which most drafters were timed."""
+    """Rows of ``decode_prompts`` of either side, on the device and in the number format with the most drafters."""
     rows = prompts[prompts["variant"].map(reads) != "neither"]
     if rows.empty:
         return rows
@@ -136,7 +137,7 @@ def comparable(prompts: pd.DataFrame) -> pd.DataFrame:
 
 
 def fastest_chains(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """(variant, chain length) of the fastest chain of each side on some prompts of `comparable` rows: keys kv, hidden."""
+    """(variant, chain length) of the fastest chain on some prompts of `comparable` rows, by side: kv and hidden."""
     best = {"kv": (-np.inf, "kv_4", "7"), "hidden": (-np.inf, "hidden", "7")}  # named where nothing was timed
     chains, once = rows[rows["mode"] == "chain"], np.ones((1, len(names)))
     for (variant, plan), own in chains.groupby(["variant", "plan"], sort=True):

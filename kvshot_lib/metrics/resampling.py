@@ -253,4 +253,5 @@ def axis_draws(axes: pd.DataFrame, documents: int, samples: int = 2000, seed: in
         with np.errstate(divide="ignore", invalid="ignore"):
             values.append(matches / anchors)
         keys.append([*key, cell["anchors"].sum(), len(cell)])
-    return Draws(pd.DataFrame(keys, columns=["variant", "seed", *AXIS_CELL, "anchors", "documents"]), np.stack(values), seed)
+    columns = ["variant", "seed", *AXIS_CELL, "anchors", "documents"]
+    return Draws(pd.DataFrame(keys, columns=columns), np.stack(values), seed)

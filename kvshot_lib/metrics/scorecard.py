@@ -24,11 +24,7 @@ from .interaction import shift_draws
 from .resampling import Draws, Interval, draw
 
 PAPER = Path(__file__).parents[2] / "data/paper/results.csv"
-PAPER_METRICS = {"decoded_mat_tree": "tree_decoded_mat", "gate_mean_late": "gate_at_the_end"}  # what they are called here
-READ = (
-    "runs", "counts", "run_lengths", "history", "gradients", "gradient_flow", "attention_shift", "attention_matches",
-    "attention_overlap", "query_oracle", "decode_prompts", "decode_duel",
-)  # fmt: skip
+PAPER_METRICS = {"decoded_mat_tree": "tree_decoded_mat", "gate_mean_late": "gate_at_the_end"}  # theirs, and ours
 GAIN = 1.1  # ten per cent more, the study's own goal
 NOTHING = Draws(pd.DataFrame(columns=["variant", "seed", "metric", "draft_step"]), np.zeros((0, 1)))
 
@@ -59,14 +55,14 @@ def read_paper(path: str | Path = PAPER) -> pd.DataFrame:
 def paper_value(
     paper: pd.DataFrame, variant: str, metric: str, step: int | None = None, *, name="study_variant"
 ) -> float:
-    """One number of the paper, NaN if it is not known; ``variant`` is the study's name (or the paper's, ``name="variant"``)."""
+    """One number of the paper, NaN if not known; ``variant`` is the study's name, the paper's with name="variant"."""
     same_step = paper["draft_step"].isna() if step is None else paper["draft_step"].eq(step).fillna(False)
     found = paper.loc[paper[name].eq(variant) & paper["metric"].eq(metric) & same_step.astype(bool), "value"]
     return float(found.iloc[0]) if len(found) else np.nan
 
 
 def compare_with_paper(draws: Draws, paper: pd.DataFrame) -> pd.DataFrame:
-    """Each number of the paper on a metric of ``draws``, ours beside it, and whether the difference from the baseline has the same sign.
+    """The paper's numbers on metrics of ``draws``, ours beside them, and whether signs against the baseline agree.
 
     Intervals are over documents and seeds. ``ordering`` is yes or no where our whole interval of the difference lies on
     one side of 0, else "not distinguishable"; "baseline" for the baseline itself, "not run" and "paper value not known"
@@ -107,7 +103,7 @@ def scorecard(draws: Draws, paper: pd.DataFrame, claims: Sequence[Claim] = CLAIM
     """A row for each claim, part of a claim and control: its statistic with interval, threshold and verdict.
 
     Intervals are over documents and seeds; ``seeds`` is the fewest seeds of a variant involved. ``measured_*`` is the
-    same about measured MAT (empty where a claim is not about MAT), ``paper_value`` the statistic on the paper's numbers.
+    same about measured MAT (empty where a claim is not about MAT), ``paper_value`` the statistic in the paper.
     A claim of several parts has a further row with the combined verdict and no statistic, ahead of them.
     """
     steps = draws.keys["draft_step"].dropna()
@@ -125,7 +121,8 @@ def scorecard(draws: Draws, paper: pd.DataFrame, claims: Sequence[Claim] = CLAIM
 
 def _row(claim: Claim, draws: Draws, paper: pd.DataFrame, last: int) -> dict:
     """The row of one claim."""
-    row = {name: getattr(claim, name) for name in ("claim", "kind", "statement", "statistic", "direction", "threshold", "note")}
+    told = ("claim", "kind", "statement", "statistic", "direction", "threshold", "note")
+    row = {name: getattr(claim, name) for name in told}
     row["paper_value"] = sum(weight * paper_value(paper, *term) for weight, *term in _at_last(claim.terms, last))
     missing = [variant for variant in claim.variants if variant not in draws.variants]
     measured = claim.measured()
@@ -165,7 +162,7 @@ def _at_last(terms: tuple[tuple, ...], last: int) -> list[tuple]:
 
 
 def acceptance_goals(runs: pd.DataFrame, history: pd.DataFrame) -> tuple[Claim, ...]:
-    """B1: the drafter that is best over the cache on validation documents has a tenth more MAT than those of equal tokens without."""
+    """B1: the best over the cache, by validation, has a tenth more MAT than drafters of equal tokens without."""
     best, rival, plain = best_pair(contenders(runs, history))
     told = f"`{best}`, best with KV, has a tenth more MAT than"
     return (
@@ -188,19 +185,24 @@ def _tenth_more(a: str, b: str, metric: str) -> tuple[tuple, ...]:
 def whole_scorecard(
     tables_dir: str | Path, paper: pd.DataFrame, samples: int = 2000, seed: int = 0
 ) -> tuple[pd.DataFrame, tuple[Claim, ...]]:
-    """The rows of `scorecard` for all that is stated, in order, and the claims as stated; *not run* without their tables."""
-    read = {name: tables.read(tables_dir, name) for name in READ}
+    """Rows of `scorecard` for all that is stated, and the claims as stated; *not run* without their tables."""
+
+    def read(name: str) -> pd.DataFrame:
+        return tables.read(tables_dir, name)
+
     how = {"samples": samples, "seed": seed}
-    queries = query_draws(read["attention_overlap"], read["query_oracle"], **how)
-    best, speeds = speed_draws(read["decode_prompts"], read["decode_duel"], **how)
-    shift, matches, documents = read["attention_shift"], read["attention_matches"], read["counts"]["document"].nunique()
+    counts, shift, matches = read("counts"), read("attention_shift"), read("attention_matches")
+    prompts, duel = read("decode_prompts"), read("decode_duel")
+    queries = query_draws(read("attention_overlap"), read("query_oracle"), **how)
+    shifts = shift_draws(shift, matches, counts["document"].nunique(), **how) if len(shift) else NOTHING
+    best, speeds = speed_draws(prompts, duel, **how)
     judged = [
-        (draw(read["counts"], read["run_lengths"], **how), (*CLAIMS, *acceptance_goals(read["runs"], read["history"]))),
-        (c14_draws(pd.concat([read["decode_prompts"], read["decode_duel"]]), **how), DECODE_CLAIMS),
+        (draw(counts, read("run_lengths"), **how), (*CLAIMS, *acceptance_goals(read("runs"), read("history")))),
+        (c14_draws(pd.concat([prompts, duel]), **how), DECODE_CLAIMS),
         (queries, query_claims(queries.variants)),
-        (flow_draws(read["gradient_flow"], **how), FLOW_CLAIMS),
-        (gate_draws(read["gradients"], **how), GATE_CLAIMS),
-        (shift_draws(shift, matches, documents, **how) if len(shift) else NOTHING, (shift_claim(set(matches["variant"])),)),
+        (flow_draws(read("gradient_flow"), **how), FLOW_CLAIMS),
+        (gate_draws(read("gradients"), **how), GATE_CLAIMS),
+        (shifts, (shift_claim(set(matches["variant"])),)),
         (speeds, (speed_goal(best),)),
     ]
     card = pd.concat([scorecard(draws, paper, claims) for draws, claims in judged], ignore_index=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..drafters.variants import in_study_order as in_order  # noqa: F401 - callers that have not moved on
 from ..errors import StudyError
 from ..files import check_listed, write_atomically, write_csv
 
@@ -41,10 +40,11 @@ def _table(columns: str, *, large: bool = False, optional: bool = True) -> Table
 
 RUN = "*variant:str *seed "
 CHAIN = " anchors matches reached chain_matches"
-PARTS = " prefill_s:float verify_s:float draft_s:float project_s:float bookkeeping_s:float sampling_s:float rest_s:float "
+SECONDS = "".join(f" {part}_s:float" for part in "prefill verify draft project bookkeeping sampling rest".split())
 ANSWER = _table(  # a row an answer
     RUN + "*mode:str *plan:str *prompt:str *turn category:str prompt_tokens new_tokens same_tokens forwards "
-    "drafted:int? accepted:int? seconds:float fastest_s:float slowest_s:float repeats" + PARTS + "*dtype:str device:str",
+    "drafted:int? accepted:int? seconds:float fastest_s:float slowest_s:float repeats" + SECONDS +
+    " *dtype:str device:str",
     large=True,
 )  # fmt: skip
 FACTS = (  # what was measured, on what, by which code
@@ -86,8 +86,8 @@ TABLES = {
     ),
     "decoding": _table(
         RUN + "*mode:str *plan:str *category:str decoded_mat:float decoded_mat_low:float decoded_mat_high:float "
-        "tokens_per_s:float target_tokens_per_s:float speedup:float speedup_low:float speedup_high:float" + PARTS +
-        "other_s:float new_tokens forwards answers same_answers prompts *dtype:str device:str", large=True,
+        "tokens_per_s:float target_tokens_per_s:float speedup:float speedup_low:float speedup_high:float" + SECONDS +
+        " other_s:float new_tokens forwards answers same_answers prompts *dtype:str device:str", large=True,
     ),
     "lossless": _table(
         RUN + "*mode:str *prompt:str new_tokens target_forwards accepted mismatches first_mismatch:int? "

@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from ..metrics.decode_costs import PARTS, PEERS, STEP_PARTS
-from ..metrics.tables import in_order
+from ..drafters.variants import in_study_order as in_order
 from .style import PART_COLOURS, STYLE, look
 
 LEGEND = {"loc": "outside upper left", "ncols": 3, "fontsize": 9}  # of variants, whose names are long

@@ -120,7 +120,7 @@ def test_product_of_marginals_is_not_the_expected_length():
 
 def test_drafter_with_known_correlation():
     """Half of the anchors are easy (match with 3/4 at each step), half hard (1/4), independent given the anchor, every
-    pattern in its exact share of 16: so step acceptance is 1/2, chain acceptance at step 1 is (9/16 + 1/16)/2 / (1/2) = 5/8."""
+    pattern in its exact share of 16: so step acceptance is 1/2, chain acceptance at step 1 (9/16 + 1/16) / 2 · 2."""
     easy = [[a, b] for a in (1, 1, 1, 0) for b in (1, 1, 1, 0)]
     hard = [[a, b] for a in (1, 0, 0, 0) for b in (1, 0, 0, 0)]
     values = values_of(np.array(easy), np.array(hard))

@@ -210,7 +210,7 @@ def test_combined_verdicts(parts, told):
 
 
 def test_measured_mat_can_tell_otherwise():
-    """Nested matches of .4 .3 .2 make runs of .9, independent ones of .6 .1 .1 about .67: measured and expected disagree."""
+    """Nested matches of .4 .3 .2 make runs of .9, independent ones of .6 .1 .1 about .67: the two disagree."""
     match = np.zeros((100, 3), dtype=bool)
     match[:60, 0] = match[60:70, 1] = match[60:70, 2] = True  # after a match, never another
     made = [acceptance.count_run("hybrid", 0, [(match, np.ones_like(match))] * 6)]
@@ -224,7 +224,7 @@ def test_measured_mat_can_tell_otherwise():
 
 
 def test_seeds_are_counted_and_their_spread_can_undo_a_verdict():
-    """Without spread between documents, .01 on average is certain with one seed, and lost in seeds that are .1 apart."""
+    """Without spread between documents, .01 on average is certain with one seed, lost in seeds that are .1 apart."""
     one = card_of({"kv_2": (30,), "kv_2_no_ttt": (29,)}, "C13").loc["C13"]
     assert (one["verdict"], one["seeds"], one["value"]) == ("reproduced", 1, pytest.approx(-0.01))
     many = card_of({"kv_2": [(30,)] * 3, "kv_2_no_ttt": [(19,), (29,), (39,)]}, "C13").loc["C13"]

@@ -93,7 +93,10 @@ def test_further_facts_of_a_run_are_kept_and_may_be_missing_elsewhere(tmp_path):
     edit("history", lambda t: t.assign(x=1))(tmp_path / "runs/kv_1/seed0")
     collect(tmp_path, samples=5)
     assert tables.read(tmp_path / "tables", "runs")["peak_memory_bytes"].isna().tolist() == [False, True]
-    assert tables.read(tmp_path / "tables", "history").groupby("variant")["x"].count().to_dict() == {"hidden": 0, "kv_1": 6}
+    assert tables.read(tmp_path / "tables", "history").groupby("variant")["x"].count().to_dict() == {
+        "hidden": 0,
+        "kv_1": 6,
+    }
 
 
 def test_text_that_looks_like_something_else_stays_text(tmp_path):

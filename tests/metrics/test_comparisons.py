@@ -18,13 +18,17 @@ def test_a_comparison_by_hand():
     assert (found.value, found.low, found.high) == pytest.approx((-0.1,) * 3)
     assert comparisons.compare(draws, "kv_2", "kv_2_no_ttt", "step_acceptance", 0).value == pytest.approx(0.1)
     table = comparisons.comparison_table(draws)
-    assert table[["variant", "against", "seeds", "verdict"]].to_numpy().tolist() == [["kv_2_no_ttt", "kv_2", 1, "below"]]
+    assert table[["variant", "against", "seeds", "verdict"]].to_numpy().tolist() == [
+        ["kv_2_no_ttt", "kv_2", 1, "below"]
+    ]
     assert table["p"].tolist() == [pytest.approx(2 / 301)]
 
 
 def test_every_draft_step_and_pairs_that_lack_a_run():
     draws = draws_of({"kv_1": (30, 20), "none_1": (30, 30)})
-    table = comparisons.comparison_table(draws, [("kv_1", "none_1"), ("kv_1", "hidden")], ["step_acceptance", "retention"])
+    table = comparisons.comparison_table(
+        draws, [("kv_1", "none_1"), ("kv_1", "hidden")], ["step_acceptance", "retention"]
+    )
     assert table["draft_step"].tolist()[:2] == [0, 1] and table["draft_step"].isna().tolist()[2]
     assert table["verdict"].tolist() == ["not distinguishable from", "below", "below"] + ["not run"] * 3
     assert table["value"][:3].tolist() == pytest.approx([0, -0.1, -1 / 3]) and table["value"][3:].isna().all()
@@ -37,7 +41,7 @@ def test_registered_pairs_are_those_of_the_registry():
 
 
 def test_p_values_count_resamples_on_the_other_side():
-    """Of 99 resamples 2 lie at or below 0: 2 · 3 / 100. None does: 2 / 100, for a p of 0 can't be known. All are 0: 1."""
+    """Of 99 resamples 2 lie at or below 0: 2 · 3 / 100. None does: 2 / 100, as a p of 0 can't be known. All do: 1."""
     drawn = np.concatenate([[0.5], [-1.0, 0.0], np.ones(97)])
     assert comparisons.p_value(drawn) == comparisons.p_value(-drawn) == pytest.approx(0.06)
     assert comparisons.p_value(np.ones(100)) == pytest.approx(0.02) and comparisons.p_value(np.zeros(100)) == 1
@@ -50,7 +54,7 @@ def test_holm_by_hand():
 
 
 def test_the_smallest_visible_difference_is_seen_in_four_of_five_studies():
-    """Means of 100 normal draws have a standard error of .1: a true difference of .28 leaves 0 outside the interval in 80%."""
+    """With a standard error of .1 a true difference of .28 leaves 0 outside the interval in 80%."""
     least = comparisons.smallest_visible(Interval(0.0, -0.196, 0.196))
     assert least == pytest.approx(0.28)
     means = np.random.default_rng(0).normal(least, 0.1, 20_000)
@@ -136,7 +140,7 @@ def speeds_of(*decoded: pd.DataFrame):
 
 
 def test_speed_is_chosen_on_every_second_prompt_and_judged_on_the_others():
-    """kv_1's chain of 7 is fastest on prompts 0 and 2 and slow on 1 and 3, where it is judged; hidden's 4 is chosen over its 7."""
+    """kv_1's chain of 7 is fastest on prompts 0 and 2, slow on 1 and 3, the judges; hidden's 4 is chosen over its 7."""
     timed = prompts({
         ("kv_1", "7"): [3.0, 1.0, 3.0, 1.0], ("kv_1", "4"): [2.0, 2.0, 2.0, 2.0],
         ("hidden", "7"): [1.0, 9.0, 1.0, 9.0], ("hidden", "4"): [1.5, 1.25, 1.5, 1.25], ("kv_2_zero", "7"): [9.0] * 4,
@@ -156,7 +160,7 @@ def test_a_tenth_more_speed_reaches_the_goal_and_nothing_timed_is_not_run():
 
 
 def test_speed_is_judged_on_the_duels_prompts_where_there_are_any():
-    """Chosen on all of p0 … p3, now that others judge: kv_1's 4 and hidden's 7; of the duel p3 is known and p5 lacks one of them."""
+    """Chosen on all of p0 … p3: kv_1's 4 and hidden's 7; of the duel p3 is known and p5 lacks one of them."""
     timed = prompts({
         ("kv_1", "7"): [3.0, 1.0, 3.0, 1.0], ("kv_1", "4"): [2.0, 2.0, 2.0, 2.0],
         ("hidden", "7"): [1.5, 9.0, 1.5, 9.0], ("hidden", "4"): [1.6, 1.25, 1.6, 1.25],

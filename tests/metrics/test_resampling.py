@@ -144,7 +144,7 @@ def test_one_seed_leaves_the_interval_over_documents():
 
 
 def test_two_seeds_by_hand():
-    """A resample of two seeds holds one of them: .2 or .4, each half of the time, whose variance .1² is that of a mean of
+    """A resample of two seeds holds one of them: .2 or .4, each half of the time. Its variance .1² is that of a mean of
     two draws, (.4 - .2)² / 2 / 2."""
     drawn = bootstrap.draw(*flat_run("kv_1", 20, 40), samples=4000)
     weights = drawn.weights_of("kv_1")
@@ -174,7 +174,7 @@ def test_resampled_means_of_seeds_vary_as_much_as_means_of_seeds_do():
 
 
 def test_seeds_are_drawn_alike_for_all_metrics_of_a_variant_and_apart_for_variants():
-    """α_0 - α_0 of one variant is 0 in every resample; two variants with equal seeds still differ by up to their spread."""
+    """α_0 - α_0 of one variant is 0 in every resample; two with equal seeds still differ by up to their spread."""
     drawn = bootstrap.draw(*joined(flat_run("hidden", 20, 40), flat_run("kv_1", 20, 40)))
     same = drawn.contrast((1, "kv_1", *ALPHA), (-1, "kv_1", *ALPHA))
     apart = drawn.contrast((1, "kv_1", *ALPHA), (-1, "hidden", *ALPHA))
@@ -189,7 +189,7 @@ def test_seeds_are_drawn_alike_for_all_metrics_of_a_variant_and_apart_for_varian
 
 @pytest.mark.parametrize(("seeds", "share"), [(2, 0.68), (3, 0.86), (5, 0.90)])
 def test_few_seeds_cover_less_than_95_percent(seeds, share):
-    """What notebook 08 says: where only seeds differ, how often the interval of a difference of two variants holds 0, the truth."""
+    """What notebook 08 says: where only seeds differ, how often the interval of a difference holds 0, the truth."""
     weights = [
         bootstrap.draw(*flat_run(variant, *range(seeds)), samples=1000).weights_of(variant)[:, 1:] for variant in "ab"
     ]
@@ -205,7 +205,7 @@ def test_a_variants_new_name_moves_no_interval():
 
 
 def test_documents_and_seeds_resampled_together():
-    """One seed: the documents' own weights. Three: a resample's seeds are 0, 1.5 or 3 times there, its documents alike in each."""
+    """One seed: the documents' weights. Three: seeds are 0, 1.5 or 3 times there, documents alike in each."""
     documents = bootstrap.resample_weights(4, 200, 7)
     assert np.array_equal(bootstrap.hierarchical(4, 1, 200, 7)[:, 0], documents)
     weights = bootstrap.hierarchical(4, 3, 200, 7)
@@ -225,7 +225,7 @@ def test_hierarchical_means_vary_as_documents_and_seeds_do():
 
 
 def cells(*rows, documents, samples=200):
-    """Summary of rows of table ``axes`` (variant, seed, document, bin_low, anchors, matches), at draft step 0 of one axis."""
+    """Summary of rows (variant, seed, document, bin_low, anchors, matches) of ``axes``, at draft step 0 of one axis."""
     table = pd.DataFrame(rows, columns=["variant", "seed", "document", "bin_low", "anchors", "matches"])
     drawn = bootstrap.axis_draws(table.assign(axis="generated_offset", draft_step=0), documents, samples)
     return bootstrap.summary_table(drawn, ["variant", *bootstrap.AXIS_CELL])
@@ -255,6 +255,7 @@ def test_all_bins_together_give_step_acceptance():
     places = np.stack([np.arange(40), np.arange(40) + 7], axis=1)
     drawn = bootstrap.axis_draws(metrics.count_axes("kv_2", 0, judged, [places] * 4), 4, samples=5)
     found = bootstrap.summary_table(drawn, ["variant", *bootstrap.AXIS_CELL])
-    total = found.assign(matches=found["value"] * found["anchors"]).groupby(["axis", "draft_step"])[["matches", "anchors"]].sum()
+    found["matches"] = found["value"] * found["anchors"]
+    total = found.groupby(["axis", "draft_step"])[["matches", "anchors"]].sum()
     for (_, step), row in total.iterrows():
         assert row["matches"] / row["anchors"] == pytest.approx(match[:, :, step].mean())

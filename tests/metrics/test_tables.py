@@ -33,12 +33,13 @@ def test_large_tables_are_parquet_and_small_ones_csv(tmp_path):
 def test_a_table_comes_back_as_it_was(tmp_path, name):
     """Commas, quotes, empty cells, text that looks like a number or like nothing, further columns, no rows."""
     words = ["a,b", 'say "x"', "1e5", "none", "0001", "nan"]
+    schema = tables.SCHEMAS[name]
     rows = [
-        {column: {"str": word, "float64": 1e-7, "Int64": 3}.get(kind, i) for column, kind in tables.SCHEMAS[name].items()}
+        {column: {"str": word, "float64": 1e-7, "Int64": 3}.get(kind, i) for column, kind in schema.items()}
         for i, word in enumerate(words)
     ]
-    table = pd.DataFrame(rows).astype(tables.SCHEMAS[name]).assign(further=1.5)
-    table.loc[0, [column for column, kind in tables.SCHEMAS[name].items() if kind in ("Int64", "float64")]] = None
+    table = pd.DataFrame(rows).astype(schema).assign(further=1.5)
+    table.loc[0, [column for column, kind in schema.items() if kind in ("Int64", "float64")]] = None
     for made in (table, table[:0]):
         tables.write(tmp_path, name, made)
         pd.testing.assert_frame_equal(tables.read(tmp_path, name), made, check_dtype=bool(len(made)))
@@ -46,7 +47,8 @@ def test_a_table_comes_back_as_it_was(tmp_path, name):
 
 def test_the_same_rows_are_the_same_bytes(tmp_path):
     for name, table in (("run_lengths", LENGTHS), ("acceptance", tables.empty("acceptance"))):
-        assert tables.write(tmp_path / "a", name, table).read_bytes() == tables.write(tmp_path / "b", name, table).read_bytes()
+        first, second = (tables.write(tmp_path / folder, name, table) for folder in "ab")
+        assert first.read_bytes() == second.read_bytes()
     assert not list((tmp_path / "a").glob(".*"))
 
 

@@ -26,13 +26,17 @@ def on_its_side(table: pd.DataFrame) -> bytes:
 
 def test_old_forms_and_old_names_become_present_ones(tmp_path):
     (tmp_path / "counts.columns.xz").write_bytes(on_its_side(OLD))
-    OLD[["variant", "seed", "document"]].assign(anchors=9, accepted=4).to_csv(tmp_path / "run_lengths.csv.xz", index=False)
+    OLD[["variant", "seed", "document"]].assign(anchors=9, accepted=4).to_csv(
+        tmp_path / "run_lengths.csv.xz", index=False
+    )
     with pytest.raises(StudyError, match="convert the folder once with `kvshot convert"):
         tables.read(tmp_path, "counts")
     assert {path.name for path in convert(tmp_path)} == {"counts.parquet", "run_lengths.parquet"}
     assert {path.name for path in tmp_path.iterdir()} == {"counts.parquet", "run_lengths.parquet"}
     found = tables.read(tmp_path, "counts")
-    assert found["variant"].tolist() == tables.read(tmp_path, "run_lengths")["variant"].tolist() == ["none_1", "hidden_31"]
+    assert (
+        found["variant"].tolist() == tables.read(tmp_path, "run_lengths")["variant"].tolist() == ["none_1", "hidden_31"]
+    )
     pd.testing.assert_frame_equal(found.drop(columns="variant"), OLD.drop(columns="variant"))
 
 
