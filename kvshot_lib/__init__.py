@@ -3,10 +3,10 @@
 import importlib
 import warnings
 
-# tqdm wants ipywidgets for bars in notebooks; the study's bars are text on purpose (widgets don't survive in saved notebooks).
+# tqdm asks for ipywidgets; the study's bars are text on purpose, since widgets don't survive in saved notebooks.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
-# What notebooks use most, by the module that it comes from. Imported when asked for: notebooks that only read tables load no torch.
+# What notebooks use most, by module. Imported when asked for, so that those that only read tables load no torch.
 EXPORTS: dict[str, str] = {
     "load_target": "target.load",
     "load_drafter": "drafters.checkpoint",

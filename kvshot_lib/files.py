@@ -1,7 +1,7 @@
 """Writing files so that a kill or a full disk never leaves half a file behind, and an altered one is not read as good.
 
-JSON objects carry the SHA-256 of the rest of them, checkpoints end with that of all bytes before, and listed files stand in a
-``SHA256SUMS`` beside them (`sha256sum --check` reads it too). Files of earlier versions have none and are read unchecked.
+JSON objects carry the SHA-256 of the rest of them, checkpoints end with that of all bytes before, and listed files
+stand in a ``SHA256SUMS`` beside them, as `sha256sum --check` reads it. Older files have none and are read unchecked.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def disk_trouble(error: BaseException | None) -> str | None:
-    """What is wrong with the disk, or None if ``error`` is about something else (libraries wrap OSErrors, or hide them)."""
+    """What is wrong with the disk, or None if it is something else (libraries wrap OSErrors, or hide them)."""
     while error is not None:
         number, text = getattr(error, "errno", None), str(error)
         for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):

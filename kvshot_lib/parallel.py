@@ -1,8 +1,9 @@
 """Several processes, started by Hugging Face Accelerate, that train or extract together; alone, nothing happens here.
 
-Process r of P takes documents r, r + P, r + 2P, … of every batch. A training is the same whatever P is: a mean's denominator
-is summed over all processes before anything is divided by it, so gradients are summed, not averaged; and each process draws
-the random numbers of the *whole* batch and keeps its rows. Sums are in another order, so results agree up to rounding.
+Process r of P takes documents r, r + P, r + 2P, … of every batch. A training is the same whatever P is: a mean's
+denominator is summed over all processes before anything is divided by it, so gradients are summed, not averaged;
+and each process draws the random numbers of the *whole* batch and keeps its rows. Sums are in another order, so
+results agree up to rounding.
 """
 
 import datetime

@@ -1,4 +1,4 @@
-"""Long work in parts: what is done is kept, a kill loses at most the part in hand, and other work's parts are never read as one's own."""
+"""Long work in parts: what is done is kept, and parts that other work left are never read as one's own."""
 
 import shutil
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Parts:
     Parameters
     ----------
     folder : where they lie; only this work writes there.
-    fingerprint : all that they depend on (code, weights, settings). Parts that another fingerprint left are removed first.
+    fingerprint : all that they depend on (code, weights, settings). What another fingerprint left is removed first.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str):

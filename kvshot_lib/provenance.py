@@ -14,8 +14,8 @@ import torch
 def git_revision() -> str:
     """Short revision of the study's checkout, with ``+`` if tracked files differ from it.
 
-    ``KVSHOT_GIT_REVISION`` wins where it is set: for files copied to a GPU machine, whose own history is another or none.
-    Outside git and without it: ``unknown``.
+    ``KVSHOT_GIT_REVISION`` wins where it is set: for files copied to a GPU machine, whose own history is another or
+    none. Outside git and without it: ``unknown``.
     """
     if given := os.environ.get("KVSHOT_GIT_REVISION"):
         return given

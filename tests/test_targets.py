@@ -1,4 +1,4 @@
-"""Other families than the default target's: what a drafter shares with each is what the target itself uses, from embedding to logits."""
+"""Other families than the default target's: what a drafter shares with each is what the target itself uses."""
 
 from functools import cache
 
@@ -34,7 +34,8 @@ from kvshot_lib.training.loss import score_rows
 FAMILIES = ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral", "tiny-olmo2", "tiny-gemma3"]
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 64, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 64, "head_dim": 16,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def test_what_is_captured_is_what_the_cache_holds(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_drafter_trains_decodes_and_is_diagnosed(name, tmp_path):
-    """A dozen steps on five documents: losses fall; decoding is lossless in chain and tree; diagnostics run on the same target."""
+    """A dozen steps on five documents: losses fall; decoding is lossless in chain and tree; diagnostics run too."""
     target, source = uneven(name), live(uneven(name))
     built = build_drafter(VARIANTS["hybrid"], target, source.spec, DRAFT_IDS)
     config = TrainConfig(epochs=5, batch_documents=2, validate_every=3, anchor_fraction=1.0, learning_rate=3e-3)
@@ -171,7 +172,7 @@ def test_a_drafter_trains_decodes_and_is_diagnosed(name, tmp_path):
 
 @torch.no_grad()
 def test_every_branch_of_a_tree_is_verified_with_the_windows_of_its_own_place():
-    """A prompt longer than the window, and branches whose windows end at different places; then a rollback past them."""
+    """A prompt longer than the window, branches whose windows end at different places, a rollback past them."""
     target, prompt = uneven("tiny-gemma3"), [*PROMPT, 9, 30, 31, 32, 33]
     assert len(prompt) > target.config.sliding_window
     with capture(target.model) as taken:
@@ -252,7 +253,7 @@ def test_lengths_at_which_rope_changes_its_angles_are_refused():
         target = scaled(kind)
         check_length(target, limit, "")
         long = examples.document("0" + "1" * limit)
-        message = f"{limit + 1} tokens: the {kind} RoPE of target llama .* beyond {limit} tokens; set a smaller max_length_tokens"
+        message = f"{limit + 1} tokens: the {kind} RoPE of target llama .* beyond {limit} tokens; set a smaller max"
         with pytest.raises(StudyError, match=message) as error:
             LiveFeatures(target, [long], feature_spec(target))
         assert "\n" not in str(error.value)
@@ -285,10 +286,10 @@ def test_other_kinds_of_rope_are_refused():
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("granite", {"embedding_multiplier": 12.0}, r"target granite \(GraniteForCausalLM\) changes its embeddings before"),
-        ("granite", {"logits_scaling": 8.0}, r"target granite \(GraniteForCausalLM\) forms its logits in a way"),
-        ("cohere", {"logit_scale": 1.0}, "target cohere has CohereLayerNorm as its last norm"),
-        ("gemma2", {}, "target Gemma2ForCausalLM caps its attention scores"),
+        ("granite", {"embedding_multiplier": 12.0}, r"target granite \(GraniteForCausalLM\) changes its embeddings
+        before"), ("granite", {"logits_scaling": 8.0}, r"target granite \(GraniteForCausalLM\) forms its logits in a
+        way"), ("cohere", {"logit_scale": 1.0}, "target cohere has CohereLayerNorm as its last norm"), ("gemma2",
+        {}, "target Gemma2ForCausalLM caps its attention scores"),
     ],
 )  # fmt: skip
 def test_what_drafters_do_not_imitate_is_refused_by_name(family, options, message):

@@ -1,6 +1,6 @@
-"""From the parameters of notebook 01 to what trainings read: a target, what to record of it, documents by split, and the features kept.
+"""From the parameters of notebook 01 to what trainings read: target, layers, documents by split, and features kept.
 
-``values`` is a dictionary of that notebook's parameters; what else it holds is left alone. Where a study writes its own dialogues, its
+``values`` are that notebook's parameters; what else they hold is left alone. Where a study writes its own dialogues,
 ``corpus`` is their folder.
 """
 
@@ -51,7 +51,8 @@ def prepare(values: Mapping) -> Extraction:
     spec = feature_spec(target, values["kv_layers"])
     if values.get("state_layers", "eagle") == "kv":
         spec = spec.of_layers(None, sorted({*spec.hidden_layers, *spec.kv_layers}))
-    names = dict.fromkeys(SPLITS, values["corpus"]) | {"evaluation": values.get("evaluation_corpus") or values["corpus"]}
+    names = dict.fromkeys(SPLITS, values["corpus"])
+    names["evaluation"] = values.get("evaluation_corpus") or values["corpus"]
     corpora = {split: load_corpus(name, split) for split, name in names.items()}
     documents = {split: cut(corpus, values, target, spec) for split, corpus in corpora.items()}
     counts = answer_token_counts(corpora["train"].documents, target.vocab_size)
@@ -69,8 +70,8 @@ def check_tokenizer(corpus: Corpus, target: Target) -> None:
     """Refuse a corpus whose ids mean other text to this target; one that does not name its tokenizer passes."""
     if corpus.provenance.get("tokenizer_hash", target.tokenizer_hash) != target.tokenizer_hash:
         raise StudyError(
-            f"the corpus {corpus.name} was written with the tokenizer of {corpus.provenance.get('target', 'another target')}, "
-            f"not with that of {target.name}; set corpus to dialogues that {target.name} wrote (notebook 00_generate_corpus)"
+            f"the corpus {corpus.name} was written with the tokenizer of {corpus.provenance.get('target')}, not with "
+            f"that of {target.name}; set corpus to dialogues that {target.name} wrote (notebook 00_generate_corpus)"
         )
 
 

@@ -1,7 +1,7 @@
-"""What notebook 01 leaves in ``results_dir/features/<split>``: a store, or for training also a recipe to compute it anew.
+"""What notebook 01 leaves in ``results_dir/features/<split>``: a store or, for training, a recipe to compute it anew.
 
-At the paper's scale a store takes terabytes. ``features="live"`` keeps only a recipe (`live.json`: corpus, documents, layers)
-for the training split; each training then runs the target over every batch once more. The other splits are always stored.
+At the paper's scale a store takes terabytes. ``features="live"`` keeps only a recipe of the training split
+(`live.json`: corpus, documents, layers); each training then runs the target over every batch once more.
 """
 
 import shutil
@@ -55,7 +55,7 @@ def keep_features(
 
 
 def write_recipe(folder: Path, live: LiveFeatures, corpus: str, split: str) -> None:
-    """Say in ``folder`` which documents, layers and target these features come from; a store that is there stays unread."""
+    """Say in ``folder`` which documents, layers and target these features come from."""
     known = corpus in CORPORA or corpus == "tiny"
     recipe = {
         "corpus": corpus if known else str(Path(corpus).resolve()), "split": split, "documents": len(live),
@@ -72,7 +72,7 @@ def read_spec(folder: Path) -> FeatureSpec:
 
 
 def open_features(folder: Path, target: Target) -> StoredFeatures | LiveFeatures:
-    """The features kept in ``folder``, from its store, or by its recipe from ``target`` (which has to have the spec's weights).
+    """The features kept in ``folder``, from its store, or by its recipe from ``target`` (of the spec's weights).
 
     Raises
     ------

@@ -37,7 +37,7 @@ class LiveFeatures:
         return len(self.documents)
 
     def with_layers(self, kv: Sequence[int] | None = None, hidden: Sequence[int] | None = None) -> "LiveFeatures":
-        """The same documents, with cache (of full attention) and hidden states of other target layers (None: of the same)."""
+        """The same documents, with cache and hidden states of other target layers (None: of the same)."""
         check_layers(self.target.model, hidden or (), kv or ())
         view = copy.copy(self)
         view.spec = self.spec.of_layers(kv, hidden)
@@ -75,7 +75,7 @@ class LiveFeatures:
         return replace(plain, **{name: read[name]() for name in state})
 
     def argmax(self, final_hidden: Tensor, rows: int = 2048) -> Tensor:
-        """argmax p_t over the whole vocabulary, [B, n, d] -> [B, n] int64; a chunk of rows at a time, so logits stay small."""
+        """argmax p_t over the whole vocabulary, [B, n, d] -> [B, n] int64, by chunks of rows: logits are large."""
         flat = final_hidden.flatten(0, 1)
         found = torch.cat([self.target.logits(part).argmax(-1) for part in flat.split(rows)])
         return found.view(final_hidden.shape[:-1])

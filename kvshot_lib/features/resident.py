@@ -47,9 +47,7 @@ class ResidentFeatures:
                 fields[name] = fields[name][:, :, self._chosen[name]]
         return Features(documents=torch.tensor(list(indices), device=self.device), **fields)
 
-    def with_layers(
-        self, kv: Sequence[int] | None = None, hidden: Sequence[int] | None = None
-    ) -> "ResidentFeatures":
+    def with_layers(self, kv: Sequence[int] | None = None, hidden: Sequence[int] | None = None) -> "ResidentFeatures":
         """The same features, with cache and hidden states of some of their target layers only (None: of all)."""
         view = copy.copy(self)
         view.spec = self._whole.of_layers(kv or self.spec.kv_layers, hidden or self.spec.hidden_layers)

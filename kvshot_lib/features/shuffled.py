@@ -1,4 +1,4 @@
-"""Features with another document's KV cache: the control that keeps everything of a KV drafter but the content of its prefix."""
+"""Features with another document's KV cache: a control that keeps everything but the content of the prefix."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,8 +11,8 @@ from .spec import STATE, Features
 class ShuffledKV:
     """A source of features whose keys and values come from another document (``kv_control="shuffled"``).
 
-    Documents are ranked by length and each takes the KV of the next in rank (the last that of the first), so that lengths are
-    about equal; where the other document is shorter, its entries are repeated from its start.
+    Documents are ranked by length and each takes the KV of the next in rank (the last that of the first), so that
+    lengths are about equal; where the other document is shorter, its entries are repeated from its start.
     """
 
     def __init__(self, source):

@@ -42,7 +42,7 @@ class FeatureSpec:
         return replace(self, kv_layers=tuple(kv), hidden_layers=tuple(hidden))
 
     def places(self, wanted: "FeatureSpec") -> dict[str, list[int]]:
-        """Where the layers of ``wanted`` stand in the recorded fields, of each field that has others; refused if they don't."""
+        """Where the layers of ``wanted`` stand in each recorded field that has others too; missing ones are refused."""
         if missing := [layer for layer in wanted.kv_layers if layer not in self.kv_layers]:
             raise StudyError(
                 f"no keys and values of target layers {missing} were recorded, only of {list(self.kv_layers)}; "
@@ -109,7 +109,7 @@ class Features:
 def feature_spec(
     target: Target, kv_layers: int | Sequence[int] = 3, fused_layers: Sequence[int] | None = None
 ) -> FeatureSpec:
-    """Choose layers of ``target``: ``kv_layers`` is a list, or how many uniformly spaced ones; impossible ones are refused."""
+    """Choose layers of ``target``: ``kv_layers`` is a list, or how many uniformly spaced ones."""
     config = target.config
     full = full_attention_layers(target.model)
     chosen = uniform_layers(full, kv_layers) if isinstance(kv_layers, int) else tuple(kv_layers)

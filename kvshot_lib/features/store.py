@@ -29,9 +29,9 @@ def write_store(
 ) -> dict:  # fmt: skip
     """Run the target over every document of ``live`` and keep its features in ``folder``.
 
-    A shard holds ``shard_documents`` documents end to end, without padding: tensor ``name`` has shape [tokens, …]. Shard i is
-    made by process i mod P. A finished one has a record beside it (``shard-00000.json``) until the manifest tells of all,
-    so a killed run goes on with the shards that have none, whatever the number of processes.
+    A shard holds ``shard_documents`` documents end to end, without padding: tensor ``name`` has shape [tokens, …].
+    Shard i is made by process i mod P. A finished one has a record beside it (``shard-00000.json``) until the
+    manifest tells of all, so a killed run goes on with the shards that have none, whatever the number of processes.
 
     Parameters
     ----------
@@ -122,7 +122,8 @@ class StoredFeatures:
         manifest = read_manifest(self.folder)
         if not manifest["complete"]:
             raise StudyError(
-                f"the feature store at {self.folder} is not finished; run notebook 01_extract_kv_cache again, it resumes"
+                f"the feature store at {self.folder} is not finished; "
+                "run notebook 01_extract_kv_cache again, it resumes"
             )
         self.spec = FeatureSpec.from_json(manifest["spec"])
         self.lengths: list[int] = manifest["lengths"]
@@ -149,7 +150,7 @@ class StoredFeatures:
         return len(self.lengths)
 
     def batch(self, indices: Sequence[int], state: Sequence[str] = STATE) -> Features:
-        """Read the chosen documents, right-padded with zeros; ``state`` names the fields wanted (the rest stay None)."""
+        """Read the chosen documents, right-padded with zeros; ``state`` names the fields wanted."""
         longest, padded = max(2, *(self.lengths[i] for i in indices)), {}
         for name in ("tokens", "answer_mask", *state):
             rows = [self._read(i, name) for i in indices]

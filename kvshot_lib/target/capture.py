@@ -22,7 +22,7 @@ _RECORDING = "kvshot_recording_sdpa"
 class Captured:
     """State of the last forward inside :func:`capture`; dictionaries are keyed by layer.
 
-    Shapes: B sequences, n tokens of this forward, N of prefix and forward together, H query heads, G KV heads, D head size.
+    B sequences, n tokens of this forward, N of prefix and forward, H query heads, G KV heads, D head size.
     """
 
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
@@ -32,8 +32,7 @@ class Captured:
     values: dict[int, Tensor] = field(default_factory=dict)
     """[B, G, N, D]"""
     queries: dict[int, Tensor] = field(default_factory=dict)
-    """[B, H, n, D] after query norm and RoPE; empty unless asked for. Where a layer's scores aren't q k / sqrt(D), they are times what
-    makes them so."""
+    """[B, H, n, D] after query norm and RoPE, if asked for; scaled so that scores are q k / sqrt(D) in every layer."""
     final: dict[str, Tensor] = field(default_factory=dict)
     """``final["hidden"]`` [B, n, d]: after the target's last norm, what its LM head reads."""
 

@@ -1,6 +1,6 @@
 """How a target's chat template writes a dialogue: what stands around the turns, what ends them, and a turn's own ids.
 
-Headers are cut out of the tokenizer's own template, so that dialogues that are generated, trained on and decoded begin alike.
+Headers are cut out of the tokenizer's own template: what is generated, trained on and decoded begins alike.
 """
 
 import numpy as np

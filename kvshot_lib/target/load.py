@@ -112,7 +112,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on GPUs and on processors with bfloat16 units; elsewhere emulation is far slower than float32."""
+    """``auto`` is bfloat16 on GPUs and processors with units for it; elsewhere it is far slower than float32."""
     if dtype == "auto":
         native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if native else torch.float32
@@ -151,7 +151,7 @@ def _refuse(model: PreTrainedModel, why: str) -> None:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Hash of every parameter's name, shape and 1,024 evenly spaced values, rounded to bfloat16 (so any dtype agrees)."""
+    """Hash of every parameter's name, shape and 1,024 evenly spaced values in bfloat16 (so any dtype agrees)."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         values = tensor.detach().flatten()

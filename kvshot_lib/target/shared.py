@@ -1,8 +1,8 @@
-"""What a drafter takes over from its target: token embedding, logits, gains of the last norm, and RoPE, each *as the target uses it*.
+"""What a drafter takes over from its target, *as the target uses it*: embedding, logits, last norm, RoPE.
 
-Families differ in small ways that would be silent mistakes. Gemma scales its embedding inside the module and keeps norm weights as
-gain - 1; some cap their logits; some have one RoPE for full and one for sliding layers. What is taken over is tried out against the
-target's own forward pass, so that a family with a twist that isn't known here is refused by name.
+Families differ in small ways that would be silent mistakes. Gemma scales its embedding inside the module and keeps
+norm weights as gain - 1; some cap their logits; some have one RoPE for full and one for sliding layers. So what is
+taken over is tried against the target's own forward; a family with a twist that isn't known here is refused by name.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 @dataclass(frozen=True)
 class Shared:
-    """embedding [V, d], scale included; head [V_draft, d] rows of the LM head; logit_cap, 0 for none; norm [d] gains of the last norm."""
+    """embedding [V, d], scale included; head [V_draft, d]; logit_cap, 0 for none; norm [d] gains of the last norm."""
 
     embedding: Tensor
     head: Tensor
@@ -56,7 +56,7 @@ def shared_parts(target: Target, draft_ids: Tensor) -> Shared:
 
 
 def norm_gain(norm: nn.Module, target_name: str) -> Tensor:
-    """What an RMS norm multiplies by: its weight, or 1 + weight as Gemma keeps it. It is read off the norm's own output."""
+    """What an RMS norm multiplies by, read off its own output: its weight, or 1 + weight as Gemma keeps it."""
     weight = norm.weight.float()
     for gain in (weight, 1 + weight):
         if torch.allclose(norm(torch.ones_like(weight)), gain, rtol=1e-4, atol=1e-4):
@@ -93,8 +93,7 @@ def rope_parameters(config) -> dict:
 def rope_limit(config) -> int | None:
     """Tokens up to which the angles of a position don't depend on how long the sequence is (None: however long).
 
-    ``dynamic`` RoPE turns every position differently once a sequence is longer than max_position_embeddings, ``longrope``
-    once it is longer than the original one. Keys cached before then would no longer fit those that follow.
+    Beyond it ``dynamic`` and ``longrope`` turn every position otherwise: keys cached before no longer fit.
     """
     rope = rope_parameters(config)
     if rope.get("rope_type") == "dynamic":
@@ -108,6 +107,6 @@ def check_length(target: Target, tokens: int, advice: str) -> None:
     if limit is not None and tokens > limit:
         kind = rope_parameters(target.config)["rope_type"]
         raise StudyError(
-            f"{tokens} tokens: the {kind} RoPE of target {target.name} turns cached keys otherwise beyond {limit} tokens; "
-            f"{advice}"
+            f"{tokens} tokens: the {kind} RoPE of target {target.name} turns cached keys otherwise "
+            f"beyond {limit} tokens; {advice}"
         )

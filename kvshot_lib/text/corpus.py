@@ -61,7 +61,7 @@ def load_corpus(name: str | Path, split: str, *, seed: int = 0, whole_answers: b
     Parameters
     ----------
     name : ``selfgen`` (tracked in ``data/corpus``), ``tiny`` (made up on the spot, for tests) or a corpus folder.
-    split : ``train``, ``validation`` or ``evaluation``. Documents come in a random order, so the first N are a fair sample.
+    split : one of ``SPLITS``. Documents come in a random order, so the first N are a fair sample.
     seed : of the ``tiny`` corpus; the others are files.
     whole_answers : give every document as stored. By default a greedy answer ends where it starts to repeat itself
         (`repetition_start`), and documents left with fewer than 16 answer tokens are dropped: 16 tokens hold nine
@@ -144,9 +144,9 @@ def prompt_key(document: Document) -> bytes:
 def write_documents(path: Path, documents: Sequence[Document]) -> None:
     """Write documents end to end as an ``.npz`` file that `numpy.load` reads; equal documents make equal files.
 
-    ``prefix`` [p] is what all documents begin with (the chat header), stored once. ``tokens`` holds the rest of every document
-    end to end, ``lengths`` [documents] how many tokens of it each document takes, ``answer_mask`` one bit a token.
-    For example [7 7 1 2], [7 7 3] become prefix [7 7], tokens [1 2 3], lengths [2 1].
+    ``prefix`` [p] is what all documents begin with (the chat header), stored once. ``tokens`` holds the rest of
+    every document end to end, ``lengths`` [documents] how many tokens of it each document takes, ``answer_mask``
+    one bit a token. For example [7 7 1 2], [7 7 3] become prefix [7 7], tokens [1 2 3], lengths [2 1].
     """
     prefix = _common_prefix(documents)
     flat = np.concatenate([d.tokens[len(prefix) :] for d in documents] or [prefix])
@@ -194,12 +194,12 @@ def answer_token_counts(documents: Sequence[Document], vocab_size: int) -> np.nd
 
 
 def repetition_start(answer: np.ndarray, repeat_tokens: int = REPEAT_TOKENS) -> int:
-    """Where an answer starts to repeat itself: the first position whose next ``repeat_tokens`` tokens, in this order, have
-    started earlier in the answer too; ``len(answer)`` if there is none.
+    """Where an answer starts to repeat itself: the first position whose next ``repeat_tokens`` tokens, in this
+    order, have started earlier in the answer too; ``len(answer)`` if there is none.
 
-    With ``repeat_tokens=3``: in a b c d a b c e the answer repeats itself from position 4 (a b c, first at 0) and keeps a b c d.
-    A loop is cut after its first round, because the earlier occurrence may overlap: x a b a b a b keeps x a b.
-    A repeated stretch of two tokens is left alone: a b c a b d has no repetition.
+    With ``repeat_tokens=3``: in a b c d a b c e the answer repeats itself from position 4 (a b c, first at 0) and
+    keeps a b c d. A loop is cut after its first round, because the earlier occurrence may overlap: x a b a b a b
+    keeps x a b. A repeated stretch of two tokens is left alone: a b c a b d has no repetition.
     """
     seen = set()
     for start in range(len(answer) - repeat_tokens + 1):
@@ -230,8 +230,8 @@ def _common_prefix(documents: Sequence[Document]) -> np.ndarray:
 def _tiny_documents(seed: int) -> dict[str, list[Document]]:
     """Small made-up dialogues over ids below 512: 1, user turn, 2, answer, 2.
 
-    Words are ids 3 to 511. Each word has one usual successor (four times in five) and one other, so there is something to learn.
-    Usual successors form one cycle through all words, so that documents don't fall into loops.
+    Words are ids 3 to 511. Each word has one usual successor (four times in five) and one other, so there is
+    something to learn. Usual successors form one cycle through all words, so that documents don't fall into loops.
     """
     rng = np.random.default_rng(seed)
     successors = np.zeros((512, 2), dtype=np.int32)

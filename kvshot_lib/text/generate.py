@@ -1,7 +1,7 @@
 """Let the target write dialogues: first the user's turn, sampled after the bare chat header, then its own answer.
 
-Every batch has a seed of its own and is kept as a part file, so a killed run that is started again goes on where it was and
-makes the same documents.
+Every batch has a seed of its own and is kept as a part file, so a killed run that is started again goes on where it
+was and makes the same documents.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ class GeneratorSettings:
     max_length_tokens : longest dialogue, header included; a longer answer is cut and has no end-of-turn token.
     max_user_tokens : a user turn that has not ended by then is dropped.
     temperature, top_p : of all sampling; no other sampling rule is applied.
-    thinking : whether a target that can think aloud before it answers (Qwen3) may; most chat templates don't know of it.
+    thinking : whether a target that can think aloud before it answers (Qwen3) may; most templates don't know of it.
     """
 
     max_length_tokens: int = 512
@@ -73,11 +73,11 @@ def generate_corpus(
     target: Target, folder: str | Path, counts: Mapping[str, int], settings: GeneratorSettings = GeneratorSettings(),
     *, user_turns: str = "",
 ) -> Path:  # fmt: skip
-    """Write ``counts[split]`` documents for each split into the corpus folder ``folder``; evaluation answers are greedy.
+    """Write ``counts[split]`` documents for each split into ``folder``; evaluation answers are greedy.
 
-    The target samples the user turns too, unless ``user_turns`` names a source of them (`user_turns`); then they are taken
-    in order. No user turn is taken twice. Part files stay in ``folder/parts``: after a kill only the batch in hand is lost,
-    and a later call with larger counts adds to what is there.
+    The target samples the user turns too, unless ``user_turns`` names a source of them (`user_turns`); then they
+    are taken in order. No user turn is taken twice. Part files stay in ``folder/parts``: after a kill only the
+    batch in hand is lost, and a later call with larger counts adds to what is there.
 
     Raises
     ------
@@ -103,7 +103,7 @@ def generate_corpus(
 def generate_batch(
     target: Target, split: str, number: int, settings: GeneratorSettings, turns: Sequence[str] | None = None
 ) -> list[Document]:
-    """The documents of one batch: at most ``batch_size``, fewer where a user turn did not end or a chat marker strayed in.
+    """The documents of one batch: fewer than ``batch_size`` where a user turn did not end or a chat marker strayed in.
 
     ``turns`` are the split's user turns, if they are given; batch ``number`` takes its ``batch_size`` of them.
     """
@@ -140,7 +140,7 @@ def given_prompts(target: Target, turns: Sequence[str], settings: GeneratorSetti
 def write_answers(
     target: Target, prompts: Sequence[np.ndarray], settings: GeneratorSettings, *, greedy: bool
 ) -> list[Document]:
-    """Answer the prompts (int32 [prompt tokens] each) as one batch; answers in which a chat marker strayed are left out."""
+    """Answer the prompts (int32 [prompt tokens] each) as one batch, without answers in which a chat marker strayed."""
     if not prompts:
         return []
     room = settings.max_length_tokens - min(map(len, prompts))
@@ -219,7 +219,7 @@ def _collect(
 
 
 def _refuse_to_mix(path: Path, facts: dict) -> None:
-    """Remember in ``path`` what the parts beside it are made with. They are hours of work: others are refused, not removed."""
+    """Remember in ``path`` what the parts beside it are made with; they are hours of work, so others are refused."""
     if not path.exists():
         write_json(path, facts)
     before = read_json(path, f"delete {path.parent} and generate again")

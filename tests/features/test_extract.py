@@ -9,8 +9,8 @@ from kvshot_lib.text.corpus import SPLITS, load_corpus, save_corpus
 
 VALUES = {
     "target": "tiny", "corpus": "tiny", "device": "cpu", "dtype": "float32", "kv_layers": 2, "max_length_tokens": 40,
-    "train_documents": 6, "validation_documents": 2, "evaluation_documents": 3, "batch_documents": 4, "shard_documents": 4,
-    "features": "stored", "replace_store": False, "figures_dir": "not looked at",
+    "train_documents": 6, "validation_documents": 2, "evaluation_documents": 3,
+    "batch_documents": 4, "shard_documents": 4, "features": "stored", "replace_store": False, "figures_dir": "not looked at",
 }  # fmt: skip
 
 

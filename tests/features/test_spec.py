@@ -73,7 +73,7 @@ def test_moving_changes_floating_point_fields_alone():
 
 
 def test_bytes_of_a_token_by_hand():
-    """Tiny: 3 hidden states of 64, 3 layers of 2 heads of 16 for keys and as many for values, 1 final hidden state, 2 bytes each."""
+    """Two bytes a number: 3 hidden states of 64; keys, and values, of 3 layers × 2 heads × 16; one final state."""
     wanted = {"hidden_states": 384, "keys": 192, "values": 192, "final_hidden": 128, "target_argmax": 4}
     assert examples.live().spec.bytes_per_token == wanted
 

@@ -21,7 +21,7 @@ def tokens(rows=2, length=23, seed=0):
 
 
 def left_behind(model):
-    """Hooks and recorders on any module, and the attention implementation. (transformers puts hooks of its own on a model.)"""
+    """Hooks and recorders on any module, and the attention implementation; transformers has hooks of its own."""
     hooks = [h for m in model.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
     recorders = [name for name, m in model.named_modules() if "_kvshot_record" in vars(m)]
     return hooks, recorders, {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}

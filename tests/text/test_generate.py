@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from kvshot_lib.errors import StudyError
-from kvshot_lib.target.chat import chat_headers
 from kvshot_lib.target.load import load_target
 from kvshot_lib.text import generate
 from kvshot_lib.text.corpus import SPLITS, check_disjoint, load_corpus
@@ -32,7 +31,7 @@ def tokens_of(folder, split):
 
 
 def script(target, monkeypatch, *calls):
-    """Let ``model.generate`` return the given new tokens (one list of rows per call), padded as transformers pads them."""
+    """Let ``model.generate`` return these new tokens, a list of rows a call, padded as transformers pads them."""
     rows = iter(calls)
 
     def continued(prompts, **_):
@@ -41,19 +40,6 @@ def script(target, monkeypatch, *calls):
         return torch.cat([prompts, torch.tensor([row + [END] * (width - len(row)) for row in new])], dim=1)
 
     monkeypatch.setattr(target.model, "generate", continued)
-
-
-def test_headers_come_from_the_chat_template(target):
-    user_header, assistant_header = chat_headers(target.tokenizer)
-    assert user_header.tolist() == [START, USER, NEWLINE]
-    assert assistant_header.tolist() == [END, NEWLINE, START, ASSISTANT, NEWLINE]
-
-
-def test_a_target_without_chat_template_is_refused():
-    tokenizer = load_target("tiny").tokenizer
-    tokenizer.chat_template = None
-    with pytest.raises(StudyError, match="no chat template"):
-        chat_headers(tokenizer)
 
 
 def test_turns_end_at_their_end_of_turn_token(target, monkeypatch):
@@ -108,7 +94,7 @@ def test_batches_have_seeds_of_their_own_and_leave_the_global_one_alone(target):
 
 
 def test_sampling_follows_top_p_and_no_other_rule(target):
-    """With top_p = 0.5 every sampled token has less than half of the probability above it; ids that often are not the best."""
+    """With top_p = 0.5 every sampled token has less than half of the probability above it, and often some."""
     settings = replace(SETTINGS, batch_size=16, top_p=0.5)
     above, best = [], []
     for d in generate_batch(target, "train", 0, settings):

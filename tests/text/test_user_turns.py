@@ -4,12 +4,10 @@ import json
 import sys
 from types import SimpleNamespace
 
-import examples
 import pytest
 from test_generate import ASSISTANT, END, NEWLINE, START, USER, target  # noqa: F401 - a fixture
 
 from kvshot_lib.errors import StudyError
-from kvshot_lib.target.chat import chat_headers
 from kvshot_lib.text.corpus import load_corpus
 from kvshot_lib.text.generate import GeneratorSettings, generate_corpus
 from kvshot_lib.text.user_turns import by_split, first_turn, read_user_turns, turns_hash
@@ -48,7 +46,7 @@ def test_splits_share_no_turn_and_leave_none_out(tmp_path):
 
 
 def test_the_target_answers_given_turns(target, tmp_path):  # noqa: F811
-    """Words w7 … of the tiny tokenizer; turns of more than six tokens are dropped, and a marker in a turn stays text."""
+    """Words w7 … of the tiny tokenizer; turns of more than six tokens are dropped."""
     records = [{"prompt": " ".join(f"w{10 + n % 50 + k}" for k in range(3 + n % 5))} for n in range(60)]
     source = write(tmp_path / "a.jsonl", records)
     folder = generate_corpus(target, tmp_path / "made", {"train": 12, "evaluation": 2}, SETTINGS, user_turns=source)
@@ -65,13 +63,6 @@ def test_the_target_answers_given_turns(target, tmp_path):  # noqa: F811
         StudyError, match=r"the 3 user turns of the evaluation split gave \d dialogues, not 40; ask for fewer"
     ):
         generate_corpus(target, tmp_path / "more", {"evaluation": 40}, SETTINGS, user_turns=source)
-
-
-def test_thinking_is_off_unless_asked_for():
-    tokenizer = examples.load_target("tiny").tokenizer
-    tokenizer.chat_template += "{% if not enable_thinking %}w9{% endif %}"  # Qwen3's closes an empty thought
-    assert chat_headers(tokenizer)[1].tolist()[-1] == 9
-    assert chat_headers(tokenizer, thinking=True)[1].tolist()[-1] != 9
 
 
 @pytest.mark.parametrize(
