@@ -1,10 +1,11 @@
 """The drafter's attention: a causal prefix that all anchors share, plus each anchor's own chain of draft tokens.
 
-The query of anchor t at draft step k sees prefix entries s ≤ t and the entries that *its own* chain has made so far, with
-one softmax over both. Anchor by anchor that is ordinary attention; for all anchors at once the chain part is element-wise,
-so no [anchors × steps] × [anchors × steps] matrix is ever needed.
+The query of anchor t at draft step k sees prefix entries s ≤ t and the entries that *its own* chain has
+made so far, with one softmax over both. Anchor by anchor that is ordinary attention; for all anchors at
+once the chain part is element-wise, so no [anchors × steps] × [anchors × steps] matrix is ever needed.
 
-Letters: B documents, M anchors, N prefix entries, J chain entries, H query heads, G KV heads, R = H / G, D head size.
+Letters: B documents, M anchors, N prefix entries, J chain entries, H query heads, G KV heads (R = H / G
+query heads each), D head size.
 """
 
 import torch
@@ -23,7 +24,7 @@ FUSED = ("cpu", "cuda")  # devices with a fused attention that returns its log-s
 def prefix_mask(visible: Tensor, length: int) -> Tensor:
     """Additive mask that shows row m the first ``visible[b, m]`` of ``length`` prefix entries.
 
-    [B, M] -> [B, 1, M, N] float32, 0 where visible and -inf elsewhere. Anchor t sees s ≤ t: visible = t + 1.
+    [B, M] -> [B, 1, M, N] float32, 0 where visible and -inf elsewhere. Anchor t sees t + 1 entries, s ≤ t.
 
     >>> prefix_mask(torch.tensor([[1, 2]]), 3)[0, 0]
     tensor([[0., -inf, -inf],
@@ -36,7 +37,7 @@ def prefix_mask(visible: Tensor, length: int) -> Tensor:
 def _prefix_attention(
     rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, tuple]:
-    """The platform's fused attention: [B, G, Q, D] -> output, log-sum-exp [B, G, Q], what its backward needs besides."""
+    """The platform's fused attention: [B, G, Q, D] -> output, log-sum-exp [B, G, Q], what backward needs besides."""
     if rows.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             rows, keys, values, attn_mask=mask, scale=scale
@@ -79,7 +80,7 @@ def chain_attention(
     query : [B, H, M, D]
     prefix : keys and values, each [B, G, N, D]; None if the drafter reads no target state.
     mask : from :func:`prefix_mask`, [B, 1, M, N].
-    chain : keys and values, each [B, G, M, J, D]; row m holds anchor m's own entries. None before the first.
+    chain : keys and values, each [B, G, M, J, D]; row m holds anchor m's own. None before the first.
 
     Returns
     -------
@@ -87,8 +88,8 @@ def chain_attention(
 
     Notes
     -----
-    On CPU and CUDA the prefix part runs in a fused kernel that returns its log-sum-exp, and the chain is merged into it;
-    elsewhere it is plain PyTorch. Tests hold both to the same numbers and gradients.
+    On CPU and CUDA the prefix part runs in a fused kernel that returns its log-sum-exp, and the chain is
+    merged into it; elsewhere it is plain PyTorch. Tests hold both to the same numbers and gradients.
     """
     groups = (prefix or chain)[0].shape[1]
     grouped = query.unflatten(1, (groups, -1))  # [B, G, R, M, D]
@@ -121,8 +122,9 @@ class _MergedAttention(torch.autograd.Function):
 
     With L_p, L_c the log-sum-exps of both parts and L = log(exp L_p + exp L_c):
     out = exp(L_p - L) out_p + Σ_j exp(s_j - L) v_j.
-    Backward: for any softmax, ds_j = P_j (dP_j - Σ out·dout) with P_j = exp(s_j - L). The fused backward kernel computes
-    just that from the ``out`` and log-sum-exp handed to it; with the *merged* ones its P_j are the joint probabilities.
+    Backward: for any softmax, ds_j = P_j (dP_j - Σ out·dout) with P_j = exp(s_j - L). The fused backward
+    kernel computes just that from the ``out`` and log-sum-exp handed to it; with the *merged* ones its P_j
+    are the joint probabilities.
     """
 
     @staticmethod
@@ -164,7 +166,7 @@ class _MergedAttention(torch.autograd.Function):
 
 
 def rotated(heads: Tensor, rotary: Entries, norm: nn.Module | None = None) -> Tensor:
-    """RoPE, after a norm of each head if there is one: [B, heads, n, D], rotary [B, n, D] each -> the same shape and dtype."""
+    """RoPE, after a norm per head if there is one: [B, heads, n, D], rotary [B, n, D] each -> the same shape, dtype."""
     heads = heads if norm is None else norm(heads)
     return apply_rotary_pos_emb(heads, heads, *rotary)[0].to(heads.dtype)
 
@@ -214,7 +216,7 @@ class PrefixAttention(nn.Module):
         return self.merge(chain_attention(query, prefix, mask, chain)), chain
 
     def columns(self, inputs: Tensor, rotary: Entries, entries: Entries) -> Tensor:
-        """The prefix's own columns, each over the entries up to its own: the last M of N, [B, M, width] -> [B, M, d]"""
+        """The prefix's last M of N columns, each over the entries up to its own: [B, M, width] -> [B, M, d]"""
         (query,) = self.project(inputs, rotary, "q")
         rows, length = query.shape[2], entries[0].shape[2]
         visible = torch.arange(length - rows, length, device=query.device) + 1

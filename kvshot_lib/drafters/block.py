@@ -1,15 +1,17 @@
 """How `block` drafters run: a whole block of tokens from one forward pass (DFlash drafts like this).
 
-A block of b slots stands at positions t+1 … t+b. Slot 0 holds x_{t+1}, all others one learned MASK embedding. Attention is
-bidirectional inside the block and sees the target's state at s ≤ t; mask slot j predicts x_{t+1+j}, draft step k = j - 1:
+A block of b slots stands at positions t+1 … t+b. Slot 0 holds x_{t+1}, all others one learned MASK
+embedding. Attention is bidirectional inside the block and sees the target's state at s ≤ t; mask slot j
+predicts x_{t+1+j}, draft step k = j - 1:
 
     t = 4, b = 4    x0 x1 x2 x3 x4 | x5  M  M  M        slot        0   1   2   3
                     target state     0   1  2  3        predicts    -   x6  x7  x8
                                                         draft step      0   1   2
 
-Blocks of different anchors share the target's state and nothing else, so that many of one document run in one pass: the
-prefix part of the attention by a fused kernel under a mask that only says s ≤ t, the b × b part of each block on its own,
-both merged by their log-sum-exps (`attention.chain_attention`). No mask over pairs of slots is ever made.
+Blocks of different anchors share the target's state and nothing else, so that many of one document run in
+one pass: the prefix part of the attention by a fused kernel under a mask that only says s ≤ t, the b × b
+part of each block on its own, both merged by their log-sum-exps (`attention.chain_attention`). No mask
+over pairs of slots is ever made.
 
 Rows of M blocks lie slot by slot, [B, b · M, d]: slot 0 of all blocks, then slot 1, and so on.
 """

@@ -1,16 +1,15 @@
-"""Trained drafters on disk: weights as safetensors, what they are as JSON beside them; whole, or rounded to be published.
+"""Trained drafters on disk: weights as safetensors, what they are as JSON beside them; whole, or rounded.
 
-Rounding keeps about three bits a weight, so that a drafter is small enough to be tracked. A matrix is rounded row by row to
-multiples of ``step`` standard deviations of the row, kept as int8 counts and one float16 scale a row. Small counts are
-frequent and large ones rare, and a Huffman code (zlib's, without its search for repetitions, of which there are none) gives
-them short and long words: for bell-shaped rows about log2(4.13 / step) bits a weight, 3.1 at .5 (entropy of a Gaussian less
-the log of the step). Rounding errs by step / √12 of a standard deviation, root mean square: a seventh at .5. Vectors (norms,
+Rounding keeps about three bits a weight, so that a drafter is small enough to be tracked. A matrix is
+rounded row by row to multiples of ``step`` standard deviations of the row, kept as int8 counts and one
+float16 scale a row. Small counts are frequent and large ones rare, and a Huffman code (zlib's, without
+its search for repetitions, of which there are none) gives them short and long words: for bell-shaped rows
+about log2(4.13 / step) bits a weight, 3.1 at .5 (entropy of a Gaussian less the log of the step).
+Rounding errs by step / √12 of a standard deviation, root mean square: a seventh at .5. Vectors (norms,
 biases) and token ids stay as they are.
 """
 
 import hashlib
-import os
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from .drafter import Drafter, DrafterConfig, build_drafter
 from .runs import DESCRIPTION, how_to_train
 
 WEIGHTS = "drafter.safetensors"
-HUGGING_FACE = {DESCRIPTION: "config.json", WEIGHTS: "model.safetensors"}  # the same two files, as it names them
 STEP = 0.5
 COUNTS, SCALES = ".counts", ".scales"
 
@@ -66,32 +64,6 @@ def read_description(folder: str | Path) -> dict:
     return _read(Path(folder))[0]
 
 
-def save_pretrained(drafter: Drafter, folder: str | Path, **facts) -> None:
-    """`save_drafter` in Hugging Face's layout: ``model.safetensors`` and ``config.json``."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        save_drafter(drafter, temporary, model_type="kvshot_drafter", **facts)
-        for ours, theirs in reversed(HUGGING_FACE.items()):
-            os.replace(Path(temporary) / ours, folder / theirs)
-
-
-def from_pretrained(folder: str | Path, target: Target) -> Drafter:
-    """`load_drafter` for a folder that `save_pretrained` wrote."""
-    folder = Path(folder)
-    with tempfile.TemporaryDirectory() as temporary:
-        for ours, theirs in HUGGING_FACE.items():
-            if (folder / theirs).exists():
-                (Path(temporary) / ours).symlink_to((folder / theirs).resolve())
-        described = read_json(folder / HUGGING_FACE[DESCRIPTION], "give a folder that save_pretrained wrote")
-        if any("Eagle3" in name for name in described.get("architectures", [])):
-            raise StudyError(f"{folder} holds an EAGLE-3 checkpoint; read it with `python -m kvshot_lib eagle3 import`")
-        try:
-            return load_drafter(temporary, target)
-        except StudyError as error:
-            raise StudyError(str(error).replace(temporary, str(folder))) from error
-
-
 def warm_start(drafter: Drafter, folder: str | Path) -> list[str]:
     """Copy every weight that a trained drafter of the same target and draft vocabulary shares by name (``init_from``).
 
@@ -101,7 +73,8 @@ def warm_start(drafter: Drafter, folder: str | Path) -> list[str]:
 
     Raises
     ------
-    StudyError : no drafter there (names the command that makes it), or another target or draft vocabulary.
+    StudyError : no drafter there (names the command that makes it), or another target or draft
+        vocabulary.
     """
     draft_ids = drafter.draft_ids.cpu()
     description, tensors = _read(Path(folder), draft_vocab_size=len(draft_ids))

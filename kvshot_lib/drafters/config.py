@@ -19,8 +19,13 @@ CHOICES = {
 _CACHE = ("kv_layers", "kv_fusion", "kv_rope", "kv_norm", "kv_init")
 READS = {
     "hidden": ("num_layers", "feedback", "hidden_norm", "state_layers", "qk_norm"),
-    "kv": ("num_layers", *_CACHE, "kv_control", "kv_with_hidden", "kv_lag_tokens", "kv_grad_scale", "state_layers", "qk_norm"),
-    "hybrid": ("feedback", "hidden_norm", *_CACHE, "kv_grad_scale", "state_layers", "cross_only", "gate_bias", "gate_floor"),
+    "kv": (
+        "num_layers", *_CACHE, "kv_control", "kv_with_hidden", "kv_lag_tokens", "kv_grad_scale", "state_layers",
+        "qk_norm",
+    ),
+    "hybrid": (
+        "feedback", "hidden_norm", *_CACHE, "kv_grad_scale", "state_layers", "cross_only", "gate_bias", "gate_floor",
+    ),
     "block": ("num_layers", "block_context", "block_size", "hidden_norm", *_CACHE, "state_layers"),
 }  # fmt: skip
 
@@ -30,25 +35,28 @@ class DrafterConfig:
     """Everything that tells one drafter from another; sizes come from the target.
 
     paradigm : ``hidden``, ``kv``, ``hybrid`` or ``block``.
-    num_layers : decoder layers; 1 for ``hybrid``. Those of ``hidden`` after the first read the stream alone.
+    num_layers : decoder layers; 1 for ``hybrid``. ``hidden``'s later ones read the stream alone.
     kv_layers : how many uniformly spaced target layers have their KV reused, or a list of them.
-    kv_fusion : how their KV become one drafter layer's: ``linear`` (end to end, one linear map), ``mlp`` (two, with SiLU
-        between them) or ``heads`` (as they are, side by side as KV heads; of one layer: the target's own cache).
+    kv_fusion : how their KV become one drafter layer's: ``linear`` (end to end, one linear map), ``mlp``
+        (two, with SiLU between them) or ``heads`` (as they are, side by side as KV heads; of one layer:
+        the target's own cache).
     kv_rope : map keys as cached (``raw``), or undo their RoPE, map them, and rotate again (``unrotate``).
     kv_norm : norm each layer's keys and values at each position before they are mapped.
-    kv_control : what stands in for the target's KV: nothing but the drafter's own prefix (``none``), zeros, another
-        document's KV (``shuffled``), KV older by ``kv_lag_tokens`` (``lagged``), or entries made from hidden states
-        (``from_hidden``).
+    kv_control : what stands in for the target's KV: nothing but the drafter's own prefix (``none``),
+        zeros, another document's KV (``shuffled``), KV older by ``kv_lag_tokens`` (``lagged``), or
+        entries made from hidden states (``from_hidden``).
     kv_with_hidden : add to entries made from the target's KV those made from its hidden states.
     kv_grad_scale : multiplies the gradient of the draft-side key and value projections.
     kv_init : how these start: ``random``, or from the ``target``'s own (`context.start_from_target`).
-    state_layers : whose inputs the hidden states are: EAGLE's three (``eagle``), or the layers whose KV is reused (``kv``).
+    state_layers : whose inputs the hidden states are: EAGLE's three (``eagle``), or the layers whose KV
+        is reused (``kv``).
     qk_norm : norm the queries and keys of the drafter's attention per head, before RoPE.
     cross_only : a hybrid without its self-attention branch.
-    feedback : what ``hidden`` and ``hybrid`` feed back as state: ``pre_norm`` (EAGLE-3) or ``post_norm`` (EAGLE-3.1).
-    hidden_norm : norm each target hidden state before they are fused (EAGLE-3 doesn't; a few of their channels are huge).
+    feedback : what ``hidden`` and ``hybrid`` feed back as state: ``pre_norm`` (EAGLE-3) or ``post_norm``
+        (EAGLE-3.1).
+    hidden_norm : norm each target hidden state before fusing them (EAGLE-3 doesn't; some channels are huge).
     gate_bias : initial bias of the hybrid's gate; the gate starts near sigmoid(gate_bias).
-    gate_floor : least value of the gate, which is gate_floor + (1 - gate_floor) · sigmoid(…): it can't be shut.
+    gate_floor : least value of the gate, which is gate_floor + (1 - gate_floor) · sigmoid(…).
     block_context : what of the target a block sees: its ``kv``, its ``hidden`` states, or ``both``.
     block_size : slots of a block, the known token included: it drafts one token fewer.
 
@@ -142,7 +150,7 @@ class DrafterConfig:
             if value != self.__dataclass_fields__[name].default and "hidden_states" not in self.reads:
                 raise StudyError(f"{name}={value!r} means nothing without hidden states to read; leave it out")
         if self.qk_norm and self.reads_kv and self.kv_rope == "raw":
-            raise StudyError("qk_norm=True norms keys before RoPE, and cached keys have theirs: set kv_rope='unrotate'")
+            raise StudyError("qk_norm=True norms keys before RoPE, cached keys have theirs: set kv_rope='unrotate'")
 
     @staticmethod
     def _contradictions() -> list[tuple]:

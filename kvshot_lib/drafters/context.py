@@ -1,7 +1,7 @@
 """What a drafter's prefix entries are made from: the target's cache, its hidden states, both, or neither.
 
-At position s the target leaves its cached key and value in some layers and the hidden states of some others. One linear
-map (or two) of these is a prefix entry, a key with the RoPE of its position and a value:
+At position s the target leaves its cached key and value in some layers and the hidden states of some
+others. A linear map of these is a prefix entry: a key with the RoPE of its position, and a value:
 
     cache    keys and values of the reused layers end to end    k_s = W_k [k_s^1; k_s^2; …]    (raw)
                                                                 k_s = R_s W_k [R_s⁻¹ k_s^1; …] (unrotate)
@@ -31,8 +31,8 @@ class PrefixSource:
 
     features : target state of positions s. rotary : RoPE of s, for entries made from it.
     fused : [B, n-1, d] the fused hidden states g_s; None for a drafter without.
-    token : [B, n-1, d] embedding of the token that a column of the drafter's own belongs to: x_{s+1} where it is read
-        beside g_s, else x_s; ``token_rotary`` : RoPE of that token's position.
+    token : [B, n-1, d] embedding of the token that a column of the drafter's own belongs to: x_{s+1}
+        where it is read beside g_s, else x_s; ``token_rotary`` : RoPE of that token's position.
     stream : [B, n-1, d] what enters the next layer at these columns.
     """
 
@@ -47,8 +47,8 @@ class PrefixSource:
 class Fusion(nn.Module):
     """Target state at positions s -> prefix entries of one drafter layer, by maps of its own.
 
-    ``keys`` and ``values`` map the cache (hidden states with ``kv_control="from_hidden"``); with ``kv_with_hidden`` the maps
-    ``hidden_keys`` and ``hidden_values`` of hidden states are added.
+    ``keys`` and ``values`` map the cache (hidden states with ``kv_control="from_hidden"``); with
+    ``kv_with_hidden`` the maps ``hidden_keys`` and ``hidden_values`` of hidden states are added.
     """
 
     def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
@@ -67,7 +67,7 @@ class Fusion(nn.Module):
                 setattr(self, f"{name}_norm", LlamaRMSNorm(width, sizes.rms_norm_eps))
 
     def forward(self, features: Features, rotary: Entries, key_norm: nn.Module | None = None) -> Entries:
-        """[B, n, S, …] of S target layers, RoPE of their positions -> [B, G', n, D] each; ``key_norm`` is the attention's."""
+        """State [B, n, S, …] of S target layers -> [B, G', n, D] each; RoPE of its positions, the attention's key norm."""
         if self.config.kv_control == "from_hidden":
             return self.of_states(features.hidden_states, rotary, self.keys, self.values, key_norm)
         cached = self.of_cache(features.keys, features.values, rotary, key_norm)
@@ -114,7 +114,7 @@ def _map(kind: str, read: int, width: int) -> nn.Module:
 
 
 def unrotated(keys: Tensor, rotary: Entries) -> Tensor:
-    """Take RoPE off cached keys [B, n, S, G, D]: turn by the opposite angle (and undo the scale that some RoPE has)."""
+    """Take RoPE off cached keys [B, n, S, G, D]: turn by the opposite angle, undo the scale that some RoPE has."""
     cos, sin = rotary
     stacked = keys.flatten(2, 3).transpose(1, 2)
     plain = rotated(stacked, (cos, -sin)) / (cos**2 + sin**2)[:, None]
@@ -137,17 +137,18 @@ def read_by(config: DrafterConfig, spec: FeatureSpec, source):
 def start_from_target(drafter, target: Target) -> None:
     """``kv_init="target"``: start each draft-side key and value map as the target's own, sent through the fusion.
 
-    An entry of the target's at s reaches the drafter as F [W_1 h_1; W_2 h_2; …] of S reused layers, W_l the target's
-    projection with its input norm's gains folded in, h_l its normed input, F the fusion. A draft token x has no h_l yet; its
-    entry starts as F [W_1; W_2; …] norm(x): in the space of the prefix entries, on their scale, from the one input that there
-    is. F is the fusion as drawn, so that nothing but the draft-side maps starts differently; with ``kv_fusion="heads"`` it is
-    the identity.
+    An entry of the target's at s reaches the drafter as F [W_1 h_1; W_2 h_2; …] of S reused layers, W_l
+    the target's projection with its input norm's gains folded in, h_l its normed input, F the fusion. A
+    draft token x has no h_l yet; its entry starts as F [W_1; W_2; …] norm(x): in the space of the prefix
+    entries, on their scale, from the one input that there is. F is the fusion as drawn, so that nothing
+    but the draft-side maps starts differently; with ``kv_fusion="heads"`` it is the identity.
 
-    Where the map reads [norm(embedding); norm(state)] of a `hybrid`, this is its embedding half, for the token at that place
-    is what the target's residual stream starts from there; the state belongs to the place before, and its half starts at zero
-    (it learns from the first step on: the gradient of a weight doesn't need the weight). Biases and per-head norms of the
-    target's projections (Qwen) are left out, for the drafters have neither; and with ``kv_rope="raw"`` the prefix keys were
-    rotated before F, those of draft tokens are after it.
+    Where the map reads [norm(embedding); norm(state)] of a `hybrid`, this is its embedding half, for the
+    token at that place is what the target's residual stream starts from there; the state belongs to the
+    place before, and its half starts at zero (it learns from the first step on: the gradient of a weight
+    doesn't need the weight). Biases and per-head norms of the target's projections (Qwen) are left out,
+    for the drafters have neither; and with ``kv_rope="raw"`` the prefix keys were rotated before F, those
+    of draft tokens are after it.
 
     Raises
     ------
@@ -171,7 +172,6 @@ def _projections(target: Target, layers: tuple[int, ...], name: str) -> Tensor:
             gain = norm_gain(layer.input_layernorm, target.name)
             found.append(getattr(layer.self_attn, name).weight.float() * gain.float())
         except AttributeError as error:
-            raise StudyError(
-                f"kv_init='target' needs {name} and input_layernorm in the layers of target {target.name}; choose 'random'"
-            ) from error
+            needed = f"{name} and input_layernorm in the layers of target {target.name}"
+            raise StudyError(f"kv_init='target' needs {needed}; choose 'random'") from error
     return torch.cat(found)

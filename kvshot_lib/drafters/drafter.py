@@ -1,14 +1,15 @@
-"""The drafters: `hidden` (EAGLE-3), `kv` (KV-only reuse), `hybrid` (both, behind a gate) and `block` (all steps in one pass).
+"""The drafters: `hidden` (EAGLE-3), `kv` (KV reuse), `hybrid` (both, behind a gate), `block` (all steps at once).
 
-All share the target's sizes, embedding and LM head (frozen, over a draft vocabulary) and one way of running: `prefix` turns
-target state into keys and values once, `step` advances any set of anchors by one draft step. Training, evaluation and
-decoding call these two; draft step k at anchor t reads token x_{t+1+k} at RoPE position t+1+k:
+All share the target's sizes, embedding and LM head (frozen, over a draft vocabulary) and one way of
+running: `prefix` turns target state into keys and values once, `step` advances any set of anchors by one
+draft step. Training, evaluation and decoding call these two; draft step k at anchor t reads token
+x_{t+1+k} at RoPE position t+1+k:
 
     t = 4:   x0 x1 x2 x3 x4 | x5 x6 x7      prefix entries made from target state at s = 0 … 4
     step 0   input x5, predicts x6          step 1   input x6, predicts x7
 
-`kv` reads target keys at their own positions s. `hidden` makes its prefix entry s from (f_s, x_{s+1}), at position s+1; its
-own step-0 entry is therefore entry s = t of the prefix, and its chain starts at step 1.
+`kv` reads target keys at their own positions s. `hidden` makes its prefix entry s from (f_s, x_{s+1}), at
+position s+1; its own step-0 entry is therefore entry s = t of the prefix, and its chain starts at step 1.
 """
 
 from collections.abc import Sequence
@@ -34,8 +35,8 @@ class Drafter(nn.Module):
     Parameters
     ----------
     draft_ids : [V_draft] int64, sorted target token ids that it can draft.
-    embedding : [V, d] the target's token embedding, its scale included, and ``head`` [V_draft, d] its LM-head rows; frozen,
-        not saved with the drafter.
+    embedding : [V, d] the target's token embedding, its scale included, and ``head`` [V_draft, d] its
+        LM-head rows; frozen, not saved with the drafter.
     logit_cap : of the target's logits, and so of the drafter's (`Target.logit_cap`).
     """
 
@@ -74,7 +75,7 @@ class Drafter(nn.Module):
                 if hasattr(module, name):
                     setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
         self.compiled = True  # and so will the loss be
-        torch._dynamo.config.recompile_limit = 64  # shapes and modes differ between training, validation and evaluation
+        torch._dynamo.config.recompile_limit = 64  # shapes differ between training, validation and evaluation
         return self
 
     @property
@@ -87,13 +88,13 @@ class Drafter(nn.Module):
     ) -> tuple[list[dict[str, Entries]], Tensor | None]:
         """Turn target state into what every anchor's attention shares.
 
-        Decoding extends its entries: with features of x_first … x_{first+n-1} come those of s = first … first+n-2.
+        Decoding extends its entries: features of x_first … x_{first+n-1} give those of s = first … first+n-2.
         ``past`` are then the entries of s < first, for layers whose entries are made from the layer below.
 
         Returns
         -------
-        Per layer, branch -> entries [B, G, n-1, D] of s = 0 … n-2 (the last token has no successor to draft from);
-        and g [B, n-1, d], the fused hidden states (None for a drafter that reads none).
+        Per layer, branch -> entries [B, G, n-1, D] of s = 0 … n-2 (the last token has no successor to
+        draft from); and g [B, n-1, d], the fused hidden states (None for a drafter that reads none).
         """
         columns = features.tokens.shape[1] - 1
         cut = {name: getattr(features, name)[:, :columns] for name in self.reads}
@@ -105,7 +106,8 @@ class Drafter(nn.Module):
             fused = self.fuse_hidden(self.hidden_norm(cut["hidden_states"]).flatten(2))
         read = slice(1, columns + 1) if self.layers[0].reads_state else here
         source = PrefixSource(
-            replace(features, **cut), (cos[:, here], sin[:, here]), fused, embedding[:, read], (cos[:, read], sin[:, read]),
+            features=replace(features, **cut), rotary=(cos[:, here], sin[:, here]), fused=fused,
+            token=embedding[:, read], token_rotary=(cos[:, read], sin[:, read]),
             stream=fused if self.layers[0].reads_state else embedding[:, here],
         )  # fmt: skip
         entries: list[dict[str, Entries]] = []
@@ -117,7 +119,7 @@ class Drafter(nn.Module):
         return entries, fused
 
     def visible(self, anchors: Tensor) -> Tensor:
-        """How many prefix entries each anchor [B, M] sees: s ≤ t, or s ≤ t - lag (and the first, so that there is one)."""
+        """How many prefix entries each anchor [B, M] sees: s ≤ t, or s ≤ t - lag, but one at least."""
         lag = self.config.kv_lag_tokens if self.config.kv_control == "lagged" else 0
         return (anchors + 1 - lag).clamp(min=1)
 
@@ -180,7 +182,8 @@ def build_drafter(
 
     Raises
     ------
-    StudyError : a target whose embedding, logits, last norm or RoPE the drafters don't imitate (`shared`).
+    StudyError : a target whose embedding, logits, last norm or RoPE the drafters don't imitate
+        (`shared`).
     """
     draft_ids = draft_ids.to(target.device)
     shared, sizes = shared_parts(target, draft_ids), drafter_sizes(target.config, spec)

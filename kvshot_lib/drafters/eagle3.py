@@ -2,13 +2,17 @@
 
 What must agree, and where it is easy to be wrong by one:
 
-- Layers. EAGLE and vLLM count hidden states as inputs of decoder layers (2, L/2, L-3), as the study does; ``eagle_config``, which
-  SGLang reads, names the layers whose outputs they are, one less each.
-- Norms. ``input_layernorm`` is the embedding's, ``hidden_norm`` the state's; attention reads [embedding; state], the residual is the
-  state before its norm, and what is fed back is the output before the final norm (`feedback=pre_norm`).
-- Positions. The entry of (f_t, x_{t+1}) is at t+1 here and at t in EAGLE; RoPE only sees differences, so both draft the same.
-- Draft vocabulary. ``d2t`` holds offsets: draft token i is target token i + d2t[i]; ``t2d`` marks target tokens that can be drafted.
-- LM head. Our drafters use the target's rows; exported they are the checkpoint's own, and an imported one keeps what it brought.
+- Layers. EAGLE and vLLM count hidden states as inputs of decoder layers (2, L/2, L-3), as the study does;
+  ``eagle_config``, which SGLang reads, names the layers whose outputs they are, one less each.
+- Norms. ``input_layernorm`` is the embedding's, ``hidden_norm`` the state's; attention reads [embedding;
+  state], the residual is the state before its norm, and what is fed back is the output before the final
+  norm (`feedback=pre_norm`).
+- Positions. The entry of (f_t, x_{t+1}) is at t+1 here and at t in EAGLE; RoPE only sees differences, so
+  both draft the same.
+- Draft vocabulary. ``d2t`` holds offsets: draft token i is target token i + d2t[i]; ``t2d`` marks target
+  tokens that can be drafted.
+- LM head. Our drafters use the target's rows; exported they are the checkpoint's own, and an imported one
+  keeps what it brought.
 """
 
 import json
@@ -93,13 +97,14 @@ def export_eagle3(drafter: Drafter, folder: str | Path, *, dtype: torch.dtype | 
 
 
 def import_eagle3(folder: str | Path, target: Target) -> Drafter:
-    """Read an EAGLE-3 checkpoint, exported here or published, as a `hidden` drafter of ``target``, with its own LM head.
+    """Read an EAGLE-3 checkpoint, exported here or published, as a `hidden` drafter with an LM head of its own.
 
     The checkpoint doesn't say which weights it was trained for: only sizes can be checked.
 
     Raises
     ------
-    StudyError : no such checkpoint, one of another shape than the target's, or one with parts that `hidden` doesn't have.
+    StudyError : no such checkpoint, one of another shape than the target's, or one with parts that
+        `hidden` doesn't have.
     """
     folder, config = Path(folder), target.config
     found = read_json(folder / CONFIG, "give the folder of an EAGLE-3 checkpoint")
@@ -150,7 +155,7 @@ def check_config(found: dict, folder: Path) -> None:
 
 
 def fused_layers(found: dict, num_layers: int) -> tuple[int, ...]:
-    """Target layers whose inputs are fused: named at the top (vLLM), in ``eagle_config`` (SGLang, one less), or EAGLE's."""
+    """Target layers whose inputs are fused: as vLLM names them, as SGLang does (one less), or EAGLE's own."""
     if ids := found.get("eagle_aux_hidden_state_layer_ids"):
         return tuple(ids)
     if ids := (found.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids"):

@@ -1,4 +1,4 @@
-"""Standing around methods of a drafter's modules, to see or change what goes through: the one way in for records and probes."""
+"""Standing around methods of a drafter's modules, to see or change what goes through: how records and probes get in."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,8 +21,8 @@ def watching(modules: Mapping[Hashable, nn.Module], method: str, around: Around)
 
     Notes
     -----
-    Around a compiled method (`layers.COMPILED`) it stands outside and sees what goes in and out. Methods that torch.compile
-    fused into another are seen only in a drafter that was not compiled. Several may stand around one method, the last
+    Around a compiled method (`layers.COMPILED`) it stands outside and sees what goes in and out. Methods that
+    torch.compile fused into another are seen only in a drafter that was not compiled. Several may stand around one method, the last
     one outermost.
 
     Seeing every layer's output, and stopping its gradient::

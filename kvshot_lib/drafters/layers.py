@@ -1,8 +1,8 @@
-"""The drafters' decoder layers: over hidden states (EAGLE-3), over the stream alone, over both behind a gate, and over blocks.
+"""The drafters' decoder layers: over hidden states (EAGLE-3), the stream alone, both behind a gate, and blocks.
 
-A layer has two entry points: ``prefix`` makes the keys and values that all anchors share, once; ``forward`` advances any set
-of anchors by one draft step. A branch is an attention with keys and values of its own: ``self`` over entries made from
-hidden states, ``cross`` over the target's mapped KV.
+A layer has two entry points: ``prefix`` makes the keys and values that all anchors share, once;
+``forward`` advances any set of anchors by one draft step. A branch is an attention with keys and values
+of its own: ``self`` over entries made from hidden states, ``cross`` over the target's mapped KV.
 """
 
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ class View:
     """What one layer sees at one draft step: its prefix entries, the mask over them, and the anchors' chains so far.
 
     prefix : branch -> keys and values [B, G, n-1, D]. mask : [B, 1, M, n-1].
-    chains : branch -> keys and values [B, G, M, J, D] of the anchors' own entries; empty before the first.
+    chains : branch -> keys and values [B, G, M, J, D] of the anchors' own entries; empty at first.
     first : draft step 0.
-    lagged_mask : what branches over the target's KV see instead, in a training that lags it; None: the same.
+    lagged_mask : what branches over the target's KV see instead, in a training that lags it (None: the same).
     cross_alone : a hybrid's output is its cross branch alone, as if its gate were 1.
     """
 
@@ -45,10 +45,10 @@ class View:
 class DecoderLayer(nn.Module):
     """Attention, then an MLP, each added to the stream.
 
-    reads_state : a fed-back state is part of its input. Then a column of the prefix is (f_s, x_{s+1}), and its entry at s = t
-        is that of the anchor's step 0, which therefore appends none of its own.
-    own_prefix : its prefix entries are its own keys and values of the columns, so that what the next layer's are made from
-        is its output there.
+    reads_state : a fed-back state is part of its input. Then a column of the prefix is (f_s, x_{s+1}),
+        and its entry at s = t is that of the anchor's step 0, which therefore appends none of its own.
+    own_prefix : its prefix entries are its own keys and values of the columns, so that what the next
+        layer's are made from is its output there.
     """
 
     reads_state = False
@@ -101,7 +101,7 @@ class HiddenLayer(DecoderLayer):
 
 
 class HybridLayer(HiddenLayer):
-    """`hidden` plus cross-attention over the target's KV, fused by a gate: s + g ⊙ (c - s), our reading of the gated delta.
+    """`hidden` plus cross-attention over the target's KV behind a gate: s + g ⊙ (c - s), the gated delta as we read it.
 
     With ``cross_only`` the output is c, and neither self-attention nor gate exists.
     """
@@ -139,8 +139,8 @@ class HybridLayer(HiddenLayer):
 class PlainLayer(DecoderLayer):
     """A pre-norm decoder layer over the stream alone.
 
-    In `kv` its prefix entries are made from target state, or, with ``kv_control="none"``, from the stream at the columns. In
-    `hidden` it stands after the first layer, and they are made from that one's output.
+    In `kv` its prefix entries are made from target state, or, with ``kv_control="none"``, from the stream
+    at the columns. In `hidden` it stands after the first layer, and they are made from that one's output.
     """
 
     def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
@@ -173,7 +173,7 @@ class PlainLayer(DecoderLayer):
     def forward(
         self, embedding: Tensor, state: Tensor, rotary: Entries, view: View
     ) -> tuple[Tensor, dict[str, Entries]]:
-        """Stream [B, M, d] (the embedding, in the first layer) -> the layer's output [B, M, d] and the longer chain."""
+        """Stream [B, M, d] (in the first layer the embedding) -> its output [B, M, d] and the longer chain."""
         mask, append = (view.mask, not view.first) if self.reads_state else (view.kv_mask, True)
         inputs = self.attention_norm(state)
         attended, chains = _attend(self.attention, self.branch, inputs, rotary, view, mask, append)
@@ -183,9 +183,10 @@ class PlainLayer(DecoderLayer):
 class BlockLayer(DecoderLayer):
     """A pre-norm decoder layer over the slots of a block and the target's state.
 
-    ``block_context`` says what its prefix entries s ≤ t are made from: ``kv`` the target's mapped KV, ``hidden`` the fused
-    hidden states, normed and sent through the layer's own key and value maps (as DFlash does; its norm is shared by all
-    layers, ours is each layer's own), ``both`` the entries of both, side by side in one softmax.
+    ``block_context`` says what its prefix entries s ≤ t are made from: ``kv`` the target's mapped KV,
+    ``hidden`` the fused hidden states, normed and sent through the layer's own key and value maps (as
+    DFlash does; its norm is shared by all layers, ours is each layer's own), ``both`` the entries of
+    both, side by side in one softmax.
     """
 
     def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
@@ -213,7 +214,7 @@ class BlockLayer(DecoderLayer):
         return self.finish(rows, self.attend(self.attention_norm(rows), rotary, view, slots))
 
     def attend(self, inputs: Tensor, rotary: Entries, view: View, slots: int) -> Tensor:
-        """Every slot attends to the prefix of its anchor and to all slots of its block: [B, b · M, d] -> [B, b · M, d]"""
+        """Every slot over the prefix of its anchor and all slots of its block: [B, b · M, d] -> [B, b · M, d]"""
         query, *own = self.attention.project(inputs, rotary, "q", "k", "v")  # [B, heads, b · M, D]
         block = tuple(part.unflatten(2, (slots, -1)).transpose(2, 3) for part in own)  # [B, G, M, b, D]
         prefix = tuple(torch.cat(parts, 2) for parts in zip(*view.prefix.values(), strict=True))
@@ -232,7 +233,7 @@ def _attend(
 
 
 COMPILED = ("read", "project", "merge", "mix", "finish")
-"""Methods of layers and their attention that hold the small operations; torch.compile fuses each (`Drafter.compile_steps`)."""
+"""Methods of layers and their attention that hold the small operations; `Drafter.compile_steps` fuses each."""
 
 LAYERS = {
     "hidden": (HiddenLayer, PlainLayer), "kv": (PlainLayer, PlainLayer), "hybrid": (HybridLayer, HybridLayer),

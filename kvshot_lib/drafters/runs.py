@@ -19,8 +19,8 @@ def find_runs(results_dir: str | Path, runs: Sequence[str] = (), finished: bool 
     Parameters
     ----------
     runs : names of the wanted ones; all by default.
-    finished : leave out trainings that have not run to their end. Otherwise a trained drafter is enough, and a folder of
-        checkpoints, one in each of its folders, will do as well.
+    finished : leave out trainings that have not run to their end. Otherwise a trained drafter is enough,
+        and a folder of checkpoints, one in each of its folders, will do as well.
 
     Raises
     ------
@@ -46,7 +46,8 @@ def find_runs(results_dir: str | Path, runs: Sequence[str] = (), finished: bool 
 def training_command(folder: Path, **parameters) -> str:
     """The command, for the repository's root, that trains the drafter of ``results_dir/runs/<variant>/seed<k>``.
 
-    ``results_dir`` may be absolute, or relative to the root or to notebooks/; the study's variants bring their parameters.
+    ``results_dir`` may be absolute, or relative to the root or to notebooks/; the study's variants bring
+    their parameters.
     """
     results_dir, variant, seed = folder.parents[2], folder.parent.name, folder.name.removeprefix("seed")
     inside = Path(*(part for part in results_dir.parts if part != ".."))

@@ -1,7 +1,8 @@
 """The study's variants, one entry each, in the order in which tables and figures show them.
 
-A profile lists these names; what an entry does not say (budget, draft vocabulary, learning rate) is equal for all.
-Tables, figures, comparisons, glossary and sweep read this registry: a new variant of parameters is one entry more.
+A profile lists these names; what an entry does not say (budget, draft vocabulary, learning rate) is equal
+for all. Tables, figures, comparisons, glossary and sweep read this registry: a new variant of parameters
+is one entry more.
 """
 
 from collections.abc import Iterable
@@ -20,8 +21,8 @@ class Variant:
     parameters : of the training notebook; they alone make it this variant.
     against : the variant that it differs from in one point, "" for one that stands on its own.
     group : what that point is about: paper, norms, fusion, controls, sources, training, cures or blocks.
-    colour, marker : its look in every figure. A hue for what is read (blue hidden states, orange to brown the cache,
-        green both, violet blocks, grey no target state), a shape for the architecture.
+    colour, marker : its look in every figure. A hue for what is read (blue hidden states, orange to brown
+        the cache, green both, violet blocks, grey no target state), a shape for the architecture.
     """
 
     name: str

@@ -9,7 +9,6 @@ import torch
 from examples import STEPS
 from safetensors.torch import load_file, save_file
 
-from kvshot_lib.drafters.checkpoint import from_pretrained, save_pretrained
 from kvshot_lib.drafters.eagle3 import CONFIG, WEIGHTS, export_eagle3, fused_layers, import_eagle3
 from kvshot_lib.errors import StudyError
 from kvshot_lib.training.anchors import find_anchors
@@ -116,18 +115,6 @@ def test_what_the_format_has_no_place_for_is_refused(tmp_path):
             export_eagle3(examples.drafter(variant), tmp_path)
     with pytest.raises(StudyError, match="config.json can't be read .*; give the folder of an EAGLE-3 checkpoint"):
         import_eagle3(tmp_path, examples.target())
-
-
-def test_the_hugging_face_layout_holds_any_drafter(tmp_path):
-    for variant in ("hidden", "kv_2", "hybrid"):
-        drafter = examples.drafter(variant)
-        save_pretrained(drafter, tmp_path / variant, seed=1)
-        assert sorted(p.name for p in (tmp_path / variant).iterdir()) == [CONFIG, WEIGHTS]
-        again = from_pretrained(tmp_path / variant, examples.target())
-        assert torch.equal(drafts(again, "tiny-llama"), drafts(drafter, "tiny-llama"))
-    export_eagle3(examples.drafter("hidden"), tmp_path / "eagle")
-    with pytest.raises(StudyError, match="an EAGLE-3 checkpoint; read it with `python -m kvshot_lib eagle3 import`"):
-        from_pretrained(tmp_path / "eagle", examples.target())
 
 
 @torch.no_grad()
