@@ -1,4 +1,4 @@
-# The study's commands. They need Python 3.11 or newer, make and bash; `make help` lists them.
+# The study's commands. They need Python 3.11 or newer, make and bash; `make help` lists them, `.venv/bin/kvshot` those beneath them.
 SHELL := bash
 PYTHON ?= python3
 PROFILE ?= laptop
@@ -36,14 +36,14 @@ $(READY): pyproject.toml requirements.txt constraints.txt
 	@rm -f $(INSTALLING) && touch $(READY)
 
 study: $(READY)  ## the main job: extract, train, measure, draw (results/PROFILE); ARGS=-n shows what would run
-	@$(BIN)/python -m kvshot_lib.study.pipeline $(PROFILE) $(ARGS)
+	@$(BIN)/python -m kvshot_lib study $(PROFILE) $(ARGS)
 
 # 105 prompts by a chain and by a tree, up to 320 tokens each: an hour or so a drafter on two cores (an estimate; a slice was timed); it goes on after a kill. Without
 # trained drafters of its own it takes those that come with the repository.
 LOSSLESS = $(if $(wildcard results/$(PROFILE)/runs),results/$(PROFILE),data/checkpoints --out results/checkpoints)
 verify-lossless: export OMP_NUM_THREADS = 1
 verify-lossless: $(READY)  ## greedy float32 decoding of every trained drafter against the target alone, token by token (ARGS=--help)
-	@$(BIN)/python -m kvshot_lib.decoding.lossless $(LOSSLESS) --workers $(or $(shell nproc --all 2>/dev/null),2) $(ARGS)
+	@$(BIN)/python -m kvshot_lib decode lossless $(LOSSLESS) --workers $(or $(shell nproc --all 2>/dev/null),2) $(ARGS)
 
 # Some machines forbid Python to keep what it has compiled. The tests start some fifty processes, and without it every one of
 # them compiles PyTorch and transformers anew.
@@ -54,32 +54,26 @@ test: $(READY)  ## library tests, the smoke pipeline, and every notebook against
 
 # Every recorded profile, unless PROFILE names one.
 figures: $(READY)  ## redraw figures/ from the tables in data/recorded/ (PROFILE=... for one of them)
-	@$(BIN)/python -m kvshot_lib.study.pipeline --figures $(if $(filter-out file,$(origin PROFILE)),$(PROFILE))
+	@$(BIN)/python -m kvshot_lib figures $(if $(filter-out file,$(origin PROFILE)),$(PROFILE))
 
 lab: $(READY)  ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir . notebooks
 
 bench: $(READY)  ## speed of extraction and training on this machine
-	@$(BIN)/python -m kvshot_lib.study.bench $(ARGS)
+	@$(BIN)/python -m kvshot_lib bench $(ARGS)
 
 torture: $(READY)  ## kill -9, flipped bytes and full disks: what comes of a tiny study (some minutes; ARGS="--seed 1" for others)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/torture.py $(ARGS)
 
 # What is committed, unless PROFILE names a run of your own.
 report: $(READY)  ## one web site of notebooks, figures, scorecard and runs, to read without a network (results/report)
-	@$(BIN)/python -m kvshot_lib.study.site $(if $(filter-out file,$(origin PROFILE)),$(PROFILE))
+	@$(BIN)/python -m kvshot_lib report $(if $(filter-out file,$(origin PROFILE)),$(PROFILE))
 
-publish:  ## copy tables and figures of results/PROFILE to data/recorded/PROFILE and figures/PROFILE
-	@test -d results/$(PROFILE)/tables || { echo "results/$(PROFILE)/tables isn't there; make it with: make study PROFILE=$(PROFILE)" >&2; exit 1; }
-	@mkdir -p data/recorded/$(PROFILE) figures/$(PROFILE)
-	for table in results/$(PROFILE)/tables/*.columns.xz; do rm -f "data/recorded/$(PROFILE)/$$(basename "$$table" .columns.xz)".csv*; done  # one form of a table
-	cp results/$(PROFILE)/tables/*.csv results/$(PROFILE)/tables/*.columns.xz data/recorded/$(PROFILE)/
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m kvshot_lib thin data/recorded/$(PROFILE)
-	cp results/$(PROFILE)/figures/* figures/$(PROFILE)/
-	rm -f figures/$(PROFILE)/training_*_seed*  # training.png shows them together
+publish: $(READY)  ## copy tables and figures of results/PROFILE to data/recorded/PROFILE and figures/PROFILE
+	@$(BIN)/python -m kvshot_lib record $(PROFILE)
 
 execute: $(READY)  ## run the committed notebooks in place at their own parameters (NOTEBOOKS=... for some)
-	@$(BIN)/python -m kvshot_lib.study.notebooks execute $(NOTEBOOKS)
+	@$(BIN)/python -m kvshot_lib notebook execute $(NOTEBOOKS)
 
 clean:  ## remove results, caches and .venv
 	rm -rf results .snakemake .pytest_cache .ruff_cache .hypothesis *.egg-info $(VENV)

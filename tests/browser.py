@@ -19,7 +19,8 @@ LOOK = """JSON.stringify({
   images: document.images.length,
   formulas: [...document.querySelectorAll('math')].filter(m => m.getBoundingClientRect().width > 0).length,
   dollars: (document.querySelector('main')?.innerText.match(/\\$[^$\\n]+\\$/g) || []).slice(0, 3),
-  dead: [...document.querySelectorAll('a[href^="#"]')].filter(a => !document.getElementById(a.hash.slice(1)) && !document.getElementById(decodeURIComponent(a.hash.slice(1)))).map(a => a.hash),
+  found: document.querySelectorAll('#search-results li').length,
+  dead: [...document.querySelectorAll('a[href^="#"]:not([href="#"])')].filter(a => !document.getElementById(a.hash.slice(1)) && !document.getElementById(decodeURIComponent(a.hash.slice(1)))).map(a => a.hash),
   overflow: document.documentElement.scrollWidth - window.innerWidth})"""
 
 
@@ -83,7 +84,8 @@ async def _visit(address: str, pages: list[Path], size: tuple[int, int], picture
     seen = {}
     for page in pages:
         events.clear()
-        await ask("Page.navigate", url=page.resolve().as_uri())
+        address, _, query = str(page.resolve()).partition("?")
+        await ask("Page.navigate", url=Path(address).as_uri() + f"?{query}" * bool(query))
         while not any(event.get("method") == "Page.loadEventFired" for event in events):
             await receive()
         for _ in range(50):  # pictures that were put off until they are scrolled to

@@ -30,6 +30,7 @@ VERBS = {
     "generate": "text.generate:generate",
     "collect": "metrics.collect:collect",
     "thin": "metrics.collect:thin",
+    "record": "study.publish:record",
     "convert": "study.publish:convert",
     "compute": "study.compute:write_compute",
     "bench": "study.scale:bench",

@@ -205,6 +205,12 @@ def extract_values(profile: Profile, results_dir: str | Path) -> dict:
     return parameter_defaults(NOTEBOOKS["extract"]) | profile.extract | own
 
 
+def dialogue_options(profile: Profile) -> dict:
+    """Options of `kvshot generate` for the profile's own dialogues; their target is that of ``extract``."""
+    shared = ("target", "device", "dtype")
+    return {name: profile.extract[name] for name in shared if name in profile.extract} | (profile.dialogues or {})
+
+
 def train_values(profile: Profile, variant: str, seed: int) -> dict:
     """Every parameter of one training."""
     return parameter_defaults(NOTEBOOKS["train"]) | profile.train | profile.drafters[variant] | {"seed": seed}

@@ -1,4 +1,4 @@
-"""What goes out and comes in: published drafters, EAGLE-3 checkpoints, tables of earlier versions.
+"""What goes out and comes in: published drafters, recorded tables and figures, EAGLE-3 checkpoints, old tables.
 
 A published drafter is a folder of data/checkpoints that `load_drafter` reads like any other: rounded weights,
 ``drafter.json`` (config, target, hash, what its run recorded), ``history.csv``, ``acceptance.csv``, ``README.md`` (the card).
@@ -14,12 +14,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..drafters.checkpoint import DESCRIPTION, WEIGHTS, load_drafter, read_description, training_command
+from ..drafters.checkpoint import STEP, WEIGHTS, load_drafter, read_description, save_rounded
 from ..drafters.config import READS
 from ..drafters.context import read_by
 from ..drafters.drafter import Drafter, DrafterConfig
 from ..drafters.eagle3 import export_eagle3, import_eagle3
-from ..drafters.rounding import STEP, save_rounded
+from ..drafters.runs import DESCRIPTION, training_command
 from ..drafters.variants import current_name
 from ..errors import StudyError
 from ..features.live import LiveFeatures
@@ -27,7 +27,7 @@ from ..features.store import StoredFeatures
 from ..files import sha256, write_atomically, write_csv, write_json
 from ..metrics import tables
 from ..metrics.acceptance import count_run
-from ..metrics.collect import read_record
+from ..metrics.collect import read_record, thin
 from ..metrics.resampling import Draws, draw
 from ..parts import claim
 from ..target.load import Target, load_target, resolve_dtype
@@ -58,7 +58,7 @@ def publish_runs(results_dir: str, runs: Sequence[str], *, to: str = str(CHECKPO
     for run in runs:
         folder, out = Path(results_dir) / "runs" / run, Path(to) / run.split("/")[0]
         draws = publish(folder, out, target, evaluation, step)
-        lost = draws.difference((AFTER, "measured_mat"), (BEFORE, "measured_mat"))
+        lost = draws.contrast((1, AFTER, "measured_mat"), (-1, BEFORE, "measured_mat"))
         size = (out / WEIGHTS).stat().st_size / 1e6
         told = f"measured MAT {draws.mean(AFTER, 'measured_mat')}, by rounding {lost}"
         print(f"{out}: {size:.2f} MB; {told}", flush=True)
@@ -145,7 +145,7 @@ def card(record: dict, described: dict, draws: Draws, size_bytes: int) -> str:
     lines = []
     for name, step in METRICS:
         label = name.replace("_", " ").replace("mat", "MAT") + ("" if step is None else f", draft step {step}")
-        lost = draws.difference((AFTER, name, step), (BEFORE, name, step))
+        lost = draws.contrast((1, AFTER, name, step), (-1, BEFORE, name, step))
         lines.append(f"| {label} | {draws.mean(BEFORE, name, step)} | {draws.mean(AFTER, name, step)} | {lost} |")
     return CARD.format(
         **record,
@@ -225,6 +225,27 @@ def measure_eagle3(folder: str, *, target: str = DEFAULT_TARGET, corpus: str = "
     table = acceptance_by_step(counts).to_string(index=False, float_format="%.3f")
     told = f"measured MAT {1 + accepted:.3f} tokens per target forward, on {len(source)} answers of {model.name}"
     return f"{table}\n{told}"
+
+
+def record(profile: str) -> str:
+    """Copy tables and figures of results/PROFILE to data/recorded/PROFILE and figures/PROFILE, as they are published.
+
+    Raises
+    ------
+    StudyError : no tables there.
+    """
+    results, to, figures = Path("results") / profile, Path("data/recorded") / profile, Path("figures") / profile
+    names = [name for name in tables.SCHEMAS if tables.path_of(results / "tables", name).is_file()]
+    if not names:
+        raise StudyError(f"there are no tables in {results}/tables; make them with: make study PROFILE={profile}")
+    for name in names:
+        tables.write(to, name, tables.read(results / "tables", name))
+    thin(to)
+    figures.mkdir(parents=True, exist_ok=True)
+    for path in results.glob("figures/*"):
+        if not path.name.startswith("training_"):  # of one run each: training.png shows them together
+            shutil.copy(path, figures)
+    return f"{to}: {len(names)} tables; {figures}: {len(list(figures.glob('*.png')))} figures"
 
 
 def convert(tables_dir: str | Path) -> list[Path]:

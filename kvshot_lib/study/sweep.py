@@ -22,7 +22,9 @@ from ..features.extract import hold, keep, prepare
 from ..metrics.collect import collect
 from ..training.run import train_run
 from .notebooks import locked
-from .profiles import Profile, checked_profile, extract_values, named_runs, results_of, train_values
+from .profiles import (
+    Profile, checked_profile, dialogue_options, extract_values, named_runs, option_words, results_of, train_values,
+)  # fmt: skip
 
 _shared: dict = {}  # of a worker process: features, profile, results_dir
 
@@ -73,7 +75,7 @@ def several_processes(profile: str, what: str, runs: Sequence[str] = (), *, resu
     if what not in ("extract", "train"):
         raise StudyError(f"{what!r} is neither extract nor train")
     if what == "extract":
-        values = extract_values(loaded, folder)
+        values = checked_values(loaded, folder)
         say(keep(prepare(values), values, folder / "features").to_string(index=False), flush=True)
         return
     for variant, seed in jobs:
@@ -118,8 +120,22 @@ def sweep(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], work
 
 def load_features(profile: Profile, results_dir: Path) -> dict:
     """The profile's features by split, in the memory of the target's device."""
-    values = extract_values(profile, results_dir)
+    values = checked_values(profile, results_dir)
     return hold(prepare(values), values, results_dir / "features")
+
+
+def checked_values(profile: Profile, results_dir: Path) -> dict:
+    """Every parameter of the extraction.
+
+    Raises
+    ------
+    StudyError : the profile has the target write its dialogues, and they aren't there.
+    """
+    corpus = results_dir / "corpus"
+    if profile.dialogues is not None and not (corpus / "provenance.json").exists():
+        words = " ".join(option_words(dialogue_options(profile)))
+        raise StudyError(f"no dialogues in {corpus}; write them first: python -m kvshot_lib generate {corpus} {words}")
+    return extract_values(profile, results_dir)
 
 
 def _done(results_dir: Path, variant: str, seed: int) -> bool:

@@ -9,7 +9,7 @@ from notebook_checks import ROOT, write_notebook
 from kvshot_lib.errors import StudyError
 from kvshot_lib.study import fingerprints
 from kvshot_lib.study.cli import main
-from kvshot_lib.study.fingerprints import covered_names, fingerprint
+from kvshot_lib.study.fingerprints import fingerprint
 from kvshot_lib.study.profiles import NOTEBOOKS
 
 
@@ -52,7 +52,7 @@ def test_another_variant_trains_itself_and_not_the_others(small):
 
 @pytest.mark.parametrize("line", ["from ..low import gone", "from ..low.gone import f", "import kvshot_lib.gone"])
 def test_an_import_that_leads_nowhere_is_refused(small, line):
-    write(small, {"high/top.py": f"{line}\n"})
+    write(small, {"high/top.py": f"{line}\nf = 1\n"})
     with pytest.raises(StudyError, match="gone(.f)?, which isn't there"):
         fingerprint("extract", {})
 

@@ -12,7 +12,13 @@ from notebook_checks import COMMITTED, ROOT, faults, write_notebook
 from kvshot_lib.errors import StudyError
 from kvshot_lib.study.cli import main
 from kvshot_lib.study.notebooks import (
-    Progress, check_parameters, collapse_progress, execute_in_place, locked, parameter_defaults, run_notebook,
+    Progress,
+    check_parameters,
+    collapse_progress,
+    execute_in_place,
+    locked,
+    parameter_defaults,
+    run_notebook,
 )  # fmt: skip
 
 

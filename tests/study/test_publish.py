@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import synthetic
 import torch
+from finished_runs import write_run
 from notebook_checks import ROOT
 from safetensors.torch import load_file
 
@@ -18,9 +19,7 @@ from kvshot_lib.metrics import tables
 from kvshot_lib.metrics.collect import collect
 from kvshot_lib.metrics.resampling import Interval
 from kvshot_lib.provenance import provenance
-from kvshot_lib.study import cli
-from kvshot_lib.study import judge as checkpoint_run
-from kvshot_lib.study import publish as publish_checkpoint
+from kvshot_lib.study import cli, publish
 
 VARIANT = "kv_2"
 
@@ -49,7 +48,7 @@ def study(tmp_path_factory):
     write_csv(run / "history.csv", history)
     evaluation = StoredFeatures(folder / "features/evaluation")
     to = folder.parents[1] / "data/checkpoints" / VARIANT
-    draws = publish_checkpoint.publish(run, to, target, evaluation)
+    draws = publish.publish(run, to, target, evaluation)
     return folder, to, drafter, draws
 
 
@@ -94,9 +93,9 @@ def test_altered_weights_and_another_target_are_refused(study, tmp_path):
 def test_it_becomes_a_run_of_another_study(study, monkeypatch):
     """Judged by the same code as a training's end, so its numbers are those of the card; tables are collected with it."""
     folder, to, _, draws = study
-    monkeypatch.setattr(checkpoint_run, "CHECKPOINTS", to.parent)
-    monkeypatch.setattr(checkpoint_run, "load_target", lambda _: examples.target())
-    run = checkpoint_run.judge_checkpoint(folder, VARIANT, "print")
+    monkeypatch.setattr(publish, "CHECKPOINTS", to.parent)
+    monkeypatch.setattr(publish, "load_target", lambda _: examples.target())
+    run = publish.judge_checkpoint(folder, VARIANT, mark="print")
     assert run == folder / f"runs/{VARIANT}_checkpoint/seed3" and (run / ".fingerprint").read_text() == "print"
     collected = collect(folder, [f"{VARIANT}_checkpoint/seed3"], samples=20)
     assert pd.read_csv(collected["runs"])["variant"].tolist() == [f"{VARIANT}_checkpoint"]
@@ -120,13 +119,29 @@ def test_committed_checkpoints_are_what_their_cards_say():
         assert len(load_rounded(folder / "drafter.safetensors")["draft_ids"]) == described["run"]["draft_vocab_size"]
 
 
+def test_tables_and_figures_are_recorded_whole_and_thinned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["record", "mine"]) == 1
+    assert "there are no tables in results/mine/tables; make them with: make study PROFILE=mine" in capsys.readouterr().err
+    write_run("results/mine", "kv_1")
+    collect("results/mine", samples=20)
+    for name in ("decay.png", "training_kv_1_seed0.png"):
+        write_csv(f"results/mine/figures/{name}", pd.DataFrame())
+    for _ in range(2):
+        assert cli.main(["record", "mine"]) == 0
+    assert [path.name for path in (tmp_path / "figures/mine").iterdir()] == ["decay.png"]
+    for name in ("runs", "counts", "gradients", "acceptance"):
+        recorded, made = (tables.read(folder, name) for folder in ("data/recorded/mine", "results/mine/tables"))
+        pd.testing.assert_frame_equal(recorded, made)
+
+
 def tables_of(folder) -> pd.DataFrame:
     return pd.read_csv(folder / "acceptance.csv").set_index("metric")
 
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path, study):
     with pytest.raises(StudyError, match="no finished run"):
-        publish_checkpoint.publish(tmp_path / "runs/kv_1/seed0", tmp_path / "to", examples.target(), None)
+        publish.publish(tmp_path / "runs/kv_1/seed0", tmp_path / "to", examples.target(), None)
 
 
 def test_a_drafter_in_eagle3s_form_is_exported_and_measured(tmp_path, capsys):

@@ -9,9 +9,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from kvshot_lib.errors import StudyError
 from kvshot_lib.metrics.tables import read
 from kvshot_lib.study import sweep
-from kvshot_lib.study.profiles import load_profile
+from kvshot_lib.study.cli import main
+from kvshot_lib.study.profiles import load_profile, train_values
+from kvshot_lib.text.corpus import SPLITS, load_corpus, save_corpus
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +29,7 @@ def swept(tmp_path_factory):
     """The smoke profile, trained by two workers; and what the command said."""
     folder = tmp_path_factory.mktemp("swept") / "smoke"
     with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()) as told:
-        assert sweep.main(["smoke", "--results-dir", str(folder), "--workers", "2"]) == 0
+        assert main(["sweep", "smoke", "--results-dir", str(folder), "--workers", "2"]) == 0
     return folder, told.getvalue()
 
 
@@ -43,19 +46,34 @@ def test_the_features_in_memory_train_the_same_drafter_as_those_on_disk(swept, t
     """Against prepare_run on a feature store, as notebook 02 calls it: the same history up to bfloat16's rounding of the store."""
     folder, _ = swept
     profile = load_profile("smoke")
-    features = {name: source for name, source in sweep.load_features(profile, tmp_path / "smoke").items()}
-    facts = sweep.train_run(profile, tmp_path / "smoke", "kv_1", 0, features)
+    features = sweep.load_features(profile, tmp_path / "smoke")
+    facts = sweep.train_run("kv_1", train_values(profile, "kv_1", 0), tmp_path / "smoke", features)
     again = pd.read_csv(tmp_path / "smoke/runs/kv_1/seed0/history.csv").drop(columns="seconds")
     first = pd.read_csv(folder / "runs/kv_1/seed0/history.csv").drop(columns="seconds")
     pd.testing.assert_frame_equal(first, again, rtol=1e-4)
     assert facts["trained_tokens"] == first["trained_tokens"].max()
 
 
+def test_a_profiles_own_dialogues_are_what_it_trains_on(tmp_path):
+    """Ids of another corpus would mean other text; without the dialogues the command that writes them is named."""
+    profile = replace(load_profile("smoke"), dialogues={"train": 4})
+    profile = replace(profile, extract={name: own for name, own in profile.extract.items() if name != "corpus"})
+    with pytest.raises(StudyError, match="no dialogues .*: python -m kvshot_lib generate .*/corpus --target tiny --train 4"):
+        sweep.load_features(profile, tmp_path)
+    documents = load_corpus("tiny", "train").documents
+    splits = {name: documents[4 * place : 4 * place + 4] for place, name in enumerate(SPLITS)}
+    save_corpus(tmp_path / "corpus", splits, {"target": "tiny", "seed": 0}, greedy=[])
+    features = sweep.load_features(profile, tmp_path)
+    for name, own in splits.items():
+        assert features[name].lengths == [len(document.tokens) for document in own]
+        assert features[name].batch([0]).tokens[0].tolist() == own[0].tokens.tolist()
+
+
 @pytest.mark.slow
 def test_what_is_done_is_skipped_without_loading_anything(swept, monkeypatch):
     folder, _ = swept
     monkeypatch.setattr(sweep, "load_features", lambda *_: pytest.fail("features were loaded"))
-    assert sweep.main(["smoke", "--results-dir", str(folder)]) == 0
+    assert main(["sweep", "smoke", "--results-dir", str(folder)]) == 0
 
 
 def test_a_run_waits_for_the_one_that_it_starts_from(tmp_path):
@@ -68,11 +86,11 @@ def test_a_run_waits_for_the_one_that_it_starts_from(tmp_path):
 
 def test_unknown_runs_and_profiles_are_refused_before_any_work(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "load_features", lambda *_: pytest.fail("features were loaded"))
-    assert sweep.main(["smoke", "--results-dir", str(tmp_path), "hidden/seed0", "kv_9/seed0"]) == 1
+    assert main(["sweep", "smoke", "--results-dir", str(tmp_path), "hidden/seed0", "kv_9/seed0"]) == 1
     assert (
         "error: kv_9/seed0: not among the runs of smoke, which are hidden/seed0, kv_1/seed0" in capsys.readouterr().err
     )
-    assert sweep.main(["smok"]) == 1
+    assert main(["sweep", "smok"]) == 1
     assert "there is no profile" in capsys.readouterr().err
 
 

@@ -1,0 +1,60 @@
+"""The dry run goes through every stage on a cut of Qwen3-8B, its extrapolation is arithmetic; the bench tells what it times."""
+
+import re
+
+import pandas as pd
+import pytest
+from notebook_checks import ROOT
+
+from kvshot_lib.study import scale
+from kvshot_lib.study.cli import main
+from kvshot_lib.study.profiles import load_profile
+from kvshot_lib.study.scale import Stage, hours
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_every_stage_of_the_papers_profile_on_four_narrow_layers(capsys):
+    words = "qwen3-8b --layers 4 --narrow --steps 2 --length 48 --drafters hybrid --dtype float32 --device cpu"
+    assert main(["dry-run", *words.split()]) == 0
+    out = capsys.readouterr().out
+    assert "qwen3-8b, 4 layers, random weights: " in out
+    stages = ["generate answers", "extract on the fly", "extract into a store", "train hybrid", "judge hybrid"]
+    told = re.findall(r"^(.*?) +([\d,.]+) (tokens/s|ms a step)", out, re.MULTILINE)
+    assert [name for name, _, _ in told] == [*stages, "decode hybrid"] and told[-1][2] == "ms a step"
+    assert all(float(number.replace(",", "")) > 0 for _, number, _ in told)
+    assert "280,000 dialogues of 48 tokens (at most): 0.01 billion tokens" in out
+
+
+def test_hours_by_hand():
+    stages = [Stage("a", tokens=1000, seconds=10.0, passes=3.0), Stage("judge", tokens=5, seconds=1.0)]
+    table = hours(stages, 3_600_000)
+    assert table.to_dict("records") == [{"stage": "a", "passes": 3.0, "tokens/s": 100.0, "hours": 30.0}]
+
+
+def test_the_profile_is_the_papers_setup():
+    profile, setup = load_profile("qwen3-8b"), pd.read_csv(ROOT / "data/paper/results.csv").query("table == 'setup'")
+    assert setup[setup["variant"] == "target"]["value"].iloc[0] in profile.extract["target"]
+    assert profile.train["ttt_steps"] == int(setup[setup["variant"] == "ttt"]["value"].iloc[0])
+    assert profile.train["draft_vocab_size"] == 32_000 and profile.extract["features"] == "live"
+    assert str(profile.dialogues["train"]) == setup[setup["variant"] == "train_small"]["value"].iloc[0]
+    assert not profile.dialogues.get("thinking")
+
+
+def test_what_is_not_there_is_refused_in_one_line(capsys):
+    assert main(["dry-run", "qwen3-8b", "--drafters", "kv_9"]) == 1
+    assert "error: profile qwen3-8b, drafters: has no 'kv_9' (did you mean 'kv_" in capsys.readouterr().err
+
+
+def test_the_bench_tells_extraction_training_processes_and_memory(monkeypatch, capsys):
+    monkeypatch.setattr(scale, "launched_speed", lambda number, _: 10.0 * number)
+    words = "--target tiny --corpus tiny --documents 4 --steps 1 --vocabulary 64"
+    assert main(["bench", *words.split()]) == 0
+    head, extraction, *trained, one, two, memory = capsys.readouterr().out.splitlines()
+    assert "target tiny" in head and re.fullmatch(r"extraction .* tokens/s, bare forward .*: ratio \d.\d\d", extraction)
+    assert [line.split()[1] for line in trained] == [name for name in scale.BENCHED for _ in range(2)]
+    assert "1 process(es): 10 tokens/s, 1.00 times" in one and "2 process(es): 20 tokens/s, 2.00 times" in two
+    assert memory.startswith("peak memory")
