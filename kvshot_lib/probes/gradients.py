@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -207,9 +207,7 @@ def measure_run(drafter: Drafter, source, contexts: Sequence[int], draft_length:
                 labels = {"document": index, "context_length_tokens": context, "anchors": anchors.index.shape[1]}
                 measured.append(pd.DataFrame(measure(drafter, features, anchors, draft_length)).assign(**labels))
     if not measured:
-        raise StudyError(
-            f"no answer of {draft_length + 1} tokens near any context of {list(contexts)} tokens; give other contexts"
-        )
+        raise StudyError(f"no answer of {draft_length + 1} tokens near any context of {list(contexts)}; give others")
     return pd.concat(measured, ignore_index=True)
 
 
@@ -244,20 +242,19 @@ def measure_gradients(
     ------
     StudyError : no finished run by that name; a target other than the one that a run was trained for.
     """
-    folders = find_runs(results_dir, runs)
-    settings = f"{fingerprint} {corpus} {documents} {list(contexts)}"
-    parts, made = Parts(Path(results_dir) / "gradient_flow", settings), []
+    folders, settings = find_runs(results_dir, runs), f"{fingerprint} {corpus} {documents} {list(contexts)}"
+    parts = Parts(Path(results_dir) / "gradient_flow", settings)
     specs = [FeatureSpec.from_json(described(folder)["spec"]) for folder in folders.values()]
-    loaded: dict = {}
+
+    @cache  # opened only if there is something to measure
+    def opened() -> tuple:
+        target = load_target(specs[0].target, device=device)
+        return target, *long_features(target, specs, corpus, documents, contexts)
 
     def of_run(folder: Path) -> pd.DataFrame:
-        if not loaded:  # only if there is something to measure
-            target = load_target(specs[0].target, device=device)
-            source, usable = long_features(target, specs, corpus, documents, contexts)
-            loaded.update(target=target, source=source, usable=usable)
-        found = measure_run(load_drafter(folder, loaded["target"]), loaded["source"], loaded["usable"])
-        print(f"{folder.parent.name}/{folder.name}: {len(loaded['source'])} sequences", flush=True)
-        return table_of("gradient_flow", found, folder)
+        target, source, usable = opened()
+        print(f"{folder.parent.name}/{folder.name}: {len(source)} sequences", flush=True)
+        return table_of("gradient_flow", measure_run(load_drafter(folder, target), source, usable), folder)
 
     made = [parts.table(part_name(folder), partial(of_run, folder)) for folder in folders.values()]
     return write_tables(results_dir, {"gradient_flow": pd.concat(made, ignore_index=True)}, keep)
