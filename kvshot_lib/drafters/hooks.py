@@ -22,8 +22,8 @@ def watching(modules: Mapping[Hashable, nn.Module], method: str, around: Around)
     Notes
     -----
     Around a compiled method (`layers.COMPILED`) it stands outside and sees what goes in and out. Methods that
-    torch.compile fused into another are seen only in a drafter that was not compiled. Several may stand around one method, the last
-    one outermost.
+    torch.compile fused into another are seen only in a drafter that was not compiled. Several may stand around
+    one method, the last one outermost.
 
     Seeing every layer's output, and stopping its gradient::
 

@@ -87,12 +87,12 @@ def matrices(drafter: nn.Module) -> dict[tuple[int | None, str, str], list[nn.Pa
         inside = parts[0] == "layers"
         layer, rest = (int(parts[1]), parts[2:]) if inside else (None, parts)
         branch, matrix = "layer" if inside else "drafter", rest[0]
-        if rest[0] in ("attention", "cross"):
-            branch, matrix = branch_of(drafter.layers[layer], rest[0]), rest[1]
-        elif rest[0] == "fusion" and rest[1] != "norm":
-            branch, matrix = "cross", f"fusion.{rest[1]}"
-        elif "norm" in name:
+        if "norm" in name:
             matrix = "norms"
+        elif rest[0] in ("attention", "cross"):
+            branch, matrix = branch_of(drafter.layers[layer], rest[0]), rest[1]
+        elif rest[0] == "fusion":
+            branch, matrix = "cross", f"fusion.{rest[1]}"
         found.setdefault((layer, branch, matrix), []).append(parameter)
     return found
 
