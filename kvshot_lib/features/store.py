@@ -61,28 +61,35 @@ def write_store(
         _check_space(folder, missing * sum(live.spec.bytes_per_token.values()) * dtype.itemsize // 2)
         write_json(folder / MANIFEST, manifest)
     parallel.wait()
-    if (found := read_manifest(folder))["complete"]:
-        return found
-    mine = parallel.share(list(paths))
+    if not read_manifest(folder)["complete"]:
+        _make_shards(live, paths, tokens, batch_documents, dtype)
+        parallel.wait()
+    if parallel.is_main():
+        if not read_manifest(folder)["complete"]:
+            shards = [read_json(_record(path), AGAIN) for path in paths.values()]
+            write_json(folder / MANIFEST, manifest | {"shards": shards, "complete": True})
+        for path in paths.values():
+            _record(path).unlink(missing_ok=True)
+    parallel.wait()
+    return read_manifest(folder)
+
+
+def _make_shards(
+    live: LiveFeatures, paths: dict[int, Path], tokens: dict[int, int], batch_documents: int, dtype: torch.dtype
+) -> None:
+    """Make this process's shards that have no record; shards and their tokens go by their first document."""
+    mine, firsts = parallel.share(list(paths)), [*paths, len(live)]
     undone = [first for first in mine if not _is_whole(paths[first])]
-    total, bar = sum(tokens[first] for first in mine), f"extract {folder.name}"
-    done = total - sum(tokens[first] for first in undone)
-    with tqdm(total=total, initial=done, unit="token", desc=bar, disable=not parallel.is_main()) as progress:
+    total = sum(tokens[first] for first in mine)
+    done, name = total - sum(tokens[first] for first in undone), paths[0].parent.name
+    hidden = not parallel.is_main()
+    with tqdm(total=total, initial=done, unit="token", desc=f"extract {name}", disable=hidden) as progress:
         for first in undone:
-            documents = range(first, min(first + shard_documents, len(live)))
+            documents = range(first, firsts[firsts.index(first) + 1])
             tensors = _shard(live, documents, batch_documents, dtype, progress)
             path = write_atomically(paths[first], lambda p, t=tensors: save_file(t, p))
             facts = {"documents": len(documents), "bytes": path.stat().st_size, "sha256": sha256(path)}
             write_json(_record(path), {"file": path.name, **facts})
-    parallel.wait()
-    if parallel.is_main():
-        records = [_record(path) for path in paths.values()]
-        manifest |= {"shards": [read_json(record, AGAIN) for record in records], "complete": True}
-        write_json(folder / MANIFEST, manifest)
-        for record in records:
-            record.unlink()
-    parallel.wait()
-    return read_manifest(folder)
 
 
 def _take_over(folder: Path, wanted: dict, replace: bool) -> bool:
