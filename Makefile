@@ -41,9 +41,8 @@ study: $(READY)  ## the main job: extract, train, measure, draw (results/PROFILE
 # 105 prompts by a chain and by a tree, up to 320 tokens each: an hour or so a drafter on two cores (an estimate; a slice was timed); it goes on after a kill. Without
 # trained drafters of its own it takes those that come with the repository.
 LOSSLESS = $(if $(wildcard results/$(PROFILE)/runs),results/$(PROFILE),data/checkpoints --out results/checkpoints)
-verify-lossless: export OMP_NUM_THREADS = 1
 verify-lossless: $(READY)  ## greedy float32 decoding of every trained drafter against the target alone, token by token (ARGS=--help)
-	@$(BIN)/python -m kvshot_lib decode lossless $(LOSSLESS) --workers $(or $(shell nproc --all 2>/dev/null),2) $(ARGS)
+	@$(BIN)/python -m kvshot_lib decode lossless $(LOSSLESS) $(ARGS)
 
 # Some machines forbid Python to keep what it has compiled. The tests start some fifty processes, and without it every one of
 # them compiles PyTorch and transformers anew.

@@ -70,29 +70,6 @@ def answers(variants=("hidden", "kv_2", "hybrid_warm", "block_kv_2"), prompts=6)
     return rows
 
 
-def steps(variants=("hidden", "hybrid_warm")) -> list[dict]:
-    """Rows of decode_steps at two prefixes: verifying grows, the rest does not; the hybrid's draft takes a quarter longer."""
-    rows = []
-    for variant in variants:
-        for prefix in (128, 512):
-            for mode, plan in (("alone", "-"), ("chain", "4"), ("tree", "8/10/60")):
-                draft = 0.0 if mode == "alone" else 4.0 * (1.25 if variant == "hybrid_warm" else 1)
-                costs = {
-                    "verify": 40.0 + prefix / 64,
-                    "draft": draft,
-                    "project": draft / 8,
-                    "bookkeeping": 0.5,
-                    "sampling": 0.25,
-                    "rest": 0.25,
-                }
-                for part, value in costs.items():
-                    rows.append(
-                        {"variant": variant, "seed": 0, "mode": mode, "plan": plan, "prefix_tokens": prefix, "part": part, "milliseconds": value,
-                         "steps": 20, "dtype": "float32", "device": "here"}
-                    )  # fmt: skip
-    return rows
-
-
 def latency_rows() -> list[dict]:
     """Rows of step_latency: verifying 1, 8, 9 and 61 tokens, steps of `hidden` and `hybrid`, a block of 7, and their prefix entries."""
     costs = {("verify", 1): 10.0, ("verify", 8): 11.0, ("verify", 9): 12.0, ("verify", 61): 20.0}

@@ -1,6 +1,7 @@
 """Lossless speculative decoding: prefill, draft, verify, accept, roll back; one prompt at a time (batch size 1).
 
-Between two iterations with x_{t+1} the newest token, the target's cache holds x_0 … x_t and the drafter's entries s = 0 … t:
+Between two iterations with x_{t+1} the newest token, the target's cache holds x_0 … x_t and the drafter's
+entries s = 0 … t:
 
     draft     from x_{t+1} on, at RoPE positions t+1, t+2, …: a chain or a tree
     verify    one target forward over x_{t+1} and all drafts: p_{t+1}, p_{t+2}, … along every branch
@@ -8,25 +9,26 @@ Between two iterations with x_{t+1} the newest token, the target's cache holds x
     roll back the target's cache to x_0 … x_{t+1+a}: the accepted entries, in order
     extend    the drafter's prefix by s = t+1 … t+1+a, made from the *target's* state, never from the drafter's own
 
-so every iteration adds a + 1 tokens. Prefix entries are made once each; the target's cache is read where it lies.
+so every iteration adds a + 1 tokens. Prefix entries are made once each; the target's cache is read where it
+lies.
 """
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..drafters.attention import Entries
 from ..drafters.drafter import Drafter
-from ..drafters.layers import Entries, View
+from ..drafters.layers import View
 from ..errors import StudyError
 from ..target.capture import capture
 from ..target.load import Target
 from ..target.shared import check_length
-from .propose import CHAIN, Chain, Frontier, Proposal, Tree, draft_chain, draft_tree
-from .propose_block import draft_block
+from .clock import part
+from .propose import CHAIN, Chain, Frontier, Proposal, Tree, draft_block, draft_chain, draft_tree
 from .sampling import GREEDY, Chooser, Sampling
 from .verify import TargetRun, check_cache
 
@@ -36,47 +38,39 @@ class Decoded:
     """What came out, and what it took.
 
     tokens : the answer, up to and including the first end-of-text token.
-    accepted : drafts accepted, per iteration. drafted : levels drafted (the length of a chain, the depth of a tree), per iteration;
-        the last ones draft no deeper than ``max_new_tokens`` allows.
-    seconds : by what they went into: prefill, project (target state to prefix entries), draft, verify, accept (choice and rollback).
+    rounds : of each iteration, what was proposed, and which nodes below its root are in the answer. The last ones draft
+        no deeper than ``max_new_tokens`` allows.
     """
 
     tokens: list[int]
-    accepted: list[int]
-    drafted: list[int]
-    seconds: dict[str, float]
+    rounds: list[tuple[Proposal, list[int]]]
+
+    @property
+    def accepted(self) -> list[int]:
+        """Drafts accepted, per iteration."""
+        return [len(path) for _, path in self.rounds]
+
+    @property
+    def drafted(self) -> list[int]:
+        """Levels drafted (the length of a chain, the depth of a tree), per iteration."""
+        return [max(proposal.depths) for proposal, _ in self.rounds]
 
     @property
     def target_forwards(self) -> int:
         """Verifications; the prefill, which gives the first token, is not counted."""
-        return len(self.accepted)
+        return len(self.rounds)
 
     @property
     def decoded_mat(self) -> float:
-        """Tokens per target forward, bonus included (without prefill and the first token, which it gives): 1.0 for the target alone."""
-        return (len(self.tokens) - 1) / self.target_forwards if self.accepted else float("nan")
-
-    @property
-    def draft_s(self) -> float:
-        """Seconds of the drafter: its prefix entries and its steps."""
-        return self.seconds.get("project", 0.0) + self.seconds.get("draft", 0.0)
-
-    @property
-    def verify_s(self) -> float:
-        """Seconds of the target's forwards, prefill aside."""
-        return self.seconds.get("verify", 0.0)
-
-    @property
-    def other_s(self) -> float:
-        """Seconds of choosing, accepting and rolling back."""
-        return self.seconds.get("accept", 0.0)
+        """Tokens per target forward, bonus included (prefill and first token aside): 1.0 for the target alone."""
+        return (len(self.tokens) - 1) / self.target_forwards if self.rounds else float("nan")
 
 
 @torch.inference_mode()
 def decode(
     target: Target, drafter: Drafter | None, prompt: Sequence[int] | Tensor, plan: Chain | Tree = CHAIN,
     sampling: Sampling = GREEDY, *, max_new_tokens: int = 128, eos_token_ids: Sequence[int] | None = None,
-    cache: DynamicCache | None = None, timed: bool = True,
+    cache: DynamicCache | None = None,
 ) -> Decoded:  # fmt: skip
     """Continue one prompt as the target alone would: the same tokens if greedy, the same distribution if sampled.
 
@@ -86,12 +80,11 @@ def decode(
     prompt : [n] token ids, chat template and all.
     eos_token_ids : what ends the answer; by default the target's end-of-turn token. ``()`` never ends.
     cache : an empty cache to use; it ends up with the entries of all tokens but the last.
-    timed : False leaves ``seconds`` empty and never waits for the device only to read a clock.
 
     Raises
     ------
-    StudyError : a prompt that is empty, too long or not alone; a drafter of another target or with another document's KV;
-        a target or cache that can't be rolled back.
+    StudyError : a prompt that is empty, too long or not alone; a drafter of another target or with another document's
+        KV; a target or cache that can't be rolled back.
     """
     prompt = check_prompt(target, prompt, max_new_tokens)
     cache = check_cache(target, cache)
@@ -99,33 +92,26 @@ def decode(
     drafting = Drafting(check_drafter(target, drafter), plan, len(prompt) + max_new_tokens) if drafter else NoDrafting()
     with capture(target.model, hidden=drafting.hidden_layers) as taken:
         run = TargetRun(target, cache, taken, drafting.kv_layers)
-        return speculate(run, drafting, prompt, Chooser(sampling), max_new_tokens, eos, Stopwatch(target.device, timed))
+        return speculate(run, drafting, prompt, Chooser(sampling), max_new_tokens, eos)
 
 
-def speculate(run, drafting, prompt: list[int], chooser: Chooser, max_new_tokens: int, eos: set[int], clock) -> Decoded:
-    """The loop. ``run`` is a :class:`TargetRun`, ``drafting`` a :class:`Drafting`, or anything that acts like them."""
-    tokens, end, accepted, drafted = list(prompt), len(prompt) + max_new_tokens, [], []
-    logits = run.prefill(prompt)
-    clock.lap("prefill")
-    tokens.append(chooser.choose(logits)[0])
+def speculate(run, drafting, prompt: list[int], chooser: Chooser, max_new_tokens: int, eos: set[int]) -> Decoded:
+    """The loop. ``run`` is a `TargetRun`, ``drafting`` a `Drafting`, or anything that acts like them."""
+    tokens, end, rounds = list(prompt), len(prompt) + max_new_tokens, []
+    tokens.append(chooser.choose(run.prefill(prompt))[0])
     while len(tokens) < end and tokens[-1] not in eos:
-        clock.lap("accept")
         drafting.extend(run, tokens)
-        clock.lap("project")
         proposal = drafting.propose(tokens[-1], levels=end - len(tokens) - 1)  # the bonus token needs a place too
-        clock.lap("draft")
         logits = run.verify(proposal)
-        clock.lap("verify")
         path, bonus = accept(proposal, logits, chooser)
         new = until(eos, [*(proposal.tokens[node] for node in path[1:]), bonus])
         run.keep(path[: len(new)])  # all of them but the newest have their state in the cache
         tokens += new
-        accepted.append(min(len(path) - 1, len(new)))
-        drafted.append(max(proposal.depths))
-    clock.lap("accept")
-    return Decoded(tokens[len(prompt) :], accepted, drafted, clock.seconds)
+        rounds.append((proposal, path[1 : len(new) + 1]))
+    return Decoded(tokens[len(prompt) :], rounds)
 
 
+@part("sampling")
 def accept(proposal: Proposal, logits: Tensor, chooser: Chooser) -> tuple[list[int], int]:
     """Walk down from the root as long as a child is accepted -> accepted nodes, root first, and the bonus token.
 
@@ -163,39 +149,40 @@ class Drafting:
         self.entries: list[dict[str, Entries]] = []
         self.length, self.state = 0, None
 
+    @part("project")
     def extend(self, run: TargetRun, tokens: list[int]) -> None:
         """Add the entries of the positions that ``run`` kept last."""
         features = run.features(tokens, self.drafter.reads, self.drafter.norm.weight.dtype)
-        made, fused = self.drafter.prefix(features, self.length)
+        made, fused = self.drafter.prefix(features, self.length, self.first(self.length))
         if not self.entries:
-            self.entries = [{name: self.room(parts) for name, parts in layer.items()} for layer in made]
+            self.entries = [{name: self.room(pair) for name, pair in layer.items()} for layer in made]
         end = self.length + features.tokens.shape[1] - 1
         for layer, new in zip(self.entries, made, strict=True):
-            for name, parts in new.items():
-                for kept, part in zip(layer[name], parts, strict=True):
-                    kept[:, :, self.length : end] = part
+            for name, pair in new.items():
+                for kept, entries in zip(layer[name], pair, strict=True):
+                    kept[:, :, self.length : end] = entries
         self.length, self.state = end, None if fused is None else fused[:, -1:]
 
-    def room(self, parts: Entries) -> Entries:
+    def room(self, pair: Entries) -> Entries:
         """Empty keys and values [1, G, capacity, D]."""
-        return tuple(part.new_empty(1, part.shape[1], self.capacity, part.shape[3]) for part in parts)
+        return tuple(entries.new_empty(1, entries.shape[1], self.capacity, entries.shape[3]) for entries in pair)
+
+    def first(self, count: int) -> list[dict[str, Entries]]:
+        """Views of the first ``count`` entries, per layer and branch."""
+        return [
+            {name: (keys[:, :, :count], values[:, :, :count]) for name, (keys, values) in layer.items()}
+            for layer in self.entries
+        ]
 
     def root(self, token: int) -> Frontier:
         """x_{t+1} at position t+1, seeing the entries that anchor t = length - 1 may."""
         device = self.drafter.draft_ids.device
         seen = int(self.drafter.visible(torch.tensor(self.length - 1)))
         mask = torch.zeros(1, 1, 1, seen, device=device)
-        views = [
-            View(
-                {name: (keys[:, :, :seen], values[:, :, :seen]) for name, (keys, values) in layer.items()},
-                mask,
-                {},
-                True,
-            )
-            for layer in self.entries
-        ]
+        views = [View(prefix, mask, {}, True) for prefix in self.first(seen)]
         return Frontier(torch.tensor([token], device=device), self.length, self.state, views)
 
+    @part("bookkeeping")
     def propose(self, token: int, levels: int) -> Proposal:
         """Drafts below x_{t+1} = ``token``, at most ``levels`` deep."""
         if self.drafter.config.paradigm == "block":
@@ -217,43 +204,19 @@ class NoDrafting:
         return Proposal.chain([token])
 
 
-@dataclass
-class Stopwatch:
-    """Seconds by name; every moment belongs to the lap that ends next."""
-
-    device: torch.device
-    running: bool = True
-    seconds: dict[str, float] = field(default_factory=dict)
-    last: float = field(default_factory=time.perf_counter)
-
-    def lap(self, name: str) -> None:
-        if not self.running:
-            return
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
-        self.last = now
-
-
 def check_prompt(target: Target, prompt: Sequence[int] | Tensor, max_new_tokens: int) -> list[int]:
     """The prompt as a list of ids, if it can be continued by ``max_new_tokens``."""
     ids = torch.as_tensor(prompt)
-    if ids.dim() == 2 and len(ids) == 1:
-        ids = ids[0]
-    if ids.dim() != 1:
-        raise StudyError(f"prompts of shape {tuple(ids.shape)}: decoding takes one prompt at a time, [tokens]")
-    if not len(ids):
-        raise StudyError("the prompt is empty; give one token or more")
+    ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
+    if ids.dim() != 1 or not len(ids):
+        raise StudyError(f"a prompt of shape {tuple(ids.shape)}: decoding takes one prompt of one token or more")
     if ids.is_floating_point() or not 0 <= int(ids.min()) <= int(ids.max()) < target.vocab_size:
         raise StudyError(f"the prompt has ids that target {target.name} doesn't know (0 … {target.vocab_size - 1})")
     if max_new_tokens < 1:
         raise StudyError(f"max_new_tokens={max_new_tokens} must be 1 or more")
-    room = target.config.max_position_embeddings
-    if len(ids) + max_new_tokens > room:
-        raise StudyError(
-            f"{len(ids)} prompt tokens and max_new_tokens={max_new_tokens} don't fit into the target's context of {room}"
-        )
+    if len(ids) + max_new_tokens > (room := target.config.max_position_embeddings):
+        told = f"{len(ids)} prompt tokens and max_new_tokens={max_new_tokens}"
+        raise StudyError(f"{told} don't fit into the target's context of {room}")
     check_length(target, len(ids) + max_new_tokens, "give a shorter prompt or fewer max_new_tokens")
     return ids.tolist()
 
@@ -262,12 +225,8 @@ def check_drafter(target: Target, drafter: Drafter) -> Drafter:
     """A drafter that can draft for this target."""
     theirs = drafter.spec
     if theirs.target_hash != target.hash:
-        raise StudyError(
-            f"the drafter was made for target {theirs.target} ({theirs.target_hash[:8]}…), "
-            f"not for {target.name} ({target.hash[:8]}…); load that target or a drafter of this one"
-        )
+        told = f"the drafter was made for target {theirs.target} ({theirs.target_hash[:8]}…)"
+        raise StudyError(f"{told}, not for {target.name} ({target.hash[:8]}…); load that target or a drafter of this one")
     if drafter.config.kv_control == "shuffled":
-        raise StudyError(
-            "kv_control='shuffled' reads another document's KV, which decoding one prompt has not; evaluate it under teacher forcing"
-        )
+        raise StudyError("kv_control='shuffled' reads another document's KV, which decoding one prompt has not")
     return drafter

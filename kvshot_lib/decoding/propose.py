@@ -1,29 +1,42 @@
-"""What a drafter proposes: a chain of its most likely tokens, or EAGLE's dynamic tree of them.
+"""What a drafter proposes: a chain of its most likely tokens, or a tree of them.
 
-Either is a `Proposal`: tokens with parents, the root first. The root is x_{t+1}, which the target has chosen already; it is verified
-along with its drafts because the target's state at t+1 is wanted. A root R with children A and B, and A's child C:
+Either is a `Proposal`: tokens with parents, the root first. The root is x_{t+1}, which the target has
+chosen already; it is verified along with its drafts because the target's state at t+1 is wanted. A root R
+with children A and B, and A's child C:
 
     tokens    R  A  B  C         row may see    R A B C
     parents  -1  0  0  1                   R    1 . . .
     depths    0  1  1  2                   A    1 1 . .        row = the parent's row, and self
                                            B    1 . 1 .
                                            C    1 1 . 1
+
+A drafter that runs step by step grows EAGLE's dynamic tree. The slots of a `block` don't know what the
+others will hold: its one pass gives marginal distributions q_1 … q_K. Its chain takes the best token of
+each, its tree the paths that are best under their *product*: path (c_1, …, c_d) has the score Σ log
+q_i(c_i), each c_i among its slot's ``top_k`` best.
 """
 
+import heapq
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 
 import torch
 from torch import Tensor
 
+from ..drafters.block import run_blocks
 from ..drafters.drafter import Drafter
 from ..drafters.layers import View
 from ..errors import StudyError
+from .clock import part
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Draft ``length`` tokens (a block no more than it has mask slots), at each step the most likely one; 0 drafts nothing: the target alone."""
+    """Draft ``length`` tokens, at each step the most likely one; 0 drafts nothing: the target alone.
+
+    A block drafts no more than it has mask slots.
+    """
 
     length: int = 7
 
@@ -37,7 +50,7 @@ CHAIN = Chain()
 
 @dataclass(frozen=True)
 class Tree:
-    """EAGLE's dynamic tree; of a `block` drafter, the best paths under the product of its slots' distributions (`block_drafts`).
+    """EAGLE's dynamic tree; of a `block` drafter, the best paths under the product of its slots' distributions.
 
     depth : how often a frontier is run after the first level; drafts reach depth + 1 levels below the root.
     top_k : children that every node proposes when it is run, and nodes of a frontier.
@@ -101,7 +114,8 @@ class Proposal:
 class Frontier:
     """M nodes of one level of a draft, about to be run.
 
-    tokens : [M] target ids. position : RoPE position of them all. state : [1, M, d] what is fed back, None for `kv`.
+    tokens : [M] target ids. position : RoPE position of them all.
+    state : [1, M, d] what is fed back, None for `kv`.
     views : what each drafter layer sees; row m of their chains holds the entries of node m's ancestors.
     """
 
@@ -111,8 +125,9 @@ class Frontier:
     views: list[View]
 
 
+@part("draft")
 def run_frontier(drafter: Drafter, frontier: Frontier) -> Tensor:
-    """One draft step of all nodes -> logits over the draft vocabulary [M, V_draft]; state and chains move on, tokens don't."""
+    """One draft step of all nodes -> logits [M, V_draft]; state and chains move on, tokens don't."""
     positions = torch.full_like(frontier.tokens, frontier.position)
     output = drafter.step(frontier.tokens[None], positions[None], frontier.state, frontier.views)
     frontier.state, frontier.position = drafter.feedback(output), frontier.position + 1
@@ -122,7 +137,7 @@ def run_frontier(drafter: Drafter, frontier: Frontier) -> Tensor:
 
 
 def branch(frontier: Frontier, tokens: Tensor, rows: Tensor) -> None:
-    """Make ``tokens`` [M'] the frontier, children of the nodes ``rows`` [M']: each takes over its parent's state and chain."""
+    """Make ``tokens`` [M'] the frontier: each takes over the state and chain of its parent, a node of ``rows`` [M']."""
     frontier.tokens = tokens
     if frontier.state is not None:
         frontier.state = frontier.state[:, rows]
@@ -143,19 +158,15 @@ def draft_chain(drafter: Drafter, frontier: Frontier, length: int) -> Proposal:
 def draft_tree(drafter: Drafter, frontier: Frontier, tree: Tree, levels: int) -> Proposal:
     """The best ``tree.total - 1`` of all scored drafts, at most ``levels`` (and tree.depth + 1) below the root.
 
-    A draft's score is the sum of the drafter's log-probabilities on the way to it. Of a level's drafts the best ``top_k`` are run.
-    Drafts are numbered in the order in which they are made, from 1; the root is 0.
+    A draft's score is the sum of the drafter's log-probabilities on the way to it. Of a level's drafts the
+    best ``top_k`` are run. Drafts are numbered in the order in which they are made, from 1; the root is 0.
     """
     root, levels = frontier.tokens, min(levels, tree.depth + 1)
-    nodes, scores, made = (
-        torch.zeros_like(root),
-        torch.zeros(1, device=root.device),
-        1,
-    )  # of the frontier; drafts so far
-    found = []
+    nodes, scores = torch.zeros_like(root), torch.zeros(1, device=root.device)  # of the frontier
+    made, found = 1, []
     for level in range(levels):
-        likely = run_frontier(drafter, frontier).float().log_softmax(-1).topk(min(tree.top_k, len(drafter.draft_ids)))
-        width = likely.indices.shape[1]  # [M, width]
+        width, logits = min(tree.top_k, len(drafter.draft_ids)), run_frontier(drafter, frontier)
+        likely = logits.float().log_softmax(-1).topk(width)  # [M, width]
         tokens, totals = drafter.draft_ids[likely.indices].flatten(), (scores[:, None] + likely.values).flatten()
         found.append((tokens, nodes.repeat_interleave(width), totals))
         if level + 1 < levels:
@@ -164,7 +175,7 @@ def draft_tree(drafter: Drafter, frontier: Frontier, tree: Tree, levels: int) ->
             nodes, scores, made = made + best, totals[best], made + len(tokens)
     if not found:
         return Proposal.chain(root.tolist())
-    tokens, parents, totals = (torch.cat(part) for part in zip(*found, strict=True))
+    tokens, parents, totals = map(torch.cat, zip(*found, strict=True))
     return select(int(root), tokens, parents, totals, tree.total)
 
 
@@ -175,7 +186,8 @@ def select(root: int, tokens: Tensor, parents: Tensor, scores: Tensor, total: in
     ----------
     tokens, parents, scores : [C]; draft i is node i + 1, parents come before their children, the root is node 0.
 
-    A parent scores at least as high as its child and, at equal scores, comes first in a stable sort: the tree is connected.
+    A parent scores at least as high as its child and, at equal scores, comes first in a stable sort: the
+    tree is connected.
 
     >>> select(9, torch.tensor([5, 6, 7, 8]), torch.tensor([0, 0, 1, 1]), torch.tensor([-1.0, -3.0, -1.5, -4.0]), 4)
     Proposal(tokens=[9, 5, 6, 7], parents=[-1, 0, 0, 1])
@@ -183,3 +195,53 @@ def select(root: int, tokens: Tensor, parents: Tensor, scores: Tensor, total: in
     kept = scores.sort(descending=True, stable=True).indices[: total - 1].sort().values
     number = {0: 0} | {node + 1: place for place, node in enumerate(kept.tolist(), 1)}
     return Proposal([root, *tokens[kept].tolist()], [-1, *(number[parent] for parent in parents[kept].tolist())])
+
+
+def draft_block(drafter: Drafter, frontier: Frontier, plan: Chain | Tree, levels: int) -> Proposal:
+    """Drafts below the root, at most ``levels`` (and block_size - 1) deep; one pass, or none if there is no room."""
+    root = int(frontier.tokens)
+    deepest = plan.length if isinstance(plan, Chain) else plan.depth + 1
+    levels = min(deepest, levels, drafter.config.block_size - 1)
+    if levels < 1:
+        return Proposal.chain([root])
+    logits = slot_logits(drafter, frontier, levels)
+    if isinstance(plan, Chain):
+        return Proposal.chain([root, *drafter.draft_ids[logits.argmax(-1)].tolist()])
+    best = logits.float().log_softmax(-1).topk(min(plan.top_k, len(drafter.draft_ids)))
+    return best_paths(root, drafter.draft_ids[best.indices].tolist(), best.values.tolist(), plan.total)
+
+
+@part("draft")
+def slot_logits(drafter: Drafter, frontier: Frontier, levels: int) -> Tensor:
+    """The whole block below one root in one forward -> logits of mask slots 1 … levels, [levels, V_draft]."""
+    positions = torch.full_like(frontier.tokens, frontier.position)
+    output = run_blocks(drafter, frontier.tokens[None], positions[None], frontier.views)[0, 1 : levels + 1, 0]
+    return drafter.logits(drafter.norm(output))
+
+
+def best_paths(root: int, tokens: list[list[int]], scores: list[list[float]], total: int) -> Proposal:
+    """The ``total - 1`` best nodes under the product distribution, and the root; a score is the sum along a path.
+
+    Parameters
+    ----------
+    tokens, scores : per slot, its candidates and their log-probabilities, best first.
+
+    Nodes come out best first: a node taken offers its first child and its next sibling, neither of which
+    can score higher. So exactly the best are found, and a parent always comes before its children: the tree
+    is connected.
+
+    >>> best_paths(9, [[5, 6], [7, 8]], [[-0.5, -1.0], [-0.1, -3.0]], 4)
+    Proposal(tokens=[9, 5, 7, 6], parents=[-1, 0, 1, 0])
+    """
+    chosen, parents, order = [root], [-1], count()  # equal scores: what was offered first
+    offers = [(-scores[0][0], next(order), 0, 0, 0, 0.0)]  # score, order, parent, slot, rank, the parent's score
+    while offers and len(chosen) < total:
+        negative, _, parent, slot, rank, above = heapq.heappop(offers)
+        node = len(chosen)
+        chosen.append(tokens[slot][rank])
+        parents.append(parent)
+        if slot + 1 < len(tokens):
+            heapq.heappush(offers, (negative - scores[slot + 1][0], next(order), node, slot + 1, 0, -negative))
+        if rank + 1 < len(tokens[slot]):
+            heapq.heappush(offers, (-above - scores[slot][rank + 1], next(order), parent, slot, rank + 1, above))
+    return Proposal(chosen, parents)

@@ -1,11 +1,12 @@
 """How a token is chosen, and a draft accepted: one rule for greedy decoding and for sampling, for chains and for trees.
 
-Drafts are deterministic proposals: the drafter's most likely tokens, not samples of it. A node of the draft has children x, y, …
-that compete for the same place; the target's distribution there (after temperature and top-p) is p. Accept x with probability p(x);
-if rejected, set p(x) = 0, renormalise, and go on with y; if none is left, the token is drawn from what remains. The token that
-comes out is distributed as p, whatever was proposed:
+Drafts are deterministic proposals: the drafter's most likely tokens, not samples of it. A node of the draft
+has children x, y, … that compete for the same place; the target's distribution there (after temperature and
+top-p) is p. Accept x with probability p(x); if rejected, set p(x) = 0, renormalise, and go on with y; if
+none is left, the token is drawn from what remains. The token that comes out is distributed as p, whatever
+was proposed:
 
-    P(x) = p(x)      P(y) = (1 - p(x)) · p(y) / (1 - p(x)) = p(y)      P(z) = (1 - p(x) - p(y)) · p(z) / (1 - p(x) - p(y)) = p(z)
+    P(x) = p(x)      P(y) = (1 - p(x)) · p(y) / (1 - p(x)) = p(y)      P(z) = p(z), and so on
 
 Greedy decoding is the same with p = 1 on the target's argmax.
 """
@@ -35,7 +36,7 @@ class Sampling:
     def __post_init__(self):
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise StudyError(
-                f"temperature={self.temperature} must be 0 (greedy) or above, and top_p={self.top_p} above 0 and at most 1"
+                f"temperature={self.temperature} must be 0 (greedy) or above, top_p={self.top_p} above 0 and at most 1"
             )
 
 
@@ -61,7 +62,7 @@ class Chooser:
         self.generator = torch.Generator().manual_seed(sampling.seed)
 
     def choose(self, logits: Tensor, proposals: Sequence[int] = ()) -> tuple[int, int | None]:
-        """The token at a place where the target's logits are [V], and which of the ``proposals`` it is (None: none of them)."""
+        """The token where the target's logits are [V], and which of the ``proposals`` it is (None: none of them)."""
         if self.sampling.temperature == 0:
             token = int(logits.argmax())
             return token, proposals.index(token) if token in proposals else None

@@ -1,21 +1,16 @@
-"""Wall clock of decoding with trained drafters, against the target alone in the same run.
+"""Wall clock of decoding with trained drafters against the target alone, in the same run and through the same code.
 
-python -m kvshot_lib.decoding.timing RESULTS_DIR [VARIANT/seedN ...]    writes decode_prompts, decode_steps and decoding to RESULTS_DIR/tables
+`measure_speed` times every drafter by chains of several lengths and a tree, on a few prompts of each
+category. `duel` times the fastest of those, and the pair that claim C14 is about, on all other prompts:
+they were not chosen by these.
 
-Prompt by prompt and drafter by drafter, the target alone and each plan (chains of several lengths, a tree) take turns, ``repeats`` times
-over and through the same code and cache; the median counts. A further pass with `decode_parts`' clock says where the time goes, so the
-clock doesn't slow down what is timed. transformers' own `generate` is measured in between. And at prefixes of given lengths it is measured
-what one step costs. Batch size 1, greedy.
-
-Each prompt's rows are on disk (RESULTS_DIR/decode) before the next one starts: the same command goes on from there after a kill.
+Prompt by prompt and drafter by drafter; a turn's rows are on disk before the next one starts, so the same
+call goes on after a kill.
 """
 
-import argparse
-import hashlib
-import json
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -23,271 +18,242 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from ..drafters.checkpoint import DESCRIPTION, load_drafter
+from ..drafters.checkpoint import load_drafter
 from ..drafters.drafter import Drafter, in_dtype
-from ..errors import StudyError, one_line_errors
-from ..files import write_csv
+from ..drafters.runs import DESCRIPTION, find_runs
+from ..drafters.variants import in_study_order
+from ..errors import StudyError
+from ..files import read_json
 from ..metrics import tables
-from ..metrics.decode_tables import decoding_table
-from ..parts import claim
+from ..metrics.comparisons import comparable, fastest_chains
+from ..metrics.decoding import PEERS, decoding_table
+from ..parts import Parts
 from ..provenance import device_name
 from ..target.load import Target, load_target
-from ..text.prompts import load_prompts
-from .decode import decode
-from .peers import peers
-from .propose import Tree
-from .timing_rows import (
-    Settings,
-    Turn,
-    dialogue_turns,
-    first_of_each,
-    measure_drafter,
-    measure_peers,
-    plans_of,
-    step_costs,
-)
+from ..text.prompts import Prompt, load_prompts
+from .propose import Chain, Tree
+from .turns import Plans, Turn, answer, dialogue_turns, generate_rows, plans_of, step_rows, turn_rows
 
-PEERS = "transformers"  # the name under which `generate` stands among the variants
+C14 = ("hybrid_warm", "hidden_continued")
 
 
-class Record:
-    """The rows of one run, in a folder of their own: kept from an earlier, killed call if they are of the same settings and weights."""
+@dataclass(frozen=True)
+class Trained:
+    """Trained drafters of one target, all in its dtype, by run (``variant/seedN``); ``hashes`` of their weights."""
 
-    def __init__(self, folder: Path, fingerprint: str, **labels):
-        claim(folder, fingerprint)
-        self.folder, self.labels = folder, labels
-        self.rows = {name: self._read(name) for name in ("decode_prompts", "decode_steps")}
+    target: Target
+    drafters: dict[str, Drafter]
+    hashes: dict[str, str]
 
-    def _read(self, name: str) -> pd.DataFrame:
-        path = self.folder / f"{name}.csv"
-        return tables.read_one(path, name) if path.exists() else tables.empty(name)
+    @property
+    def labels(self) -> dict[str, str]:
+        """Number format and machine."""
+        return {"dtype": str(self.target.dtype).removeprefix("torch."), "device": device_name(self.target.device)}
 
-    def add(self, name: str, found: pd.DataFrame) -> None:
-        """Write these rows too, in place of older ones of the same key."""
-        known = tables.SCHEMAS[name]
-        found = found.assign(**self.labels).reindex(columns=[*known]).astype(known)
-        both = pd.concat([part for part in (self.rows[name], found) if len(part)], ignore_index=True)
-        self.rows[name] = both.drop_duplicates(tables.TABLES[name].keys, keep="last", ignore_index=True)
-        write_csv(self.folder / f"{name}.csv", tables.rounded(self.rows[name]))
+    def parts(self, folder: Path, *depends: object) -> Parts:
+        """Parts below ``folder`` that depend on target, machine, number format and more."""
+        return Parts(folder / self.labels["dtype"], " ".join(map(str, (*depends, self.target.hash, self.labels))))
 
-    def has(self, turn: Turn, plans) -> bool:
-        """Whether this turn was measured by all these (mode, plan)."""
-        rows = self.rows["decode_prompts"]
-        rows = rows[(rows["prompt"] == turn.prompt) & (rows["turn"] == turn.turn)]
-        return set(plans) <= set(zip(rows["mode"], rows["plan"]))
+    def part(self, run: str, what: str) -> str:
+        """The name of a part of a run: other weights have other parts."""
+        return f"{run.replace('/', '.')}.{self.hashes[run][:8]}.{what}"
 
-    def has_steps(self, prefix: int) -> bool:
-        return bool((self.rows["decode_steps"]["prefix_tokens"] == prefix).any())
+    def labelled(self, run: str, rows: pd.DataFrame) -> pd.DataFrame:
+        """Rows that say whose they are."""
+        variant, _, seed = run.partition("/seed")
+        return rows.assign(variant=variant, seed=int(seed), **self.labels)
 
 
-def record_of(run: str, weights: Path, parent: Path, told: str, labels: dict) -> Record:
-    """The record of a run (``variant/seed0``) in ``parent``; other weights, or other words of what it depends on, start it anew."""
-    digest = hashlib.sha256((weights / DESCRIPTION).read_bytes()).hexdigest()
-    variant, _, seed = run.partition("/seed")
-    return Record(parent / run.replace("/", "."), f"{told} {digest}", variant=variant, seed=int(seed), **labels)
+def load_runs(results_dir: str | Path, runs: Sequence[str], device: str, dtype: str, threads: int = 0) -> Trained:
+    """Runs that were trained for one target, and that target; those that can't decode are left out and named.
 
-
-def find_runs(results_dir: Path, runs: Sequence[str]) -> dict[str, Path]:
-    """``variant/seed0`` -> folder with its weights: those of ``runs``, or all (weights suffice, a finished run isn't needed).
-
-    A folder of checkpoints, a drafter in each of its folders, will do as well; their descriptions name the seed.
+    Raises
+    ------
+    StudyError : no such run, or none that can decode.
     """
-    found = {f"{p.parents[1].name}/{p.parent.name}": p.parent for p in results_dir.glob(f"runs/*/seed*/{DESCRIPTION}")}
-    for path in results_dir.glob(f"*/{DESCRIPTION}"):
-        found[f"{path.parent.name}/seed{json.loads(path.read_text()).get('seed', 0)}"] = path.parent
-    if unknown := [name for name in runs if name not in found]:
-        raise StudyError(
-            f"{', '.join(unknown)}: no trained drafter in {results_dir / 'runs'}; there: {', '.join(sorted(found)) or 'none'}"
-        )
-    if not found:
-        raise StudyError(
-            f"no trained drafter in {results_dir / 'runs'}: train one with notebooks/03_train_drafter.ipynb"
-        )
-    place = {variant: i for i, variant in enumerate(tables.in_order(name.split("/")[0] for name in found))}
-    names = runs or sorted(found, key=lambda name: (place[name.split("/")[0]], name))
-    return {name: found[name] for name in names}
-
-
-def load_runs(folders: dict[str, Path], device: str, dtype: str) -> tuple[Target, dict[str, Drafter]]:
-    """The target that they were trained for, and the drafters in its dtype; those that can't decode are left out and named."""
-    described = {name: json.loads((folder / DESCRIPTION).read_text()) for name, folder in folders.items()}
-    controls = [name for name, told in described.items() if told["config"].get("kv_control") == "shuffled"]
-    if controls:
+    if threads > 0:
+        torch.set_num_threads(threads)
+    folders = find_runs(results_dir, runs, finished=False)
+    told = {run: read_json(folder / DESCRIPTION, "train it again") for run, folder in folders.items()}
+    if controls := [run for run in told if told[run]["config"].get("kv_control") == "shuffled"]:
         print(f"{', '.join(controls)}: left out, needs another document's KV, which decoding has not", flush=True)
-    names = [name for name in folders if name not in controls]
+    names = [run for run in folders if run not in controls]
     if not names:
         raise StudyError("none of these drafters can decode; name others")
-    target = load_target(described[names[0]]["spec"]["target"], device=device, dtype=dtype)
-    return target, {name: in_dtype(load_drafter(folders[name], target), target.dtype) for name in names}
+    target = load_target(told[names[0]]["spec"]["target"], device=device, dtype=dtype)
+    drafters = {run: in_dtype(load_drafter(folders[run], target), target.dtype) for run in names}
+    return Trained(target, drafters, {run: told[run]["weights_sha256"] for run in names})
 
 
-def measure(
-    results_dir: str | Path, runs: Sequence[str] = (), *, settings: Settings | None = None, prompts: str = "study",
-    prompts_per_category: int = 2, chains: Sequence[int] = (2, 4, 6, 8), tree: Tree | None = None, prefixes: Sequence[int] = (128, 512, 2048),
-    step_tokens: int = 24, lookup_tokens: int = 10, assistant: str = "", device: str = "auto", dtype: str = "auto",
-    stop_after_s: float = float("inf"), keep: str = "", fingerprint: str = "",
-) -> tuple[list[Path], bool]:  # fmt: skip
-    """Measure runs (``variant/seed0`` …; all by default) and write the tables; what is measured is not measured again.
+def measure_speed(
+    results_dir: str, runs: Sequence[str] = (), *, new_tokens: int = 64, repeats: int = 3, prompts: str = "study",
+    prompts_per_category: int = 2, chains: Sequence[int] = (2, 4, 6, 8), tree: Sequence[int] = (8, 10, 60),
+    prefixes: Sequence[int] = (128, 512, 2048), step_tokens: int = 24, lookup_tokens: int = 10, threads: int = 0,
+    device: str = "auto", dtype: str = "auto", keep: str = "", fingerprint: str = "",
+) -> list[Path]:  # fmt: skip
+    """Time decoding with trained drafters: decode_prompts, decode_steps and decoding in RESULTS_DIR/tables.
 
     Parameters
     ----------
-    prompts : see `load_prompts`; of each category the first ``prompts_per_category``.
-    chains : lengths. tree : None for no tree. prefixes : context lengths at which a step is timed.
-    assistant : folder or hub id of a small model with the target's vocabulary, for transformers' assisted generation; "" runs none.
-    stop_after_s : then write what there is; the same call goes on.
+    runs : VARIANT/seedN; all trained ones by default, or the drafters of a folder of checkpoints.
+    new_tokens : at most, of an answer.
+    repeats : timed passes; their median counts.
+    prompts : study, human-eval or a .jsonl file.
+    prompts_per_category : how many, from the file's start.
+    chains : lengths of chains.
+    tree : depth, top_k and total of EAGLE's tree; none for no tree.
+    prefixes : context lengths in tokens at which a step is timed; none for no such table.
+    step_tokens : tokens decoded at each of them.
+    lookup_tokens : of transformers' prompt lookup.
+    threads : of the CPU (PyTorch's own choice by default).
+    dtype : of target and drafters: auto, bfloat16 or float32.
     keep : folder of tables recorded before; rows of theirs that are not measured here are taken over.
-
-    Returns
-    -------
-    The tables' paths, and whether everything was measured.
 
     Raises
     ------
     StudyError : no such run, a target other than the one that a run was trained for, impossible settings.
     """
-    deadline, settings, results_dir = time.monotonic() + stop_after_s, settings or Settings(), Path(results_dir)
-    _check(settings, chains, prompts_per_category, step_tokens, prefixes)
-    folders = find_runs(results_dir, runs)
-    target, drafters = load_runs(folders, device, dtype)
-    kind, where = str(target.dtype).removeprefix("torch."), device_name(target.device)
-    ways = peers(lookup_tokens, load_target(assistant, device=device, dtype=dtype).model if assistant else None)
-    print(f"{where}, {kind}, torch {torch.__version__}, target {target.name}, {len(drafters)} drafters", flush=True)
-    turns = dialogue_turns(target, first_of_each(load_prompts(prompts), prompts_per_category), settings.new_tokens)
-    common = f"{fingerprint} {settings} {where} {kind} {target.hash} {prompts}"
-    labels = {"dtype": kind, "device": where}
-    records = {
-        name: record_of(name, folders[name], results_dir / "decode" / kind, f"{common} {step_tokens}", labels)
-        for name in drafters
-    }
-    other = Record(results_dir / "decode" / kind / PEERS, common, variant=PEERS, seed=0, **labels)
-    plans = {name: plans_of(drafter, chains, tree) for name, drafter in drafters.items()}
-    text = [token for turn in turns for token in turn.tokens]
-    jobs = [
-        (f"{name} at {prefix}", lambda name=name, prefix=prefix: records[name].add(
-            "decode_steps", step_costs(target, drafters[name], plans[name], repeated(text, prefix), prefix, step_tokens)))
-        for name in drafters for prefix in prefixes
-        if not records[name].has_steps(prefix) and prefix + step_tokens <= target.config.max_position_embeddings
-    ]  # fmt: skip
-    for turn in turns:
-        jobs += [
-            (f"{name} on {turn.prompt}", lambda name=name, turn=turn: records[name].add(
-                "decode_prompts", measure_drafter(target, drafters[name], plans[name], turn, settings)))
-            for name in drafters if not records[name].has(turn, plans[name])
-        ]  # fmt: skip
-        if not other.has(turn, [(way.mode, way.plan) for way in ways]):
-            jobs.append((f"generate on {turn.prompt}", lambda turn=turn: other.add(
-                "decode_prompts", measure_peers(target, ways, turn, settings))))  # fmt: skip
-    warm_up(target, drafters, plans, turns[0])
-    done = run_jobs(jobs, deadline)
-    return write_tables(results_dir, keep), done
-
-
-def repeated(text: list[int], length: int) -> list[int]:
-    """``length`` tokens of ``text``, from its start again where it is shorter."""
-    return (text * -(-length // len(text)))[:length]
-
-
-def warm_up(target: Target, drafters: dict[str, Drafter], plans: dict, turn: Turn) -> None:
-    """Decode a few tokens every way, so that no timed pass is any kernel's first."""
-    for name, drafter in drafters.items():
-        for plan in (None, *plans[name].values()):
-            given = {} if plan is None else {"plan": plan}
-            decode(target, None if plan is None else drafter, turn.tokens, **given, max_new_tokens=8, eos_token_ids=())
-
-
-def run_jobs(jobs: list[tuple[str, Callable]], deadline: float) -> bool:
-    """Do them in turn, with a progress bar, until the deadline; returns whether all are done."""
-    bar = tqdm(jobs, unit="job", mininterval=1)
-    for told, job in bar:
-        if time.monotonic() > deadline:
-            return False
-        bar.set_description(told, refresh=False)
-        job()
-    return True
-
-
-def write_tables(results_dir: Path, keep: str | Path = "") -> list[Path]:
-    """Collect every record under ``results_dir`` (and rows of the tables in ``keep``) into its tables."""
-    written, found = [], {}
-    for name in ("decode_prompts", "decode_steps"):
-        parts = [tables.read_one(path, name) for path in sorted(results_dir.glob(f"decode/*/*/{name}.csv"))]
-        parts = ([tables.read(keep, name)] if keep else []) + parts
-        parts = [part for part in parts if len(part)]
-        both = pd.concat(parts, ignore_index=True) if parts else tables.empty(name)
-        found[name] = in_study_order(both.drop_duplicates(tables.TABLES[name].keys, keep="last"))
-        written.append(tables.write(results_dir / "tables", name, tables.rounded(found[name])))
-    summary = tables.rounded(decoding_table(found["decode_prompts"])).reindex(columns=[*tables.SCHEMAS["decoding"]])
-    return [*written, tables.write(results_dir / "tables", "decoding", summary)]
-
-
-def in_study_order(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows by variant in the study's order, the rest as they were."""
-    place = {variant: i for i, variant in enumerate(tables.in_order(table["variant"]))}
-    return table.sort_values("variant", key=lambda names: names.map(place), kind="stable", ignore_index=True)
-
-
-def _check(
-    settings: Settings, chains: Sequence[int], per_category: int, step_tokens: int, prefixes: Sequence[int]
-) -> None:
-    least = {
-        "new-tokens": settings.new_tokens - 1, "repeats": settings.repeats, "prompts-per-category": per_category,
-        "chain": min(chains, default=0), "step-tokens": step_tokens - 1, "prefix": min(prefixes, default=1),
-    }  # fmt: skip
-    for name, value in least.items():
-        if value < 1:
-            raise StudyError(f"--{name} is too small: new-tokens and step-tokens start at 2, everything else at 1")
-
-
-@one_line_errors
-def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kvshot_lib.decoding.timing", description=__doc__.splitlines()[0])
-    parser.add_argument("results_dir", metavar="RESULTS_DIR")
-    parser.add_argument("runs", nargs="*", metavar="VARIANT/seedN", help="only these (all trained ones by default)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", help="of target and drafters: auto, bfloat16 or float32")
-    parser.add_argument("--threads", type=int, default=0, help="of the CPU (PyTorch's own choice by default)")
-    parser.add_argument("--new-tokens", type=int, default=64, help="at most, of an answer")
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes; their median counts")
-    parser.add_argument("--prompts", default="study", help="study, human-eval or a .jsonl file")
-    parser.add_argument("--prompts-per-category", type=int, default=2)
-    parser.add_argument("--chain", default="2,4,6,8", help="lengths of chains")
-    parser.add_argument("--tree", default="8,10,60", help="depth,top_k,total; none for no tree")
-    parser.add_argument(
-        "--prefix", default="128,512,2048", help="context lengths at which a step is timed; none for no such table"
-    )
-    parser.add_argument("--step-tokens", type=int, default=24, help="tokens decoded at each of them")
-    parser.add_argument("--lookup-tokens", type=int, default=10, help="of transformers' prompt lookup")
-    parser.add_argument("--assistant", default="", help="a small model with the target's vocabulary (none by default)")
-    parser.add_argument(
-        "--stop-after-s", type=float, default=float("inf"), help="then leave the rest for the next call"
-    )
-    parser.add_argument(
-        "--keep", default="", metavar="TABLES_DIR", help="take over rows recorded there that this run has not"
-    )
-    parser.add_argument("--fingerprint", default="", help=argparse.SUPPRESS)
-    given = vars(parser.parse_intermixed_args(words))
-    if (threads := given.pop("threads")) > 0:
-        torch.set_num_threads(threads)
-    transformers_logging.set_verbosity_error()  # `generate` remarks on itself
-    chain, tree, prefix = (_numbers(given.pop(name), name) for name in ("chain", "tree", "prefix"))
-    if tree and len(tree) != 3:
+    _at_least(2, new_tokens=new_tokens, step_tokens=step_tokens)
+    _at_least(1, repeats=repeats, prompts_per_category=prompts_per_category)
+    _at_least(1, chains=min(chains, default=0), prefixes=min(prefixes, default=1))
+    if len(tree) not in (0, 3):
         raise StudyError("--tree takes depth,top_k,total, such as 8,10,60, or none")
-    settings = Settings(given.pop("new_tokens"), given.pop("repeats"))
-    plans = {"chains": chain, "tree": Tree(*tree) if tree else None, "prefixes": prefix}
-    written, done = measure(given.pop("results_dir"), given.pop("runs"), settings=settings, **plans, **given)
-    print("\n".join(map(str, written)))
-    if not done:
-        print("stopped early: the same command goes on from here")
-    return 0
+    transformers_logging.set_verbosity_error()  # `generate` remarks on itself
+    trained, grown = load_runs(results_dir, runs, device, dtype, threads), Tree(*tree) if tree else None
+    plans = {run: plans_of(drafter, chains, grown) for run, drafter in trained.drafters.items()}
+    chosen = first_of_each(load_prompts(prompts), prompts_per_category)
+    turns = dialogue_turns(trained.target, chosen, new_tokens)
+    depends = fingerprint, new_tokens, repeats, turns, chains, tree, step_tokens, lookup_tokens
+    parts = trained.parts(Path(results_dir) / "decode", *depends)
+    warm_up(trained, plans, turns[0])
+    steps = time_steps(trained, plans, turns, prefixes, step_tokens, parts)
+    answers = [time_turns(trained, plans, turns, new_tokens, repeats, parts)]
+    for number, turn in enumerate(turns):
+        make = lambda: generate_rows(trained.target, lookup_tokens, turn, new_tokens, repeats)  # noqa: B023 - called at once
+        answers.append(trained.labelled(f"{PEERS}/seed0", parts.table(f"{PEERS}.turn{number}", make)))
+    made = {"decode_prompts": with_kept("decode_prompts", pd.concat(answers, ignore_index=True), keep)}
+    made |= {"decode_steps": with_kept("decode_steps", steps, keep)}
+    made |= {"decoding": with_kept("decoding", decoding_table(made["decode_prompts"]))}
+    return [tables.write(Path(results_dir) / "tables", name, table) for name, table in made.items()]
 
 
-def _numbers(text: str, name: str) -> list[int]:
-    """Whole numbers with commas between them; none for ``none``."""
-    try:
-        return [] if text == "none" else [int(word) for word in text.split(",")]
-    except ValueError:
-        raise StudyError(f"--{name} {text!r}: give whole numbers with commas between them") from None
+def duel(
+    results_dir: str, *, tables_dir: str = "", new_tokens: int = 64, repeats: int = 3, prompts: str = "study",
+    threads: int = 0, device: str = "auto", dtype: str = "auto", fingerprint: str = "",
+) -> Path:  # fmt: skip
+    """Time the fastest drafter of either side and claim C14's pair on other prompts: decode_duel in RESULTS_DIR/tables.
+
+    Parameters
+    ----------
+    tables_dir : with decode_prompts, by which they are chosen (RESULTS_DIR/tables by default).
+    new_tokens : at most, of an answer.
+    repeats : timed passes; their median counts.
+    prompts : study, human-eval or a .jsonl file; those that aren't in decode_prompts are decoded.
+    threads : of the CPU (PyTorch's own choice by default).
+    dtype : of target and drafters: auto, bfloat16 or float32.
+
+    Raises
+    ------
+    StudyError : no decoding recorded to choose by; weights that aren't in RESULTS_DIR; no prompt left.
+    """
+    _at_least(2, new_tokens=new_tokens)
+    _at_least(1, repeats=repeats)
+    known = tables.read(tables_dir or Path(results_dir) / "tables", "decode_prompts")
+    if known.empty:
+        raise StudyError("no decode_prompts to choose by: run `kvshot decode speed` first, or give --tables-dir")
+    plans = pairs(known)
+    trained = load_runs(results_dir, [*plans], device, dtype, threads)
+    others = [prompt for prompt in load_prompts(prompts) if prompt.id not in set(known["prompt"])]
+    if not others:
+        raise StudyError(f"every prompt of {prompts} was used to choose: name others with --prompts")
+    turns = dialogue_turns(trained.target, others, new_tokens)
+    warm_up(trained, plans, turns[0])
+    parts = trained.parts(Path(results_dir) / "duel", fingerprint, new_tokens, repeats, turns, plans)
+    rows = time_turns(trained, plans, turns, new_tokens, repeats, parts)
+    return tables.write(Path(results_dir) / "tables", "decode_duel", with_kept("decode_duel", rows))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def pairs(known: pd.DataFrame) -> dict[str, Plans]:
+    """``variant/seedN`` -> its plans, of B2's drafters and, if both are in ``known`` (`decode_prompts`), of C14's.
+
+    B2's have the chains that `fastest_chains` names, C14's the longest chain and the tree.
+    """
+    rows = comparable(known)
+    best = fastest_chains(rows, sorted(rows["prompt"].unique()))
+    if lacking := [side for side, (variant, _) in best.items() if variant not in set(known["variant"])]:
+        raise StudyError(f"decode_prompts has no chain of a drafter over {lacking[0]}: run `kvshot decode speed`")
+    found = [(variant, "chain", plan) for variant, plan in best.values()]
+    for variant in C14 if {*C14} <= {*known["variant"]} else ():
+        own = known[known["variant"] == variant]
+        found.append((variant, "chain", max(own.loc[own["mode"] == "chain", "plan"], key=int)))
+        found += [(variant, "tree", plan) for plan in own.loc[own["mode"] == "tree", "plan"].unique()]
+    plans: dict[str, Plans] = {}
+    for variant, mode, plan in found:
+        run = f"{variant}/seed{known.loc[known['variant'] == variant, 'seed'].min()}"
+        drafted = Chain(int(plan)) if mode == "chain" else Tree(*map(int, plan.split("/")))
+        plans.setdefault(run, {})[mode, plan] = drafted
+    return plans
+
+
+def time_turns(
+    trained: Trained, plans: Mapping[str, Plans], turns: Sequence[Turn], new: int, repeats: int, parts: Parts
+) -> pd.DataFrame:
+    """Rows of ``decode_prompts``: every drafter on every turn, a part each."""
+    found = []
+    for number, turn in enumerate(tqdm(turns, desc="answers", unit="turn", mininterval=1)):
+        for run, drafter in trained.drafters.items():
+            make = lambda: turn_rows(trained.target, drafter, plans[run], turn, new, repeats)  # noqa: B023
+            found.append(trained.labelled(run, parts.table(trained.part(run, f"turn{number}"), make)))
+    return pd.concat(found, ignore_index=True)
+
+
+def time_steps(
+    trained: Trained, plans: Mapping[str, Plans], turns: Sequence[Turn], prefixes: Sequence[int], tokens: int,
+    parts: Parts,
+) -> pd.DataFrame:  # fmt: skip
+    """Rows of ``decode_steps``: every drafter after every prefix (the turns' text, over and over), a part each."""
+    text, found = [token for turn in turns for token in turn.tokens], [tables.empty("decode_steps")]
+    for run, drafter in tqdm(trained.drafters.items(), desc="steps", unit="drafter", mininterval=1):
+        for length in prefixes:
+            if length + tokens <= trained.target.config.max_position_embeddings:
+                prefix = (text * -(-length // len(text)))[:length]
+                make = lambda: step_rows(trained.target, drafter, plans[run], prefix, tokens)  # noqa: B023
+                found.append(trained.labelled(run, parts.table(trained.part(run, f"at{length}"), make)))
+    return pd.concat(found[1:] or found, ignore_index=True)
+
+
+def warm_up(trained: Trained, plans: Mapping[str, Plans], turn: Turn) -> None:
+    """Decode a few tokens every way, so that no timed pass is any kernel's first."""
+    print(*trained.labels.values(), f"torch {torch.__version__}, target {trained.target.name}", sep=", ", flush=True)
+    for run, drafter in trained.drafters.items():
+        for plan in (None, *plans[run].values()):
+            answer(trained.target, drafter, plan, turn.tokens, max_new_tokens=8, eos_token_ids=())
+
+
+def first_of_each(prompts: Sequence[Prompt], per_category: int) -> list[Prompt]:
+    """The first ``per_category`` prompts of each category, in the order of the file."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for prompt in prompts:
+        seen[prompt.category] += 1
+        if seen[prompt.category] <= per_category:
+            kept.append(prompt)
+    return kept
+
+
+def with_kept(name: str, rows: pd.DataFrame, keep: str | Path = "") -> pd.DataFrame:
+    """Rows as table ``name`` has them, in the study's order; other rows of that table in folder ``keep`` stay."""
+    schema, keys = tables.SCHEMAS[name], tables.TABLES[name].keys
+    found = rows.reindex(columns=[*schema]).astype(schema)
+    if keep:
+        found = pd.concat([tables.read(keep, name), found]).drop_duplicates(keys, keep="last")
+    place = {variant: i for i, variant in enumerate(in_study_order(found["variant"]))}
+    by_study = lambda names: names.map(place)
+    return tables.rounded(found.sort_values("variant", key=by_study, kind="stable", ignore_index=True))
+
+
+def _at_least(least: int, **given: int) -> None:
+    """Refuse settings below ``least``."""
+    for name, value in given.items():
+        if value < least:
+            raise StudyError(f"--{name.replace('_', '-')} is too small: it starts at {least}")

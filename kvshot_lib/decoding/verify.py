@@ -1,7 +1,8 @@
 """The target while it decodes: one growing sequence and its cache, which is verified against and rolled back.
 
-The cache is one of transformers' own. Rolling back crops it through its own method; of a tree's entries the accepted ones are first
-moved to the front of the tail, in order, so nothing that was there before the verification is touched or copied.
+The cache is one of transformers' own. Rolling back crops it through its own method; of a tree's entries the
+accepted ones are first moved to the front of the tail, in order, so nothing that was there before the
+verification is touched or copied.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from ..errors import StudyError
 from ..features.spec import Features
 from ..target.capture import Captured
 from ..target.load import Target
+from .clock import part
 from .propose import Proposal
 
 
@@ -23,11 +25,9 @@ class TargetRun:
     def __init__(self, target: Target, cache: DynamicCache, taken: Captured, kv_layers: Sequence[int] = ()):
         self.model, self.config, self.device = target.model, target.config, target.device
         self.cache, self.taken, self.kv_layers = cache, taken, kv_layers
-        self.length, self.kept = (
-            0,
-            slice(0, 0),
-        )  # positions in the cache before the last forward; its rows that were kept
+        self.length, self.kept = 0, slice(0, 0)  # positions cached before the last forward; its rows that were kept
 
+    @part("prefill")
     def prefill(self, tokens: list[int]) -> Tensor:
         """Logits [V] after the last token of the prompt."""
         ids = torch.tensor([tokens], device=self.device)
@@ -35,6 +35,7 @@ class TargetRun:
         self.kept = slice(0, len(tokens))
         return logits[0, -1]
 
+    @part("bookkeeping")
     def verify(self, proposal: Proposal) -> Tensor:
         """Logits [T, V] after each node of the proposal; the cache takes them all in."""
         self.length = self.cache.get_seq_length()
@@ -45,7 +46,12 @@ class TargetRun:
                 "attention_mask": self.masks(self.tree_mask(proposal), depths[0]),
                 "position_ids": self.length + depths,
             }
-        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **extra).logits[0]
+        return self.forward(ids, **extra)[0]
+
+    @part("verify")
+    def forward(self, ids: Tensor, **extra) -> Tensor:
+        """Logits [1, T, V] of new tokens, whose entries join the cache."""
+        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **extra).logits
 
     def tree_mask(self, proposal: Proposal) -> Tensor:
         """Additive [1, 1, T, N + T]: every node sees the N cached positions, its ancestors and itself."""
@@ -55,7 +61,7 @@ class TargetRun:
         return mask[None, None]
 
     def masks(self, mask: Tensor, depths: Tensor) -> Tensor | dict[str, Tensor]:
-        """The mask, or one for each kind of layer where some slide: those see the positions p - window < s only, by RoPE position."""
+        """The mask, or one for each kind of layer where some slide: those see positions p - window < s only."""
         if "sliding_attention" not in (getattr(self.config, "layer_types", None) or ()):
             return mask
         places = torch.cat([torch.arange(self.length, device=self.device), self.length + depths])
@@ -63,6 +69,7 @@ class TargetRun:
         sliding = mask.masked_fill(outside, torch.finfo(mask.dtype).min)
         return {"full_attention": mask, "sliding_attention": sliding}
 
+    @part("bookkeeping")
     def keep(self, path: list[int]) -> None:
         """Roll the cache back to the accepted nodes of the last verification, in order: only the tail is touched."""
         surplus = self.cache.get_seq_length() - self.length - len(path)
@@ -77,7 +84,7 @@ class TargetRun:
         self.kept = path
 
     def features(self, tokens: list[int], reads: Sequence[str], dtype: torch.dtype) -> Features:
-        """The target's state at the kept positions s, with tokens x_s and one more: what prefix entries s are made from."""
+        """The target's state at the kept positions s, with x_s and one token more: what prefix entries are made from."""
         hidden, ids = self.taken.hidden_states, torch.tensor([tokens[self.length :]], device=self.device)
         state = {}
         if "hidden_states" in reads:
@@ -89,16 +96,17 @@ class TargetRun:
 
 
 def check_cache(target: Target, cache: DynamicCache | None) -> DynamicCache:
-    """An empty cache whose layers can all be rolled back; by default one that keeps every position in sliding layers too.
+    """An empty cache whose layers can be rolled back; by default one that keeps all positions in sliding layers too.
 
-    A window that has moved on has forgotten what a rollback would need again; masks alone make those layers slide here.
+    A window that has moved on has forgotten what a rollback would need again; masks alone make those layers
+    slide here.
     """
     cache = DynamicCache() if cache is None else cache
     for layer in cache.layers:
         if layer.is_sliding or not getattr(layer, "is_croppable", False):
             raise StudyError(
-                f"target {target.name} with {type(layer).__name__}: a cache that forgets or can't be cropped can't be rolled back; "
-                "give a DynamicCache() without a config, or none"
+                f"target {target.name} with {type(layer).__name__}: a cache that forgets or can't be cropped "
+                "can't be rolled back; give a DynamicCache() without a config, or none"
             )
     if cache.get_seq_length():
         raise StudyError(f"the cache holds {cache.get_seq_length()} tokens already; give an empty one")

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 from examples import DRAFT_IDS, VARIANTS, drafter, live_of, target
+from greedy import NEW, alone, prompt, trained
 from transformers import DynamicCache, StaticCache
 
-from kvshot_lib.decoding.decode import Drafting, NoDrafting, Stopwatch, decode, speculate
+from kvshot_lib.decoding.decode import Drafting, NoDrafting, decode, speculate
 from kvshot_lib.decoding.propose import Chain, Tree
 from kvshot_lib.decoding.sampling import GREEDY, Chooser, Sampling
 from kvshot_lib.decoding.verify import TargetRun, check_cache
@@ -17,12 +18,11 @@ from kvshot_lib.features.spec import feature_spec
 from kvshot_lib.target.capture import capture
 from kvshot_lib.target.load import load_target
 from kvshot_lib.text.corpus import Document
+from kvshot_lib.training.anchors import find_anchors
 from kvshot_lib.training.judging import match_documents
-from kvshot_lib.training.ttt import find_anchors, ttt_loss
 
 NAMES = ("tiny-llama", "tiny-qwen2", "tiny-qwen3")
 PLANS = (Chain(5), Tree(3, 4, 14))
-NEW = 24
 CASES = [(variant, "tiny-llama") for variant in VARIANTS]
 LARGEST = [
     ("hidden", NAMES[0]),
@@ -30,36 +30,6 @@ LARGEST = [
     ("hybrid", NAMES[2]),
 ]  # EAGLE's whole tree: each paradigm, each target
 CASES += [(variant, name) for name in NAMES[1:] for variant in ("hidden", "kv_2", "hybrid", "kv_1_unrotate")]
-
-
-def prompt(seed: int, length: int = 9) -> list[int]:
-    return np.random.default_rng([7, seed]).integers(3, 512, length).tolist()
-
-
-@cache
-def alone(name: str, seed: int, length: int = 9, new: int = NEW) -> list[int]:
-    """The target's own greedy answer: the argmax of a plain forward without any cache, token by token."""
-    tokens = prompt(seed, length)
-    with torch.no_grad():
-        for _ in range(new):
-            tokens.append(int(target(name).model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[length:]
-
-
-@cache
-@torch.enable_grad()
-def trained(variant: str, name: str):
-    """A drafter that has learned part of the answers by heart, so that long runs, short ones and misses all happen."""
-    answered = sorted({token for seed in range(3) for token in alone(name, seed)})
-    built = drafter(variant, name, torch.tensor(answered[: len(answered) * 9 // 10]))
-    tokens = [np.array(prompt(seed) + alone(name, seed), dtype=np.int32) for seed in range(2)]
-    features = live_of(*(Document(part, np.arange(len(part)) >= 9) for part in tokens), name=name).batch([0, 1])
-    optimiser = torch.optim.AdamW(built.parameters(), lr=5e-3)
-    for _ in range(25):
-        ttt_loss(built, features, ttt_steps=5).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    return built.eval()
 
 
 class Scripted:
@@ -73,7 +43,7 @@ class Scripted:
         self.norm, self.spec = torch.nn.Identity(), feature_spec(target(name))
         self.norm.weight = torch.zeros(1)
 
-    def prefix(self, features, first=0):
+    def prefix(self, features, first=0, past=()):
         return [], None
 
     def visible(self, anchors):
@@ -249,12 +219,9 @@ def test_prefix_entries_come_from_the_targets_state_of_accepted_tokens(variant, 
     built, made = trained(variant, "tiny-llama"), []
     drafting = Drafting(built, plan, 9 + NEW)
     with capture(target().model, hidden=drafting.hidden_layers) as taken:
-        run, clock = (
-            TargetRun(target(), check_cache(target(), None), taken, drafting.kv_layers),
-            Stopwatch(target().device),
-        )
+        run = TargetRun(target(), check_cache(target(), None), taken, drafting.kv_layers)
         drafting.drafter = Recorded(built, made)
-        out = speculate(run, drafting, prompt(0), Chooser(GREEDY), NEW, set(), clock)
+        out = speculate(run, drafting, prompt(0), Chooser(GREEDY), NEW, set())
     tokens = np.array(prompt(0) + out.tokens, dtype=np.int32)
     features = live_of(Document(tokens, np.ones(len(tokens), bool))).batch([0])
     entries, fused = built.prefix(features)
@@ -275,9 +242,9 @@ class Recorded:
     def __init__(self, built, made):
         self._built, self._made = built, made
 
-    def prefix(self, features, first=0):
+    def prefix(self, features, first=0, past=()):
         self._made.append(features.tokens.shape[1] - 1)
-        return self._built.prefix(features, first)
+        return self._built.prefix(features, first, past)
 
     def __getattr__(self, name):
         return getattr(self._built, name)
@@ -310,12 +277,16 @@ def test_sampling_is_repeatable_and_follows_its_seed():
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_every_second_is_somewhere():
-    out = decode(target(), drafter("hybrid"), prompt(0), max_new_tokens=NEW, eos_token_ids=())
-    assert set(out.seconds) == {"prefill", "project", "draft", "verify", "accept"}
-    assert min(out.draft_s, out.verify_s, out.other_s) > 0
-    total = out.draft_s + out.verify_s + out.other_s + out.seconds["prefill"]
-    assert total == pytest.approx(sum(out.seconds.values()))
+def test_rounds_tell_what_was_proposed_and_taken():
+    """The tokens along the accepted nodes, and a bonus token after each round, are the answer."""
+    for plan in PLANS:
+        out = decode(target(), trained("hybrid"), prompt(0), plan, max_new_tokens=NEW, eos_token_ids=())
+        told = out.tokens[:1]
+        for proposal, path in out.rounds:
+            assert proposal.tokens[0] == told[-1] and [proposal.parents[node] for node in path] == [0, *path][: len(path)]
+            told += [proposal.tokens[node] for node in path]
+            told.append(out.tokens[len(told)])
+        assert told == out.tokens
 
 
 def test_half_precision_decodes_too():
@@ -335,8 +306,8 @@ def test_nothing_of_capture_stays_behind():
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"prompt": []}, "prompt is empty"),
-        ({"prompt": torch.ones(2, 3, dtype=torch.int64)}, "one prompt at a time"),
+        ({"prompt": []}, "of one token or more"),
+        ({"prompt": torch.ones(2, 3, dtype=torch.int64)}, "one prompt of one token or more"),
         ({"prompt": [5, 512]}, "doesn't know"),
         ({"prompt": [5, -1]}, "doesn't know"),
         ({"prompt": [0.5]}, "doesn't know"),

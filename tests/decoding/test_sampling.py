@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TemperatureLogitsWarper, TopPLogitsWarper
 
-from kvshot_lib.decoding.decode import Drafting, Stopwatch, speculate
+from kvshot_lib.decoding.decode import Drafting, speculate
 from kvshot_lib.decoding.propose import Chain, Tree
 from kvshot_lib.decoding.sampling import GREEDY, Chooser, Sampling, distribution
 from kvshot_lib.decoding.verify import TargetRun, check_cache
@@ -182,10 +182,9 @@ def drafted_joint(plan, rule) -> tuple[torch.Tensor, float]:
     """P of every three first tokens when ``rule`` accepts and draws, over all outcomes; and the mean number of accepted drafts."""
     chooser = every_outcome(rule)(WARM)
     remembered, joint, accepted, past = remembered_for(plan), torch.zeros(12, 12, 12, dtype=torch.float64), 0.0, []
-    clock = Stopwatch(small_target().device)
     while True:
         chooser.start(past)
-        out = speculate(remembered, remembered, PROMPT, chooser, 4, set(), clock)  # 4: the last token is never a draft
+        out = speculate(remembered, remembered, PROMPT, chooser, 4, set())  # 4: the last token is never a draft
         joint[tuple(out.tokens[:3])] += chooser.weight
         accepted += chooser.weight * sum(out.accepted)
         past = chooser.made
@@ -218,9 +217,8 @@ def test_the_same_test_sees_a_biased_rule(plan, biased):
 def test_sampled_answers_follow_the_target_distribution(plan):
     """The same with real draws, which bring in the generator: the joint distribution of the first three tokens."""
     remembered, chooser, counts = remembered_for(plan), RememberedChooser(WARM), torch.zeros(12, 12, 12)
-    clock = Stopwatch(small_target().device)
     for _ in range(DRAWS):
-        out = speculate(remembered, remembered, PROMPT, chooser, 4, set(), clock)
+        out = speculate(remembered, remembered, PROMPT, chooser, 4, set())
         counts[tuple(out.tokens[:3])] += 1
     assert chi_square_p(counts, exact_joint(WARM) * DRAWS) > 0.001
 
@@ -231,11 +229,11 @@ def test_sampling_through_the_real_loop_gives_what_remembered_parts_give():
     drafter = some_drafter()
     remembered = Remembered(drafter, plan)
     for seed in range(15):
-        drafting, clock = Drafting(drafter, plan, 64), Stopwatch(target.device)
+        drafting = Drafting(drafter, plan, 64)
         with torch.no_grad(), capture(target.model, hidden=drafting.hidden_layers) as taken:
             run = TargetRun(target, check_cache(target, None), taken, drafting.kv_layers)
-            real = speculate(run, drafting, PROMPT, Chooser(Sampling(1.0, seed=seed)), 9, set(), clock)
-            kept = speculate(remembered, remembered, PROMPT, Chooser(Sampling(1.0, seed=seed)), 9, set(), clock)
+            real = speculate(run, drafting, PROMPT, Chooser(Sampling(1.0, seed=seed)), 9, set())
+            kept = speculate(remembered, remembered, PROMPT, Chooser(Sampling(1.0, seed=seed)), 9, set())
         assert real.tokens == kept.tokens and real.accepted == kept.accepted
 
 

@@ -1,0 +1,153 @@
+"""One user turn decoded every way, and one step after several prefixes: measurements as table rows.
+
+On each turn the target alone, through the same code and cache, and every plan take turns, ``repeats`` times
+over; the median counts. One further pass with a `Clock` says where the time goes, so that the clock doesn't
+slow down what is timed. Batch size 1, greedy.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import pandas as pd
+import torch
+
+from ..drafters.drafter import Drafter
+from ..target.load import Target
+from ..text.prompts import Prompt, encode_turn
+from .clock import PARTS, timed_parts
+from .decode import decode
+from .propose import Chain, Tree
+
+Plans = dict[tuple[str, str], Chain | Tree]
+"""(mode, plan) as tables name them -> what is drafted"""
+ALONE = ("alone", "-")  # mode and plan of the target alone, whoever runs it
+STEP_CHAIN = 4  # drafts of the chain whose steps are timed after several prefixes
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A user turn to be answered, with what went before it: ``tokens`` are the whole dialogue so far."""
+
+    prompt: str
+    turn: int
+    category: str
+    tokens: list[int]
+
+
+def dialogue_turns(target: Target, prompts: Sequence[Prompt], new_tokens: int) -> list[Turn]:
+    """Every turn of every prompt; earlier answers are the target's own, of at most ``new_tokens`` each."""
+    found = []
+    for prompt in prompts:
+        history: list = []
+        for number, text in enumerate(prompt.turns):
+            if number:
+                history.append(decode(target, None, found[-1].tokens, max_new_tokens=new_tokens).tokens)
+            history.append(text)
+            found.append(Turn(prompt.id, number, prompt.category, encode_turn(target, history).tolist()))
+    return found
+
+
+def plans_of(drafter: Drafter, chains: Sequence[int], tree: Tree | None) -> Plans:
+    """The chains and the tree that are measured with a drafter; a block's chains end at its last slot."""
+    most = drafter.config.block_size - 1 if drafter.config.paradigm == "block" else max(chains, default=0)
+    lengths = sorted({min(length, most) for length in chains})
+    found: Plans = {("chain", str(length)): Chain(length) for length in lengths}
+    if tree is not None:
+        found["tree", f"{tree.depth}/{tree.top_k}/{tree.total}"] = tree
+    return found
+
+
+def answer(target: Target, drafter: Drafter, plan: Chain | Tree | None, tokens: Sequence[int], **limits):
+    """What `decode` gives by a plan; None is the target alone."""
+    return decode(target, drafter, tokens, plan, **limits) if plan else decode(target, None, tokens, **limits)
+
+
+def take_turns(device: torch.device, ways: dict[tuple, Callable], repeats: int) -> dict[tuple, tuple[object, list]]:
+    """Run every way once, then every way again, ``repeats`` times -> what each returned last, and its seconds."""
+    found, seconds = {}, {way: [] for way in ways}
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for _ in range(repeats):
+        for way, work in ways.items():
+            wait()
+            started = time.perf_counter()
+            found[way] = work()
+            wait()
+            seconds[way].append(time.perf_counter() - started)
+    return {way: (found[way], seconds[way]) for way in ways}
+
+
+def turn_rows(target: Target, drafter: Drafter, plans: Plans, turn: Turn, new: int, repeats: int) -> pd.DataFrame:
+    """Rows of ``decode_prompts``, of ``new`` tokens at most: the target alone (mode ``alone``), then each plan."""
+    ways = {
+        name: lambda plan=plan: answer(target, drafter, plan, turn.tokens, max_new_tokens=new)
+        for name, plan in {ALONE: None, **plans}.items()
+    }
+    timed = take_turns(target.device, ways, repeats)
+    rows, alone = [], timed[ALONE][0].tokens
+    for name, (out, seconds) in timed.items():
+        with timed_parts(target.device) as clock:
+            ways[name]()
+        facts = {"forwards": out.target_forwards, "drafted": sum(out.drafted), "accepted": sum(out.accepted)}
+        parts = {f"{part}_s": clock.seconds[part] for part in PARTS}
+        rows.append(_row(name, turn, out.tokens, alone, seconds) | facts | parts)
+    return pd.DataFrame(rows)
+
+
+def generate_rows(target: Target, lookup_tokens: int, turn: Turn, new: int, repeats: int) -> pd.DataFrame:
+    """The same of transformers' own ``generate``, whose drafts and parts can't be seen from outside.
+
+    Alone, and with prompt lookup: its drafts are copied from where the last tokens occurred before.
+    """
+    lookup = {"prompt_lookup_num_tokens": lookup_tokens}
+    ways = {
+        name: lambda given=given: generate(target, turn.tokens, new, **given)
+        for name, given in {ALONE: {}, ("prompt_lookup", str(lookup_tokens)): lookup}.items()
+    }
+    timed = take_turns(target.device, ways, repeats)
+    alone = timed[ALONE][0][0]
+    return pd.DataFrame(
+        _row(name, turn, tokens, alone, seconds) | {"forwards": forwards - 1}
+        for name, ((tokens, forwards), seconds) in timed.items()
+    )
+
+
+@torch.inference_mode()
+def generate(target: Target, prompt: Sequence[int], max_new_tokens: int, **given) -> tuple[list[int], int]:
+    """Greedy answer by ``generate``, and how many forwards of the target it took, that over the prompt included."""
+    forwards, ids = [], torch.tensor([list(prompt)], device=target.device)
+    counting = target.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    try:
+        out = target.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
+            eos_token_id=target.eos_token_id, pad_token_id=target.eos_token_id, **given,
+        )  # fmt: skip
+    finally:
+        counting.remove()
+    return out[0, len(prompt) :].tolist(), len(forwards)
+
+
+def _row(name: tuple[str, str], turn: Turn, tokens: list[int], alone: list[int], seconds: list[float]) -> dict:
+    equal = [mine == theirs for mine, theirs in zip(tokens, alone)]
+    return {
+        "mode": name[0], "plan": name[1], "prompt": turn.prompt, "turn": turn.turn, "category": turn.category,
+        "prompt_tokens": len(turn.tokens), "new_tokens": len(tokens),
+        "same_tokens": (equal + [False]).index(False),
+        "seconds": median(seconds), "fastest_s": min(seconds), "slowest_s": max(seconds), "repeats": len(seconds),
+    }  # fmt: skip
+
+
+def step_rows(target: Target, drafter: Drafter, plans: Plans, prefix: Sequence[int], tokens: int) -> pd.DataFrame:
+    """Rows of ``decode_steps``: milliseconds of a step after the prefix, by part; target alone, chain, tree."""
+    length = min(STEP_CHAIN, max(plan.length for plan in plans.values() if isinstance(plan, Chain)))
+    trees = {name: plan for name, plan in plans.items() if name[0] == "tree"}
+    rows = []
+    for (mode, name), plan in {ALONE: None, ("chain", str(length)): Chain(length), **trees}.items():
+        for new in (3, tokens):  # the first warms up
+            with timed_parts(target.device) as clock:
+                out = answer(target, drafter, plan, prefix, max_new_tokens=new, eos_token_ids=())
+        for part in PARTS[1:]:  # but for the prefill
+            milliseconds = 1000 * clock.seconds[part] / out.target_forwards
+            rows.append([mode, name, len(prefix), part, milliseconds, out.target_forwards])
+    return pd.DataFrame(rows, columns=["mode", "plan", "prefix_tokens", "part", "milliseconds", "steps"])

@@ -1,0 +1,233 @@
+"""Decoding's results from rows of single answers: tokens per forward, speed, the cost model, claim C14 (no torch).
+
+Everything is a ratio of sums over prompts, so an interval resamples prompts; the turns of a dialogue stay
+together.
+
+    decoded_mat      Σ (new tokens - 1) / Σ forwards: the prefill gives the first token
+    tokens_per_s     Σ new tokens / Σ seconds of whole answers, prefill and all
+    speedup          tokens_per_s / that of the target alone (mode ``alone``) on the same prompts in the same run
+
+and, of the pass that a clock measured part by part, what the cost model is fed with:
+
+    draft_cost       drafter (steps and prefix entries) / verifications: the model's draft_time / verify_time
+    verify_cost      one verification / one forward of the target alone over a single token; the model says 1
+    other_cost       bookkeeping, sampling and the rest / verifications; the model says 0
+    predicted        decoded_mat / (1 + draft_cost): the cost model, design.md section 7
+    predicted_whole  decoded_mat / (verify_cost · (1 + draft_cost + other_cost)): nothing left out but the prefill
+    draft_step_s     seconds of the drafter's steps / levels that it drafted: what a draft step costs
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from ..drafters.variants import in_study_order
+from ..errors import StudyError
+from .claims import DECODE_CLAIMS
+from .resampling import Draws, interval, resample_weights
+
+RUN = ["variant", "seed", "dtype", "device"]
+PLAN = ["mode", "plan"]
+ALL = "all"  # the category that holds every prompt
+PEERS = "transformers"  # the name under which `generate` stands among the variants
+PARTS = ("prefill", "verify", "draft", "project", "bookkeeping", "sampling", "rest")
+PART_COLUMNS = tuple(f"{part}_s" for part in PARTS)
+SUMS = ["new_tokens", "extra_tokens", "forwards", "drafted", "seconds", *PART_COLUMNS]
+MODEL = ("draft_cost", "verify_cost", "other_cost", "predicted", "predicted_whole", "draft_step_s")
+
+
+def prompt_sums(rows: pd.DataFrame, prompts: list) -> np.ndarray:
+    """``SUMS`` of the turns of each of ``prompts``, float [prompts, 12]; zeros where a prompt was not measured."""
+    rows = rows.assign(extra_tokens=rows["new_tokens"] - 1, drafted=rows["drafted"].fillna(0).astype(float))
+    return rows.groupby("prompt")[SUMS].sum().reindex(prompts, fill_value=0).to_numpy(float)
+
+
+def ratios(sums: np.ndarray, alone: np.ndarray) -> dict[str, np.ndarray]:
+    """The module's ratios from sums [..., 12] of a plan and of the target alone."""
+    at = {name: sums[..., SUMS.index(name)] for name in SUMS}
+    base = {name: alone[..., SUMS.index(name)] for name in SUMS}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        speed, target = at["new_tokens"] / at["seconds"], base["new_tokens"] / base["seconds"]
+        mat = at["extra_tokens"] / at["forwards"]
+        found = {"decoded_mat": mat, "tokens_per_s": speed, "target_tokens_per_s": target, "speedup": speed / target}
+        draft = (at["draft_s"] + at["project_s"]) / at["verify_s"]
+        verify = at["verify_s"] / at["forwards"] / (base["verify_s"] / base["forwards"])
+        other = (at["bookkeeping_s"] + at["sampling_s"] + at["rest_s"]) / at["verify_s"]
+        found |= {"draft_cost": draft, "verify_cost": verify, "other_cost": other}
+        found |= {"predicted": mat / (1 + draft), "predicted_whole": mat / (verify * (1 + draft + other))}
+        return found | {"draft_step_s": at["draft_s"] / at["drafted"]}
+
+
+def drawn(rows: pd.DataFrame, samples: int, seed: int) -> Iterator[tuple[tuple, pd.DataFrame, np.ndarray, dict]]:
+    """For each run and plan: key, its rows, sums [1 + samples, 12], ratios float [1 + samples] (column 0: as measured).
+
+    Only turns that the target alone answered in the same run count; all plans of all runs share the
+    resamples of prompts.
+    """
+    prompts = sorted(rows["prompt"].unique())
+    if not prompts:
+        return
+    weights = resample_weights(len(prompts), samples, seed).astype(float)
+    for run, own in rows.groupby(RUN, sort=False):
+        alone = own[own["mode"] == "alone"]
+        for plan, part in own.groupby(PLAN, sort=False):
+            part = part.merge(alone[["prompt", "turn"]], on=["prompt", "turn"])
+            matching = alone.merge(part[["prompt", "turn"]], on=["prompt", "turn"])
+            sums, base = (weights @ prompt_sums(table, prompts) for table in (part, matching))
+            yield (*run, *plan), part, sums, ratios(sums, base)
+
+
+def decoding_table(prompts: pd.DataFrame, samples: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """The rows of ``decoding``: each run and plan by category and over ``all`` prompts, with 95% intervals.
+
+    ``*_s`` are sums over the timed parts of all answers; ``same_answers`` counts those that are the
+    target's own, token for token.
+    """
+    found = []
+    for category in [ALL, *dict.fromkeys(prompts["category"])]:
+        rows = prompts if category == ALL else prompts[prompts["category"] == category]
+        for (variant, run, dtype, device, mode, plan), part, sums, ratio in drawn(rows, samples, seed):
+            row = {"variant": variant, "seed": run, "mode": mode, "plan": plan, "category": category}
+            for name in ("decoded_mat", "speedup"):
+                edges = interval(ratio[name])
+                row |= {name: edges.value, f"{name}_low": edges.low, f"{name}_high": edges.high}
+            row |= {name: ratio[name][0] for name in ("tokens_per_s", "target_tokens_per_s")}
+            seen = part["verify_s"].notna().all()  # a peer's parts can't be seen from outside
+            row |= {name: sums[0, SUMS.index(name)] if seen else np.nan for name in PART_COLUMNS}
+            row |= {name: part[name].sum() for name in ("new_tokens", "forwards")}
+            same = (part["same_tokens"] == part["new_tokens"]).sum()
+            row |= {"answers": len(part), "same_answers": same, "prompts": part["prompt"].nunique()}
+            row |= {"other_s": row["bookkeeping_s"] + row["sampling_s"] + row["rest_s"]}
+            found.append(row | {"dtype": dtype, "device": device})
+    return pd.DataFrame(found)
+
+
+def model_table(prompts: pd.DataFrame, samples: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """The cost model of each run and plan over all prompts: `MODEL`, decoded_mat, speedup, with 95% intervals.
+
+    Columns: variant, seed, mode, plan, metric, value, low, high. Peers, whose parts can't be seen from
+    outside, are left out.
+    """
+    found = []
+    for (variant, run, _, _, mode, plan), part, _, ratio in drawn(prompts, samples, seed):
+        if part["verify_s"].notna().all() and mode != "alone":
+            for metric in ("decoded_mat", "speedup", *MODEL):
+                found.append([variant, run, mode, plan, metric, *vars(interval(ratio[metric])).values()])
+    return pd.DataFrame(found, columns=["variant", "seed", "mode", "plan", "metric", "value", "low", "high"])
+
+
+def one_dtype(table: pd.DataFrame, dtype: str = "") -> pd.DataFrame:
+    """Rows of one number format; by default of the first by name (bfloat16 before float32).
+
+    Raises
+    ------
+    StudyError : a format that was not measured.
+    """
+    there = sorted(table["dtype"].unique())
+    if dtype and dtype not in there and there:
+        raise StudyError(f"dtype={dtype!r} was not measured; measured: {', '.join(there)}")
+    return table[table["dtype"] == (dtype or (there or [""])[0])].reset_index(drop=True)
+
+
+def fastest(decoding: pd.DataFrame) -> pd.DataFrame:
+    """Rows of ``decoding`` over all prompts: the target alone, the fastest chain and the fastest tree of each drafter.
+
+    Of a drafter that was decoded with several seeds the first one counts.
+    """
+    own = decoding[(decoding["category"] == ALL) & (decoding["variant"] != PEERS)]
+    own = own[own["seed"] == own.groupby("variant")["seed"].transform("min")]
+    best = own.sort_values("speedup", ascending=False, kind="stable").drop_duplicates(["variant", "mode"])
+    found = [best[best["variant"] == variant].sort_values("mode") for variant in in_study_order(own["variant"])]
+    return pd.concat([best[:0], *found], ignore_index=True)
+
+
+def parts_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of rows of ``decoding``: variant, mode, plan, part, milliseconds per new token, share."""
+    kept = [*PLAN, "variant", "new_tokens"]
+    parts = rows.melt(kept, [*PART_COLUMNS], "part", "seconds")
+    parts["part"] = parts["part"].str.removesuffix("_s")
+    whole = parts.groupby(["variant", *PLAN])["seconds"].transform("sum")
+    parts = parts.assign(milliseconds=1000 * parts["seconds"] / parts["new_tokens"], share=parts["seconds"] / whole)
+    return parts[["variant", *PLAN, "part", "milliseconds", "share"]]
+
+
+def passes(variant: str, mode: str, plan: str) -> int:
+    """How often the drafter runs for one proposal: L of a chain, depth + 1 of a tree, once of a block."""
+    if variant.startswith("block"):
+        return 1
+    return int(plan) if mode == "chain" else int(plan.split("/")[0]) + 1
+
+
+def break_even(model: pd.DataFrame) -> pd.DataFrame:
+    """What a pass of the drafter may cost, in verifications, and what it did cost: a row a drafter and plan.
+
+    With speedup = decoded_mat / (1 + draft_time / verify_time) a chain of L, whose steps cost c
+    verifications each, is faster than the target alone if c < (decoded_mat - 1) / L. A block drafts
+    everything in one pass: c < decoded_mat - 1. ``model`` is a `model_table`. Added are passes,
+    ``affordable`` by the model, ``affordable_here`` with the measured price of verifying several tokens at
+    once, and the measured ``cost``, prefix entries included.
+    """
+    wide = model.pivot_table(index=["variant", *PLAN], columns="metric", values="value", sort=False)
+    wide = wide.reindex(columns=["decoded_mat", "draft_cost", "verify_cost"]).reset_index()
+    runs = np.array([passes(*row) for row in wide[["variant", *PLAN]].itertuples(index=False)], float)
+    here = (wide["decoded_mat"] / wide["verify_cost"] - 1) / runs
+    affordable = (wide["decoded_mat"] - 1) / runs
+    return wide.assign(passes=runs, affordable=affordable, affordable_here=here, cost=wide["draft_cost"] / runs)
+
+
+def break_even_curves(table: pd.DataFrame, points: int = 81) -> pd.DataFrame:
+    """The cost model's speedup against the cost of a pass, of each drafter at its best measured chain for that cost.
+
+    ``table`` is that of `break_even`. Columns: variant, cost, speedup.
+    """
+    costs, rows = np.geomspace(0.005, 2.0, points), []
+    for variant in in_study_order(table["variant"]):
+        own = table[(table["variant"] == variant) & (table["mode"] == "chain")]
+        speedups = own["decoded_mat"].to_numpy()[:, None] / (1 + own["passes"].to_numpy()[:, None] * costs)
+        rows += [[variant, cost, speedup] for cost, speedup in zip(costs, speedups.max(0))]
+    return pd.DataFrame(rows, columns=["variant", "cost", "speedup"])
+
+
+def paper_scale(latency: pd.DataFrame, drafts: int = 7) -> pd.DataFrame:
+    """From ``step_latency``: what a proposal of ``drafts`` tokens costs, in forwards of the target over one token.
+
+    A row a drafter and prefix: a chain, or a block. ``verify`` is the verification, ``draft`` the drafter's
+    passes, ``project`` the entries of accepted tokens; ``break_even_mat`` is their sum, the tokens per
+    target forward from which on it pays.
+    """
+    cost = latency.set_index(["what", "tokens", "prefix_tokens"])["milliseconds"]
+    project = {what.removeprefix("project "): ms for (what, *_), ms in cost.items() if what.startswith("project")}
+    rows = []
+    for (what, tokens, prefix), milliseconds in cost.items():
+        kind, _, variant = what.partition(" ")
+        if (kind, tokens) in (("draft", 1), ("block", drafts)):
+            alone, verify = (cost.get(("verify", verified, prefix), np.nan) for verified in (1, drafts + 1))
+            parts = verify, milliseconds * (drafts if kind == "draft" else 1), project[variant]
+            rows.append([variant, kind, prefix, alone, *(part / alone for part in parts)])
+    table = pd.DataFrame(rows, columns=["variant", "kind", "prefix_tokens", "alone_ms", "verify", "draft", "project"])
+    return table.assign(break_even_mat=table["verify"] + table["draft"] + table["project"])
+
+
+def c14_draws(prompts: pd.DataFrame, samples: int = 2000, seed: int = 0, dtype: str = "") -> Draws:
+    """What claim C14 is about, each part of it on the prompts that all its drafters answered.
+
+    tree_decoded_mat, chain_decoded_mat : tokens per target forward, by the tree, and by the longest chain that all had.
+    log_draft_step_s : natural log of the seconds of one draft step of that chain: a difference is the log of a ratio.
+    """
+    prompts, keys, values = one_dtype(prompts, dtype), [], [np.zeros((0, 1 + samples))]
+    for claim in DECODE_CLAIMS:
+        own, wanted = prompts[prompts["variant"].isin(claim.variants)], [term[2] for term in claim.terms]
+        answered = own.groupby("variant")["prompt"].agg(set)
+        own = own[own["prompt"].isin(set.intersection(*answered) if len(answered) else ())]
+        chains = own[own["mode"] == "chain"].groupby("variant")["plan"].agg(set)
+        longest = max(set.intersection(*chains) if len(chains) else (), key=int, default=None)
+        for (variant, run, _, _, mode, plan), part, _, ratio in drawn(own, samples, seed):
+            if mode == "tree" or (mode == "chain" and plan == longest):
+                found = {f"{mode}_decoded_mat": ratio["decoded_mat"]}
+                found |= {"log_draft_step_s": np.log(ratio["draft_step_s"])} if mode == "chain" else {}
+                for metric in (name for name in found if name in wanted):
+                    keys.append([variant, run, metric, pd.NA, part["forwards"].sum(), part["prompt"].nunique()])
+                    values.append(found[metric][None])
+    table = pd.DataFrame(keys, columns=["variant", "seed", "metric", "draft_step", "anchors", "documents"])
+    return Draws(table.astype({"draft_step": "Int64"}), np.concatenate(values), seed)

@@ -1,0 +1,53 @@
+"""Where time goes: every moment belongs to one part, and nothing reads a clock unasked."""
+
+import time
+
+import pytest
+import torch
+from blocks import block_drafter
+from examples import drafter, target
+
+from kvshot_lib.decoding import clock as clocks
+from kvshot_lib.decoding.clock import PARTS, part, timed_parts
+from kvshot_lib.decoding.decode import decode
+from kvshot_lib.decoding.propose import Chain, Tree
+
+CPU = torch.device("cpu")
+
+
+def test_every_moment_belongs_to_the_innermost_part():
+    @part("draft")
+    def inner():
+        time.sleep(0.02)
+
+    @part("bookkeeping")
+    def outer():
+        time.sleep(0.03)
+        inner()
+
+    started = time.perf_counter()
+    with timed_parts(CPU) as clock:
+        outer()
+    assert clock.seconds["draft"] == pytest.approx(0.02, abs=0.01)
+    assert clock.seconds["bookkeeping"] == pytest.approx(0.03, abs=0.01)
+    assert sum(clock.seconds.values()) <= time.perf_counter() - started
+    inner()
+    assert clock.seconds["draft"] == pytest.approx(0.02, abs=0.01)
+
+
+@pytest.mark.parametrize("plan, variant", [(Chain(3), "hybrid"), (Tree(2, 3, 8), "kv_1"), (Chain(3), "block_kv_1")])
+def test_parts_add_up_and_change_nothing(plan, variant):
+    built = block_drafter(variant) if variant.startswith("block") else drafter(variant)
+    started = time.perf_counter()
+    with timed_parts(CPU) as clock:
+        out = decode(target(), built, [5, 6, 7], plan, max_new_tokens=12, eos_token_ids=())
+    took = time.perf_counter() - started
+    assert 0.5 * took < sum(clock.seconds.values()) <= took + 1e-3
+    assert all(clock.seconds[name] > 0 for name in PARTS)
+    assert out == decode(target(), built, [5, 6, 7], plan, max_new_tokens=12, eos_token_ids=())
+
+
+def test_no_clock_runs_after_an_error():
+    with pytest.raises(ZeroDivisionError), timed_parts(CPU):
+        1 / 0  # noqa: B018
+    assert clocks._running is None
