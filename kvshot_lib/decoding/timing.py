@@ -32,7 +32,7 @@ from ..provenance import device_name
 from ..target.load import Target, load_target
 from ..text.prompts import Prompt, load_prompts
 from .propose import Chain, Tree
-from .turns import Plans, Turn, answer, dialogue_turns, generate_rows, plans_of, step_rows, turn_rows
+from .turns import Plans, Turn, answer, dialogue_turns, generate_rows, plans_of, turn_rows
 
 C14 = ("hybrid_warm", "hidden_continued")
 
@@ -88,10 +88,10 @@ def load_runs(results_dir: str | Path, runs: Sequence[str], device: str, dtype: 
 def measure_speed(
     results_dir: str, runs: Sequence[str] = (), *, new_tokens: int = 64, repeats: int = 3, prompts: str = "study",
     prompts_per_category: int = 2, chains: Sequence[int] = (2, 4, 6, 8), tree: Sequence[int] = (8, 10, 60),
-    prefixes: Sequence[int] = (128, 512, 2048), step_tokens: int = 24, lookup_tokens: int = 10, threads: int = 0,
-    device: str = "auto", dtype: str = "auto", keep: str = "", fingerprint: str = "",
+    lookup_tokens: int = 10, threads: int = 0, device: str = "auto", dtype: str = "auto", keep: str = "",
+    fingerprint: str = "",
 ) -> list[Path]:  # fmt: skip
-    """Time decoding with trained drafters: decode_prompts, decode_steps and decoding in RESULTS_DIR/tables.
+    """Time decoding with trained drafters: decode_prompts and decoding in RESULTS_DIR/tables.
 
     Parameters
     ----------
@@ -102,8 +102,6 @@ def measure_speed(
     prompts_per_category : how many, from the file's start.
     chains : lengths of chains.
     tree : depth, top_k and total of EAGLE's tree; none for no tree.
-    prefixes : context lengths in tokens at which a step is timed; none for no such table.
-    step_tokens : tokens decoded at each of them.
     lookup_tokens : of transformers' prompt lookup.
     threads : of the CPU (PyTorch's own choice by default).
     dtype : of target and drafters: auto, bfloat16 or float32.
@@ -113,9 +111,8 @@ def measure_speed(
     ------
     StudyError : no such run, a target other than the one that a run was trained for, impossible settings.
     """
-    _at_least(2, new_tokens=new_tokens, step_tokens=step_tokens)
-    _at_least(1, repeats=repeats, prompts_per_category=prompts_per_category)
-    _at_least(1, chains=min(chains, default=0), prefixes=min(prefixes, default=1))
+    _at_least(2, new_tokens=new_tokens)
+    _at_least(1, repeats=repeats, prompts_per_category=prompts_per_category, chains=min(chains, default=0))
     if len(tree) not in (0, 3):
         raise StudyError("--tree takes depth,top_k,total, such as 8,10,60, or none")
     transformers_logging.set_verbosity_error()  # `generate` remarks on itself
@@ -123,16 +120,14 @@ def measure_speed(
     plans = {run: plans_of(drafter, chains, grown) for run, drafter in trained.drafters.items()}
     chosen = first_of_each(load_prompts(prompts), prompts_per_category)
     turns = dialogue_turns(trained.target, chosen, new_tokens)
-    depends = fingerprint, new_tokens, repeats, turns, chains, tree, step_tokens, lookup_tokens
+    depends = fingerprint, new_tokens, repeats, turns, chains, tree, lookup_tokens
     parts = trained.parts(Path(results_dir) / "decode", *depends)
     warm_up(trained, plans, turns[0])
-    steps = time_steps(trained, plans, turns, prefixes, step_tokens, parts)
     answers = [time_turns(trained, plans, turns, new_tokens, repeats, parts)]
     for number, turn in enumerate(turns):
         make = lambda: generate_rows(trained.target, lookup_tokens, turn, new_tokens, repeats)  # noqa: B023 - called at once
         answers.append(trained.labelled(f"{PEERS}/seed0", parts.table(f"{PEERS}.turn{number}", make)))
     made = {"decode_prompts": with_kept("decode_prompts", pd.concat(answers, ignore_index=True), keep)}
-    made |= {"decode_steps": with_kept("decode_steps", steps, keep)}
     made |= {"decoding": with_kept("decoding", decoding_table(made["decode_prompts"]))}
     return [tables.write(Path(results_dir) / "tables", name, table) for name, table in made.items()]
 
@@ -205,21 +200,6 @@ def time_turns(
             make = lambda: turn_rows(trained.target, drafter, plans[run], turn, new, repeats)  # noqa: B023
             found.append(trained.labelled(run, parts.table(trained.part(run, f"turn{number}"), make)))
     return pd.concat(found, ignore_index=True)
-
-
-def time_steps(
-    trained: Trained, plans: Mapping[str, Plans], turns: Sequence[Turn], prefixes: Sequence[int], tokens: int,
-    parts: Parts,
-) -> pd.DataFrame:  # fmt: skip
-    """Rows of ``decode_steps``: every drafter after every prefix (the turns' text, over and over), a part each."""
-    text, found = [token for turn in turns for token in turn.tokens], [tables.empty("decode_steps")]
-    for run, drafter in tqdm(trained.drafters.items(), desc="steps", unit="drafter", mininterval=1):
-        for length in prefixes:
-            if length + tokens <= trained.target.config.max_position_embeddings:
-                prefix = (text * -(-length // len(text)))[:length]
-                make = lambda: step_rows(trained.target, drafter, plans[run], prefix, tokens)  # noqa: B023
-                found.append(trained.labelled(run, parts.table(trained.part(run, f"at{length}"), make)))
-    return pd.concat(found[1:] or found, ignore_index=True)
 
 
 def warm_up(trained: Trained, plans: Mapping[str, Plans], turn: Turn) -> None:

@@ -1,4 +1,4 @@
-"""One user turn decoded every way, and one step after several prefixes: measurements as table rows.
+"""One user turn decoded every way: measurements as table rows.
 
 On each turn the target alone, through the same code and cache, and every plan take turns, ``repeats`` times
 over; the median counts. One further pass with a `Clock` says where the time goes, so that the clock doesn't
@@ -23,7 +23,6 @@ from .propose import Chain, Tree
 Plans = dict[tuple[str, str], Chain | Tree]
 """(mode, plan) as tables name them -> what is drafted"""
 ALONE = ("alone", "-")  # mode and plan of the target alone, whoever runs it
-STEP_CHAIN = 4  # drafts of the chain whose steps are timed after several prefixes
 
 
 @dataclass(frozen=True)
@@ -136,18 +135,3 @@ def _row(name: tuple[str, str], turn: Turn, tokens: list[int], alone: list[int],
         "same_tokens": (equal + [False]).index(False),
         "seconds": median(seconds), "fastest_s": min(seconds), "slowest_s": max(seconds), "repeats": len(seconds),
     }  # fmt: skip
-
-
-def step_rows(target: Target, drafter: Drafter, plans: Plans, prefix: Sequence[int], tokens: int) -> pd.DataFrame:
-    """Rows of ``decode_steps``: milliseconds of a step after the prefix, by part; target alone, chain, tree."""
-    length = min(STEP_CHAIN, max(plan.length for plan in plans.values() if isinstance(plan, Chain)))
-    trees = {name: plan for name, plan in plans.items() if name[0] == "tree"}
-    rows = []
-    for (mode, name), plan in {ALONE: None, ("chain", str(length)): Chain(length), **trees}.items():
-        for new in (3, tokens):  # the first warms up
-            with timed_parts(target.device) as clock:
-                out = answer(target, drafter, plan, prefix, max_new_tokens=new, eos_token_ids=())
-        for part in PARTS[1:]:  # but for the prefill
-            milliseconds = 1000 * clock.seconds[part] / out.target_forwards
-            rows.append([mode, name, len(prefix), part, milliseconds, out.target_forwards])
-    return pd.DataFrame(rows, columns=["mode", "plan", "prefix_tokens", "part", "milliseconds", "steps"])

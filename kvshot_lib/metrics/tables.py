@@ -81,9 +81,6 @@ TABLES = {
     # Decoding.
     "decode_prompts": ANSWER,
     "decode_duel": ANSWER,
-    "decode_steps": _table(
-        RUN + "*mode:str *plan:str *prefix_tokens *part:str milliseconds:float steps *dtype:str device:str", large=True
-    ),
     "decoding": _table(
         RUN + "*mode:str *plan:str *category:str decoded_mat:float decoded_mat_low:float decoded_mat_high:float "
         "tokens_per_s:float target_tokens_per_s:float speedup:float speedup_low:float speedup_high:float" + SECONDS +

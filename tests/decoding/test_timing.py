@@ -7,7 +7,6 @@ import torch
 from examples import drafter, target
 
 from kvshot_lib.decoding import timing
-from kvshot_lib.decoding.clock import PARTS
 from kvshot_lib.decoding.propose import Chain, Tree
 from kvshot_lib.drafters.checkpoint import save_drafter
 from kvshot_lib.errors import StudyError
@@ -16,7 +15,7 @@ from kvshot_lib.metrics.comparisons import fastest_chains, speed_draws
 from kvshot_lib.text.prompts import Prompt
 
 SMALL = {"new_tokens": 6, "device": "cpu", "dtype": "float32"}
-SPEED = SMALL | {"repeats": 2, "prompts_per_category": 1, "chains": [2, 3], "tree": [1, 2, 5], "prefixes": [20], "step_tokens": 4}
+SPEED = SMALL | {"repeats": 2, "prompts_per_category": 1, "chains": [2, 3], "tree": [1, 2, 5]}
 PROMPTS = [
     Prompt("a", "coding", ("w7 w8 w9",)),
     Prompt("b", "multi_turn", ("w10 w11", "w12")),
@@ -44,7 +43,7 @@ def measured(monkeypatch):
 
 def test_tables_of_a_whole_run(results):
     timing.measure_speed(results, **SPEED)
-    rows, steps, found = (tables.read(results / "tables", name) for name in ("decode_prompts", "decode_steps", "decoding"))
+    rows, found = (tables.read(results / "tables", name) for name in ("decode_prompts", "decoding"))
     assert list(dict.fromkeys(rows["variant"])) == ["hidden", "kv_1", "transformers"]
     plans = {("alone", "-"), ("chain", "2"), ("chain", "3"), ("tree", "1/2/5")}
     for variant in ("hidden", "kv_1"):
@@ -54,7 +53,6 @@ def test_tables_of_a_whole_run(results):
         full = own["new_tokens"] == 1 + own["forwards"] + own["accepted"]
         assert full.mean() > 0.5  # but where an answer ends on a draft
     assert (rows["fastest_s"] <= rows["seconds"]).all() and (rows["seconds"] <= rows["slowest_s"]).all()
-    assert set(steps["mode"]) == {"alone", "chain", "tree"} and set(steps["part"]) == {*PARTS} - {"prefill"}
     assert set(found["category"]) == {"all", "coding", "multi_turn"}
     assert np.allclose(found[found["mode"] == "alone"]["speedup"], 1)
 
@@ -89,9 +87,8 @@ def test_rows_recorded_before_stay(results, tmp_path):
     timing.measure_speed(results, ["hidden/seed0"], **SPEED)
     kept = tmp_path / "kept"
     (results / "tables").rename(kept)
-    timing.measure_speed(results, ["kv_1/seed0"], **SPEED | {"tree": [], "prefixes": []}, keep=str(kept))
+    timing.measure_speed(results, ["kv_1/seed0"], **SPEED | {"tree": []}, keep=str(kept))
     assert set(tables.read(results / "tables", "decode_prompts")["variant"]) == {"hidden", "kv_1", "transformers"}
-    assert set(tables.read(results / "tables", "decode_steps")["variant"]) == {"hidden"}
     assert set(tables.read(results / "tables", "decoding")["variant"]) == {"hidden", "kv_1", "transformers"}
 
 
@@ -113,7 +110,7 @@ def test_bad_input_is_one_line(results, given, told):
 
 def test_the_fastest_of_each_side_meet_on_the_other_prompts(results, monkeypatch, measured):
     monkeypatch.setattr(timing, "load_prompts", lambda name: PROMPTS[:1])
-    timing.measure_speed(results, **SPEED | {"tree": [], "prefixes": []})
+    timing.measure_speed(results, **SPEED | {"tree": []})
     with pytest.raises(StudyError, match="every prompt of study was used to choose"):
         timing.duel(results, **SMALL)
     monkeypatch.setattr(timing, "load_prompts", lambda name: PROMPTS)
