@@ -1,7 +1,9 @@
-"""What the recorded runs took and what their drafters take: one row a run, counted by `training.cost` from what is on record.
+"""What the recorded runs took and what their drafters take: one row a run, counted by `training.cost` from what is on
+record.
 
-A run's batches are a function of its seed, so they are walked again; the walk must end at the ``trained_tokens`` that the run
-recorded, or the run is left out. Its parameters are those of its profile, its documents those of the profile's corpus.
+A run's batches are a function of its seed, so they are walked again; the walk must end at the ``trained_tokens`` that
+the run recorded, or the run is left out. Its parameters are those of its profile, its documents those of the
+profile's corpus.
 """
 
 import sys

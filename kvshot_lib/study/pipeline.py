@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import StudyError
 from ..parts import MARK
+from .fingerprints import covered
 from .notebooks import locked, run_notebook
 from .profiles import DRAWING, FOLDER, NOTEBOOKS, Profile, checked_profile, load_profile, results_of
 
@@ -23,6 +24,8 @@ def run_study(profile: str, words: Sequence[str]) -> int:
 
     loaded = checked_profile(profile)
     results = results_of(loaded)
+    for step in (key for key in NOTEBOOKS if getattr(loaded, key) is not None):
+        covered(step)  # what is wrong with its code is told here; in the Snakefile it would be lost in the quiet
     if DRY & set(words):
         print(overview(loaded, results), flush=True)
     else:

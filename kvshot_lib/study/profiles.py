@@ -23,7 +23,6 @@ NOTEBOOKS = {
     "beyond": "notebooks/09_beyond_ttt.ipynb",
 }
 DRAWING = tuple(NOTEBOOKS)[3:]  # these read tables and draw; those before them make numbers
-OPTIONAL = ("generate", "dialogues", "bottlenecks", "prefix", "decode", "scorecard", "beyond")
 FOLDER = Path("notebooks/profiles")
 CHECKPOINTS = Path("data/checkpoints")
 # What `dialogues` and `speed` may hold: options of `kvshot generate` and `kvshot decode speed`.
@@ -32,8 +31,7 @@ DIALOGUES = (
     "batch_size", "seed", "thinking",
 )  # fmt: skip
 SPEED = (
-    "threads", "new_tokens", "repeats", "prompts", "prompts_per_category", "chains", "tree", "prefixes", "step_tokens",
-    "lookup_tokens",
+    "threads", "new_tokens", "repeats", "prompts", "prompts_per_category", "chains", "tree", "lookup_tokens",
 )  # fmt: skip
 SET_BY_PIPELINE = {"results_dir", "figures_dir", "tables_dir", "variant", "seed", "profile"}
 
@@ -88,7 +86,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
         content = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise StudyError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    kinds = {f.name: dict if f.name in OPTIONAL else f.type for f in fields(Profile) if f.name != "name"}
+    kinds = {f.name: dict if f.default is None else f.type for f in fields(Profile) if f.name != "name"}
     check_names(content, kinds, where)
     for key, value in content.items():
         if not isinstance(value, kinds[key]) and not (key == "drafters" and isinstance(value, list)):

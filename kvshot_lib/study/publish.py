@@ -17,10 +17,10 @@ import torch
 from ..drafters.checkpoint import STEP, WEIGHTS, load_drafter, read_description, save_rounded
 from ..drafters.config import READS
 from ..drafters.context import read_by
-from ..drafters.drafter import Drafter, DrafterConfig
+from ..drafters.drafter import Drafter
 from ..drafters.eagle3 import export_eagle3, import_eagle3
 from ..drafters.runs import DESCRIPTION, training_command
-from ..drafters.variants import current_name
+from ..drafters.variants import VARIANTS, current_name
 from ..errors import StudyError
 from ..features.live import LiveFeatures
 from ..features.store import StoredFeatures
@@ -100,16 +100,15 @@ def judged(states: dict[str, Drafter], evaluation: StoredFeatures) -> Draws:
 
 CARD = """# Drafter `{variant}`
 
+{says}
+
 | what | this drafter |
 | :-- | :-- |
 | target | {target}, weights of SHA-256 `{target_hash:.16}…` (SmolLM2's are Q4_1, dequantised) |
-| drafter | `{paradigm}`, {parameters:,} parameters, {draft_vocab_size:,} draft tokens |
-| reads | {read} |
-| trained on | {trained_tokens:,} tokens of the corpus `selfgen` (documents `{corpus}`){start} |
-| training | {minutes:.0f} minutes on {device}, {dtype}, {date}, seed {seed} |
-| made by | git revision `{git_revision}`, torch {torch}, transformers {transformers} |
-| weights | {megabytes:.2f} MB: rounded to {rounding_step:g} deviations of their row, {bits:.2f} bits a parameter |
-| SHA-256 | `{weights_sha256}` |
+| parameters | {parameters:,}, {draft_vocab_size:,} draft tokens; {told} |
+| trained on | {trained_tokens:,} tokens of the corpus `selfgen` (documents `{corpus}`), seed {seed} |
+| training | {minutes:.0f} minutes on {device}, {dtype}, {date}, git revision `{git_revision}`, torch {torch} |
+| weights | {megabytes:.2f} MB: rounded to {rounding_step:g} deviations of their row, SHA-256 `{weights_sha256}` |
 
 Judged on {documents} held-out greedy answers of the target, before and after rounding (95% intervals over documents;
 the difference is on the same documents):
@@ -118,16 +117,13 @@ the difference is on the same documents):
 | :-- | --: | --: | --: |
 {judged}
 
-Load it, or use it in a run of your own:
-
 ```python
 from kvshot_lib import load_drafter, load_target
 
 drafter = load_drafter("data/checkpoints/{variant}", load_target("{target}"))
 ```
 
-Its parameters: {told}. Train it again, with the profile `{profile}`
-(`make study PROFILE={profile}` trains all of its drafters; this command alone wants the profile's budget added):
+To train it again, with the budget of the profile `{profile}` added:
 
 ```
 {command}
@@ -137,11 +133,7 @@ Its parameters: {told}. Train it again, with the profile `{profile}`
 
 def card(record: dict, described: dict, draws: Draws, size_bytes: int) -> str:
     """The card, from what was recorded and measured."""
-    spec, config = described["spec"], described["config"]
-    made, folder = DrafterConfig(**config), f"runs/{record['variant']}/seed{record['seed']}"
-    states = made.fuses_hidden or made.kv_with_hidden or made.kv_control == "from_hidden"
-    read = [f"hidden states of layers {spec['hidden_layers']}"] * states
-    read += [f"keys and values of layers {spec['kv_layers']}"] * made.reads_kv
+    config, folder = described["config"], f"runs/{record['variant']}/seed{record['seed']}"
     lines = []
     for name, step in METRICS:
         label = name.replace("_", " ").replace("mat", "MAT") + ("" if step is None else f", draft step {step}")
@@ -149,15 +141,14 @@ def card(record: dict, described: dict, draws: Draws, size_bytes: int) -> str:
         lines.append(f"| {label} | {draws.mean(BEFORE, name, step)} | {draws.mean(AFTER, name, step)} | {lost} |")
     return CARD.format(
         **record,
-        **{name: described[name] for name in ("rounding_step", "weights_sha256")},
-        read=" and ".join(read) or "no target state",
-        start=f", after starting from a trained `{record['init_from']}`" if record.get("init_from") else "",
+        says=VARIANTS[record["variant"]].says if record["variant"] in VARIANTS else "A drafter of one's own.",
+        told=", ".join(f"{name} {config[name]!r}" for name in ("paradigm", *READS[config["paradigm"]])),
         minutes=record["train_s"] / 60,
         megabytes=size_bytes / 1e6,
-        bits=8 * size_bytes / record["parameters"],
+        rounding_step=described["rounding_step"],
+        weights_sha256=described["weights_sha256"],
         documents=int(draws.keys["documents"].max()),
         judged="\n".join(lines),
-        told=", ".join(f"{name} {config[name]!r}" for name in READS[config["paradigm"]]),
         command=training_command(Path("results") / record["profile"] / folder),
     )
 

@@ -21,10 +21,9 @@ from ..errors import StudyError
 from ..features.extract import hold, keep, prepare
 from ..metrics.collect import collect
 from ..training.run import train_run
+from . import profiles
 from .notebooks import locked
-from .profiles import (
-    Profile, checked_profile, dialogue_options, extract_values, named_runs, option_words, results_of, train_values,
-)  # fmt: skip
+from .profiles import Profile, named_runs, train_values
 
 _shared: dict = {}  # of a worker process: features, profile, results_dir
 
@@ -45,8 +44,8 @@ def sweep_profile(
     -------
     1 if runs are left, else 0.
     """
-    loaded = checked_profile(profile)
-    folder = Path(results_dir or results_of(loaded))
+    loaded = profiles.checked_profile(profile)
+    folder = Path(results_dir or profiles.results_of(loaded))
     jobs = named_runs(loaded, runs)
     left = sweep(loaded, folder, jobs, workers, stop_after_s)
     if left < len(jobs):
@@ -70,8 +69,8 @@ def several_processes(profile: str, what: str, runs: Sequence[str] = (), *, resu
     parallel.begin()
     say = print if parallel.is_main() else lambda *_, **__: None
     say(f"{parallel.count()} process{'es' * (parallel.count() > 1)}", flush=True)
-    loaded = checked_profile(profile)
-    folder, jobs = Path(results_dir or results_of(loaded)), named_runs(loaded, runs)
+    loaded = profiles.checked_profile(profile)
+    folder, jobs = Path(results_dir or profiles.results_of(loaded)), named_runs(loaded, runs)
     if what not in ("extract", "train"):
         raise StudyError(f"{what!r} is neither extract nor train")
     if what == "extract":
@@ -133,9 +132,9 @@ def checked_values(profile: Profile, results_dir: Path) -> dict:
     """
     corpus = results_dir / "corpus"
     if profile.dialogues is not None and not (corpus / "provenance.json").exists():
-        words = " ".join(option_words(dialogue_options(profile)))
+        words = " ".join(profiles.option_words(profiles.dialogue_options(profile)))
         raise StudyError(f"no dialogues in {corpus}; write them first: python -m kvshot_lib generate {corpus} {words}")
-    return extract_values(profile, results_dir)
+    return profiles.extract_values(profile, results_dir)
 
 
 def _done(results_dir: Path, variant: str, seed: int) -> bool:
