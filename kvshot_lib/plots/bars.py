@@ -35,8 +35,8 @@ def bars(
     label
         Column of the rows' names, in the table's order; their bars have the look of a variant of that name.
     by
-        Column of several bars in a row: thin ones beneath each other or, with ``stack``, one after the other. ``colours`` maps its
-        values to colours (`PART_COLOURS` by default for parts of a step).
+        Column of several bars in a row: thin ones beneath each other or, with ``stack``, one after the other.
+        ``colours`` maps its values to colours (by default `PART_COLOURS`, for parts of a step).
     panels
         Column that has a panel for each value; ``title`` may map values to titles.
     zero

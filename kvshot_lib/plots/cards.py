@@ -28,8 +28,8 @@ def cards(card: pd.DataFrame) -> Figure:
     Parameters
     ----------
     card
-        Rows of a scorecard: claim, statement, direction, threshold, value, low, high, verdict. Wholes of several parts, which have no
-        statistic of their own, are left out.
+        Rows of a scorecard: claim, statement, direction, threshold, value, low, high, verdict. Wholes of several
+        parts, which have no statistic of their own, are left out.
     """
     rows = card[card["direction"] != ""].reset_index(drop=True)
     found = [in_favour(Interval(r.value, r.low, r.high), r.direction, r.threshold) for r in rows.itertuples()]

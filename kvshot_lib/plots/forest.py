@@ -33,7 +33,7 @@ def forest(
 ) -> Figure:
     """A row for each row of the table: name, marker with interval, and the numbers at the right.
 
-    Thin lines are intervals over documents, thick ones the range over seeds (``seed_low``, ``seed_high``) where the table has it.
+    Thin lines are intervals, thick ones the range over seeds (``seed_low``, ``seed_high``) where the table has it.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def forest(
 
 
 def _places(table: pd.DataFrame, texts: list[str], group: str | None) -> tuple[list[float], list[tuple], float]:
-    """Heights of the rows, (height, name) of the groups, and the height of all, in lines; ``texts`` may have several lines."""
+    """Heights of the rows, (height, name) of the groups, and the height of all, in lines of text."""
     rows, heads, y = [], [], 0.0
     for place, row in table.iterrows():
         if group and (place == 0 or row[group] != table[group][place - 1]):

@@ -13,10 +13,10 @@ LINE = 0.2  # inches from one name to the next
 
 
 def name_ends(axes: Axes, ends: Sequence[tuple], inches: float) -> None:
-    """Write each line's name at the right of the panel, (x, y, name, colour) each; names that would overlap move apart.
+    """Write each line's name right of the panel, (x, y, name, colour) each; names that would overlap move apart.
 
-    A dotted thread leads from the line's end to a name that is not beside it. ``inches`` is the panel's height. Our own, for adjustText
-    lets names on one line change places.
+    A dotted thread leads from the line's end to a name that is not beside it. ``inches`` is the panel's height.
+    Our own, for adjustText lets names in a column change places.
     """
     if not ends:
         return
@@ -55,7 +55,7 @@ def _slots(group: list[float], gap: float) -> list[float]:
 def name_points(
     axes: Axes, table: pd.DataFrame, named: Sequence[str], x: str, y: str, label: str, colour: Callable[[str], str]
 ) -> None:
-    """Write names beside their points, on the side that has more room; adjustText moves those that still cover something.
+    """Write names beside their points, on the side with more room; adjustText moves what still covers something.
 
     The panel must have its final place: names are measured in pixels.
     """

@@ -44,12 +44,13 @@ def lines(
     looks: Callable[[str], tuple[str, str]] = look,
     height: float = 3.6,
 ) -> Figure:
-    """Lines over ``x`` with bands from ``low`` to ``high``; thick bars are the range over seeds, where the table has it.
+    """Lines over ``x`` with bands from ``low`` to ``high``; thick bars are the range over seeds.
 
     Parameters
     ----------
     table
-        One row a point, in the order of panels. Columns that are missing (``low``, ``seed_low`` …) or empty are not drawn.
+        One row a point, in the order of panels. Bands (``low``, ``high``) and bars (``seed_low``, ``seed_high``) are
+        drawn where it has them.
     x, y
         Columns of the axes. An ``x`` of words (bins, say) is drawn in the order in which they stand in the table.
     by
@@ -65,7 +66,7 @@ def lines(
     share_x, share_y
         Whether all panels have the same axis.
     legend
-        Names above the picture instead of at the lines' ends; by default only where there are several panels of single lines.
+        Names above the picture instead of at the lines' ends; by default where there are more than three panels.
     height
         Inches of one row of panels.
 

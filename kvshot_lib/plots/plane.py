@@ -38,7 +38,7 @@ def plane(
     Parameters
     ----------
     x, y
-        Columns of the axes: for ``reference="speedup"`` drafting cost (in target forwards) and tokens per target forward.
+        Columns of the axes: drafting cost (in target forwards) and tokens per target forward, say.
     reference
         "speedup": lines of equal speedup = y / (1 + x); "equal": the line y = x; "": none.
     named

@@ -1,4 +1,4 @@
-"""Figures have the same bytes when drawn twice, their table beside them, and alternative text; the recorded ones are redrawn."""
+"""Figures: the same bytes when drawn twice, a table beside, alternative text; recorded ones are redrawn."""
 
 import html
 import shutil
@@ -65,7 +65,7 @@ def test_variants_look_as_the_registry_says():
 
 
 def test_colours_survive_the_palette():
-    """A pale band over half of the picture, a line of one pixel and 2,000 greys: band and line as they were, greys to within a few levels."""
+    """A pale band over half of the picture, a line of one pixel, 2,000 greys: greys alone change, by a few levels."""
     pixels = np.full((100, 100, 3), 255, dtype=np.uint8)
     pixels[:50], pixels[60] = (225, 240, 235), (200, 30, 90)
     greys = np.linspace(0, 255, 2000).astype(np.uint8).reshape(20, 100, 1)
