@@ -11,18 +11,22 @@ def training_table(history: pd.DataFrame) -> pd.DataFrame:
 
     Returns
     -------
-    Columns variant, step_name (``first``, ``last``), draft_step, million_tokens, value, seed_low, seed_high. The last step of a chain of
-    seven is 6, that of a block of sixteen slots 14.
+    Columns variant, step_name (``first``, ``last``), draft_step, million_tokens, value, seed_low, seed_high. The last
+    step of a chain of seven is 6, that of a block of sixteen slots 14.
     """
     rows = history[history["split"] == "validation"].dropna(subset=["acceptance", "draft_step"])
     last = rows.groupby("variant")["draft_step"].transform("max")
     ends = [rows[rows["draft_step"] == step].assign(step_name=name) for name, step in (("first", 0), ("last", last))]
     keys = ["step_name", "variant", "draft_step", "step"]
-    found = pd.concat(ends).groupby(keys, sort=False).agg(
-        million_tokens=("trained_tokens", "mean"),
-        value=("acceptance", "mean"),
-        seed_low=("acceptance", "min"),
-        seed_high=("acceptance", "max"),
+    found = (
+        pd.concat(ends)
+        .groupby(keys, sort=False)
+        .agg(
+            million_tokens=("trained_tokens", "mean"),
+            value=("acceptance", "mean"),
+            seed_low=("acceptance", "min"),
+            seed_high=("acceptance", "max"),
+        )
     )
     found = found.reset_index().drop(columns="step")
     found["million_tokens"] /= 1e6

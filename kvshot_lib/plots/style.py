@@ -60,7 +60,7 @@ def look(variant: str) -> tuple[str, str]:
 class Picture:
     """A picture that a notebook displays with its alternative text.
 
-    As HTML, for JupyterLab drops the text that a PNG output carries in its metadata. As plain text it is the text alone.
+    As HTML, for JupyterLab drops the text that a PNG carries in its metadata. As plain text it is the text alone.
     """
 
     def __init__(self, path: Path, alt: str):
@@ -96,7 +96,7 @@ def save_figure(figure: Figure, table: pd.DataFrame, figures_dir: str | Path, na
 
 
 def _in_256_colours(picture: Image.Image) -> Image.Image:
-    """The picture in the nearest of 256 colours: the 128 of most pixels (pale bands, say) and 128 far apart (thin lines)."""
+    """The picture in 256 colours: the 128 of most pixels (pale bands, say) and 128 far apart (thin lines)."""
     packed = np.asarray(picture).astype(np.int64) @ (1 << 16, 1 << 8, 1)
     colours, place, pixels = np.unique(packed, return_inverse=True, return_counts=True)
     colours = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], axis=-1)

@@ -16,7 +16,10 @@ def paper(metric, *variants):
 
 def trained_again():
     """Differences of measured MAT between a run and the same run trained again."""
-    again, first = (t.groupby(["variant", "seed"])[["accepted", "anchors"]].sum() for t in (table("retrained"), table("run_lengths")))
+    again, first = (
+        t.groupby(["variant", "seed"])[["accepted", "anchors"]].sum()
+        for t in (table("retrained"), table("run_lengths"))
+    )
     moved = (again["accepted"] / again["anchors"] - first["accepted"] / first["anchors"]).dropna()
     assert len(moved) == 7 and (moved < 0).all()
     return moved.min(), moved.max()
@@ -32,7 +35,10 @@ STATED = [
     ("15.3 million training tokens", lambda: [table("runs").query("init_from.isna()")["trained_tokens"].mean() / 1e6]),
     ("508 greedy answers to judge on", lambda: [table("counts")["document"].nunique()]),
     (".31 tokens [.27, .35] more per target forward than `hidden`", lambda: minus("hidden_31", "hidden")),
-    ("below `none_1`, which sees nothing of the target, by .006 [.002, .012]", lambda: turned(minus("kv_1", "none_1", STEP, 6))),
+    (
+        "below `none_1`, which sees nothing of the target, by .006 [.002, .012]",
+        lambda: turned(minus("kv_1", "none_1", STEP, 6)),
+    ),
     ("yield .11 tokens [.09, .13] more than un-rotated cache entries", lambda: minus("states_2", "kv_2_unrotate")),
     ("gains another .34 [.29, .40]", lambda: minus("hidden_31_continued", "hidden_31")),
     (
@@ -58,8 +64,10 @@ STATED = [
     ("(1.84, 2.23, 2.34 < 2.37)", lambda: paper("expected_mat", "kv_1", "kv_2", "kv_4", "hidden")),
     (
         ".907 > .750 and 1.87, 2.00, 2.15 > 1.85 by the same product",
-        lambda: [value(v, "retention") for v in ("kv_1", "hidden")]
-        + [value(v, "expected_mat") for v in ("kv_1", "kv_2", "kv_4", "hidden")],
+        lambda: (
+            [value(v, "retention") for v in ("kv_1", "hidden")]
+            + [value(v, "expected_mat") for v in ("kv_1", "kv_2", "kv_4", "hidden")]
+        ),
     ),
     ("measured MAT moved by −.019 to −.001, all downwards", trained_again),
 ]

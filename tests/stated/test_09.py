@@ -47,7 +47,10 @@ STATED = [
     ("`hidden_31` gives 1.56×, a little less than the block", lambda: [speedup("hidden_31")]),
     (
         "gains .014 tokens [.001, .027], with 8.08 million parameters in place of 7.41",
-        lambda: (*minus("hybrid_warm_unrotate_mlp", "hybrid_warm"), *map(millions, ("hybrid_warm_unrotate_mlp", "hybrid_warm"))),
+        lambda: (
+            *minus("hybrid_warm_unrotate_mlp", "hybrid_warm"),
+            *map(millions, ("hybrid_warm_unrotate_mlp", "hybrid_warm")),
+        ),
     ),
     ("chains gain .22 to .34 tokens", trained_on),
     ("−.419 [−.445, −.394] with two layers at equal tokens", lambda: minus("block_kv_2", "kv_2")),
@@ -88,7 +91,7 @@ def test_every_interval_is_checked():
 
 
 def test_words_in_place_of_numbers():
-    """A seventh of the drafting cost, more than twice, a quarter dearer, a fifteenth of what the target reads, best of all."""
+    """A seventh of the drafting cost, more than twice, a quarter dearer, a fifteenth of the target's, best of all."""
     assert cost("kv_2") / cost("block_kv_2") == pytest.approx(7, abs=0.5)
     assert cost("states_4_continued") > 2 * cost("hidden_31_continued")
     assert cost("hybrid_warm_31") / cost("hidden_31_continued") == pytest.approx(1.25, abs=0.02)
