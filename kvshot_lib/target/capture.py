@@ -67,7 +67,7 @@ def capture(
     Parameters
     ----------
     hidden : layers whose input is recorded.
-    kv : layers whose keys and values are recorded as the cache holds them (the forward needs no cache of its own).
+    kv : layers whose keys and values are recorded as a cache would hold them; the forward needs none.
     queries : record the queries of the ``kv`` layers too.
 
     Raises

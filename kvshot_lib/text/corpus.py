@@ -194,12 +194,11 @@ def answer_token_counts(documents: Sequence[Document], vocab_size: int) -> np.nd
 
 
 def repetition_start(answer: np.ndarray, repeat_tokens: int = REPEAT_TOKENS) -> int:
-    """Where an answer starts to repeat itself: the first position whose next ``repeat_tokens`` tokens, in this
-    order, have started earlier in the answer too; ``len(answer)`` if there is none.
+    """Where an answer starts to repeat itself; ``len(answer)`` if nowhere.
 
-    With ``repeat_tokens=3``: in a b c d a b c e the answer repeats itself from position 4 (a b c, first at 0) and
-    keeps a b c d. A loop is cut after its first round, because the earlier occurrence may overlap: x a b a b a b
-    keeps x a b. A repeated stretch of two tokens is left alone: a b c a b d has no repetition.
+    It is the first position whose next ``repeat_tokens`` tokens stand, in this order, earlier in the answer too.
+    With ``repeat_tokens=3`` a b c d a b c e is cut at 4. Occurrences may overlap, so that a loop keeps its first
+    round: x a b a b a b is cut at 3. Two tokens that come back are left alone: a b c a b d has no repetition.
     """
     seen = set()
     for start in range(len(answer) - repeat_tokens + 1):
