@@ -167,8 +167,8 @@ class _MergedAttention(torch.autograd.Function):
 
 def rotated(heads: Tensor, rotary: Entries, norm: nn.Module | None = None) -> Tensor:
     """RoPE, after a norm per head if there is one: [B, heads, n, D], rotary [B, n, D] each -> the same shape, dtype."""
-    heads = heads if norm is None else norm(heads)
-    return apply_rotary_pos_emb(heads, heads, *rotary)[0].to(heads.dtype)
+    normed = heads if norm is None else norm(heads)  # float32 under autocast
+    return apply_rotary_pos_emb(normed, normed, *rotary)[0].to(heads.dtype)
 
 
 class PrefixAttention(nn.Module):

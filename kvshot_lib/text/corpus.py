@@ -16,7 +16,7 @@ from ..errors import StudyError
 from ..files import read_json, sha256, write_atomically, write_json
 
 SPLITS = ("train", "validation", "evaluation")
-CORPORA = {"selfgen": Path(__file__).parents[2] / "data" / "corpus" / "selfgen"}
+CORPORA = {name: Path(__file__).parents[2] / "data/corpus" / name for name in ("selfgen", "sealed")}
 SCHEMA_VERSION = 1
 REPEAT_TOKENS = 16
 MIN_ANSWER_TOKENS = 16
