@@ -45,6 +45,7 @@ WARM_31 = {**HIDDEN_31, **HYBRID, "init_from": "hidden_31"}
 COMBINED = {"gate_floor": 0.3, **UNROTATE_MLP}
 BLOCK_KV, BLOCK_STATES, BLOCK_BOTH = ({**BLOCK, "block_context": read} for read in ("kv", "hidden", "both"))
 BLOCK_KV_2 = {**BLOCK_KV, "num_layers": 2}
+QK_NORM = {"qk_norm": True}
 EVERY_ANCHOR = {"anchor_fraction": 1.0}
 
 # The looks of kin that no figure sets against one another.
@@ -95,6 +96,10 @@ _ENTRIES = (
             {**KV_4, **QUERY}, "kv_4", "sources", "#8a4b1f", "*"),
     Variant("states_1", "One layer over entries made from hidden states: kv_1 with another source.",
             {**KV, **STATES}, "kv_1", "sources", "#8ecbf0", "s"),
+    Variant("states_1_qk_norm", "states_1 that norms the queries and keys of its attention, head by head.",
+            {**KV, **STATES, **QK_NORM}, "states_1", "norms", *HIDDEN_LOOK),
+    Variant("kv_1_qk_norm", "kv_1 that norms the queries and keys of its attention, head by head.",
+            {**KV, "kv_rope": "unrotate", **QK_NORM}, "kv_1", "norms", *KV_LOOK),
     Variant("states_2", "Two layers over entries made from hidden states: kv_2 with another source.",
             {**KV_2, **STATES}, "kv_2", "sources", "#56B4E9", "s"),
     Variant("kv_2_no_ttt", "kv_2, trained on its first draft step alone (no training-time test).",
@@ -139,6 +144,8 @@ _ENTRIES = (
             {**HIDDEN_31, "num_layers": 2}, "hidden_31", "sources", "#5a66bd", "p"),
     Variant("hidden_31_4", "EAGLE-3.1 with three more layers over the stream.",
             {**HIDDEN_31, "num_layers": 4}, "hidden_31", "sources", "#1e2769", "p"),
+    Variant("hidden_31_qk_norm", "hidden_31 that norms the queries and keys of its attention, head by head.",
+            {**HIDDEN_31, **QK_NORM}, "hidden_31", "norms", *HIDDEN_LOOK),
     Variant("hidden_31_continued", "hidden_31, trained once more for as long.",
             {**HIDDEN_31, "init_from": "hidden_31"}, "hidden_31", "training", "#2f3b8f", "p"),
     Variant("hybrid_warm_31", "hybrid_warm over EAGLE-3.1: both norms, started from a trained hidden_31.",
@@ -156,6 +163,8 @@ _ENTRIES = (
             {**KV_4, **STATES}, "kv_4", "sources", "#1c5d99", "s"),
     Variant("states_4_continued", "states_4, trained once more for as long.",
             {**KV_4, **STATES, "init_from": "states_4"}, "states_4", "training", "#0c3866", "s"),
+    Variant("both_1", "One layer over the sum of entries from the cache and entries from hidden states.",
+            {**KV, **BOTH}, "states_1", "sources", "#cfe08a", "s"),
     Variant("both_2", "Two layers over the sum of entries from the cache and entries from hidden states.",
             {**KV_2, **BOTH}, "states_2", "sources", "#a9bf5a", "s"),
     Variant("both_4", "Four layers over the sum of entries from the cache and entries from hidden states.",

@@ -1,0 +1,27 @@
+"""What an experiment compares was written down before its runs: its profile trains all of it, and the registry knows it."""
+
+import pytest
+import yaml
+from notebook_checks import ROOT
+
+from kvshot_lib.drafters.variants import VARIANTS
+from kvshot_lib.study.profiles import load_profile
+from kvshot_lib.text.corpus import load_corpus, prompt_key
+
+PLANS = sorted((ROOT / "data/experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_every_comparison_is_between_drafters_of_the_profile(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = yaml.safe_load(path.read_text())
+    drafters = load_profile(plan["profile"]).drafters
+    compared = [row for family in plan["families"].values() for row in family]
+    assert len({row["id"] for row in compared}) == len(compared)
+    assert {row[side] for row in compared for side in ("a", "b")} <= drafters.keys() <= VARIANTS.keys()
+
+
+def test_no_user_turn_of_the_sealed_set_stands_in_the_corpus():
+    seen = {prompt_key(d) for split in ("train", "validation", "evaluation") for d in load_corpus("selfgen", split, whole_answers=True).documents}
+    sealed = load_corpus("sealed", "evaluation", whole_answers=True).documents
+    assert len(sealed) == 2177 and not seen & {prompt_key(d) for d in sealed}
