@@ -1,6 +1,7 @@
 """What the diagnostics measured (`probes`), as numbers with 95% intervals over documents (no torch).
 
-A document is here an evaluation document, a sequence of ``gradient_flow``, or a validation document of the gate's record.
+A document is here an evaluation document, a sequence of ``gradient_flow``, or a validation document of the
+gate's record.
 """
 
 from collections.abc import Sequence

@@ -1,12 +1,13 @@
 """Does acceptance fall faster with the attention shift for one drafter than for another? (no torch)
 
-For each run and draft step a logistic regression, log-odds of a match = b0 + b1 shift + b2 entropy, both predictors in
-standard deviations over all anchors of that step. A model of two drafters with drafter × (shift + entropy) has every term
-once for each, so it is these two regressions, and its interaction is the difference of their b1, on the same anchors.
+For each run and draft step a logistic regression, log-odds of a match = b0 + b1 shift + b2 entropy, both
+predictors in standard deviations over all anchors of that step. A model of two drafters with drafter × (shift +
+entropy) has every term once for each, so it is these two regressions, and its interaction is the difference of
+their b1, on the same anchors.
 
-Anchors of one document are no independent sample: intervals come from resampled documents, the same ones for every run. A
-resample's slopes are one Newton step from the fit, with that resample's own score and information (summed from those of
-each document); tests hold that to a full fit on every resample.
+Anchors of one document are no independent sample: intervals come from resampled documents, the same ones for
+every run. A resample's slopes are one Newton step from the fit, with that resample's own score and information
+(summed from those of each document); tests hold that to a full fit on every resample.
 """
 
 import numpy as np
@@ -152,7 +153,7 @@ def bin_cells(rows: pd.DataFrame, measure: str) -> np.ndarray:
 
 
 def cell_rates(cells: np.ndarray, match: np.ndarray, document: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Share of matches in each cell, summed over the resampled documents: [1 + samples, shift, entropy]; NaN if empty."""
+    """Share of matches in each cell, over resampled documents: [1 + samples, shift, entropy]; NaN if empty."""
     shape, documents = (SHIFT_BINS, ENTROPY_BINS), weights.shape[1]
     place, size = document * np.prod(shape) + np.ravel_multi_index(cells.T, shape), documents * np.prod(shape)
     sums = [np.bincount(place, weights=each, minlength=size).reshape(documents, -1) for each in (match, None)]
@@ -161,5 +162,5 @@ def cell_rates(cells: np.ndarray, match: np.ndarray, document: np.ndarray, weigh
 
 
 def standardised(rates: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Each shift bin's acceptance at the same mix of entropies, that of all anchors: [S, shift, entropy] -> [S, shift]"""
+    """Acceptance of each shift bin at the mix of entropies of all anchors: [S, shift, entropy] -> [S, shift]"""
     return rates @ (np.bincount(cells[:, 1], minlength=ENTROPY_BINS) / len(cells))

@@ -1,16 +1,17 @@
 """A drafter's attention over the target's KV cache: seen, replaced, and held against where the target looks itself.
 
-The target at position p = t+1+k attends with true queries q_p over its own keys at s ≤ p. A drafter's step k at anchor t
-sees exactly these places: the prefix s ≤ t, and one entry of its own for each of t+1 … t+1+k. So its *layer's row*, the
-mean over heads of its weights on the prefix, is compared with the target's row at p, cut to s ≤ t. (Heads of a drafter
-have no counterparts among the target's; a head that hardly reads the prefix counts little in the mean.)
+The target at position p = t+1+k attends with true queries q_p over its own keys at s ≤ p. A drafter's step k at
+anchor t sees exactly these places: the prefix s ≤ t, and one entry of its own for each of t+1 … t+1+k. So its
+*layer's row*, the mean over heads of its weights on the prefix, is compared with the target's row at p, cut to
+s ≤ t. (Heads of a drafter have no counterparts among the target's; a head that hardly reads the prefix counts
+little in the mean.)
 
     js          Jensen-Shannon divergence in nats, 0 (the same row) … ln 2
     recall      share of the target's 8 largest prefix entries that are among the drafter's 8 largest
 
-The primary measures leave out s = 0, the attention sink (`shift` says why); ``…_with_sink`` are over all s ≤ t. Anchors
-with 8 prefix entries or fewer, sink apart, are left out: there every choice of 8 is right. Two rows of the target alone
-say how to read the numbers:
+The primary measures leave out s = 0, the attention sink (`shift` says why); ``…_with_sink`` are over all s ≤ t.
+Anchors with 8 prefix entries or fewer, sink apart, are left out: there every choice of 8 is right. Two rows of
+the target alone say how to read the numbers:
 
     row_t            the target's own row at the anchor t: what is known without estimating anything
     other_document   its row at the same position of another document: recency and sink, nothing of this text
@@ -38,8 +39,8 @@ MEASURES = ("js", "js_with_sink", "recall", "recall_with_sink")
 class Call:
     """One attention over the target's KV at one draft step, of M anchors of one document.
 
-    inputs : [M, width] what the query projection reads, the drafter's state before this attention. query : [1, H, M, D].
-    prefix : keys and values [1, G, N, D]. mask : [1, 1, M, N]. chain : keys and values [1, G, M, k+1, D].
+    inputs : [M, width] what the query projection reads. query : [1, H, M, D]. prefix : keys and values [1, G, N, D].
+    mask : [1, 1, M, N]. chain : keys and values [1, G, M, k+1, D].
     """
 
     layer: int
@@ -148,7 +149,7 @@ def recall(drafter: Tensor, target: Tensor, kept: Tensor) -> Tensor:
 
 
 def overlap_rows(calls: Iterable[Call], state: TargetState, layers: Sequence[int], valid: Tensor) -> list[dict]:
-    """Rows of ``attention_overlap`` (without variant, seed, document) of one drafter on one document; valid [M, K]."""
+    """Rows of ``attention_overlap`` of one drafter on one document, but for its labels; valid [M, K]."""
     rows = []
     for call in calls:
         used = valid[:, call.draft_step] & (call.anchors > TOP)

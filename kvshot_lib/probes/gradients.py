@@ -1,20 +1,21 @@
 """Where a trained drafter's gradient goes: to queries, to keys and values of its own tokens, or to target state.
 
-An anchor t at draft step k attends to n = t + 1 prefix entries and to its own chain of k + 1 *draft-side* entries (a
-`block` drafter's slots all attend to all b slots of their block). For contexts of 128 to 2,048 tokens, of documents put end
-to end, this measures by autograd of the training loss on the 16 anchors nearest to that length
+An anchor t at draft step k attends to n = t + 1 prefix entries and to its own chain of k + 1 *draft-side*
+entries (a `block` drafter's slots all attend to all b slots of their block). For contexts of 128 to 2,048
+tokens, of documents put end to end, this measures by autograd of the training loss on the 16 anchors nearest to
+that length
 
     quantity         side            of what
-    draft_share      draft           chain entries / all visible entries, by draft step: 7 / 4,103 for n = 4,096 and K = 7
-    draft_mass       draft           share of the attention that they get, mean over heads and anchors, by draft step
-    grad_norm        draft, prefix   the part of ∂L/∂W that comes in by rows on that side: parts sum to the whole gradient
+    draft_share      draft           chain entries / all visible ones, by draft step: 7 / 4,103 for n = 4,096, K = 7
+    draft_mass       draft           attention that they get, mean over heads and anchors, by draft step
+    grad_norm        draft, prefix   part of ∂L/∂W that comes in by rows on that side; parts sum to the whole
     entry_grad_norm  draft, prefix   root mean square of ‖∂L/∂y‖ over the rows y = Wx that get any gradient
     entries          draft, prefix   how many rows do
     numel                            parameters of W
     gate_mean, gate_spread           the hybrid's gate, by draft step
 
-Norms are Frobenius norms of raw gradients: neither ``kv_grad_scale`` nor the optimiser is in them (`training.record` has
-those). The rows go to RESULTS_DIR/tables/gradient_flow.parquet.
+Norms are Frobenius norms of raw gradients: neither ``kv_grad_scale`` nor the optimiser is in them
+(`training.record` has those). The rows go to RESULTS_DIR/tables/gradient_flow.parquet.
 """
 
 from collections import Counter
@@ -103,10 +104,9 @@ def watched_flow(drafter: Drafter) -> Iterator[dict[tuple, Flow]]:
 
     def from_target(_key, prefix, *given, **named):
         side[0] = "prefix"
-        try:
-            return prefix(*given, **named)
-        finally:
-            side[0] = "draft"
+        made = prefix(*given, **named)
+        side[0] = "draft"
+        return made
 
     def seen(key, forward, inputs):
         output = forward(inputs)
@@ -121,7 +121,7 @@ def watched_flow(drafter: Drafter) -> Iterator[dict[tuple, Flow]]:
 
 @contextmanager
 def watched_mass(drafter: Drafter) -> Iterator[list[dict]]:
-    """Within it every draft step of every attention adds rows ``draft_mass`` and ``draft_share``, means over anchors."""
+    """Within it every draft step of every attention adds rows ``draft_mass`` and ``draft_share``."""
     rows: list[dict] = []
     modules, steps = attentions(drafter), Counter()
 
@@ -212,7 +212,7 @@ def measure_run(drafter: Drafter, source, contexts: Sequence[int], draft_length:
 
 
 def anchors_before(answer_mask: Tensor, context: int, draft_length: int = DRAFT_LENGTH) -> Anchors | None:
-    """The ``ANCHORS`` anchors that see most, but at most ``context``, prefix entries, and are valid at all draft steps.
+    """The ``ANCHORS`` anchors that see most, but at most ``context``, prefix entries and are valid at all steps.
 
     answer_mask : [1, n]. None if no such anchor sees more than half of ``context``.
     """
@@ -263,7 +263,7 @@ def measure_gradients(
 def long_features(
     target: Target, specs: Sequence[FeatureSpec], corpus: str, documents: int, contexts: Sequence[int]
 ) -> tuple[ResidentFeatures, list[int]]:
-    """Target state of the sequences, with all that drafters of ``specs`` read, and the contexts that there is text for."""
+    """Target state of the sequences that drafters of ``specs`` read, and the contexts that there is text for."""
     corpus = corpus or ("tiny" if target.name.startswith("tiny") else "selfgen")
     text, usable = sequences_for(load_corpus(corpus, "evaluation").documents, contexts, documents)
     if left_out := [c for c in contexts if c not in usable]:

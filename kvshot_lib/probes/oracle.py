@@ -1,9 +1,9 @@
 """The causal test of query estimation: give a trained drafter the target's true queries, and see what comes back.
 
-Five arms of each drafter. ``as_trained`` is the drafter itself; each other one replaces what its attention over the
-target's KV gives, and has then its **output side** re-trained: in every layer the output projection of that attention, the
-MLP and its norm, and the final norm. Everything else stays frozen. All arms see the same documents, in the same order, with
-the same sampled anchors, optimiser and schedule, so equal tokens.
+Five arms of each drafter. ``as_trained`` is the drafter itself; each other one replaces what its attention over
+the target's KV gives, and has then its **output side** re-trained: in every layer the output projection of that
+attention, the MLP and its norm, and the final norm. Everything else stays frozen. All arms see the same
+documents, in the same order, with the same sampled anchors, optimiser and schedule, so equal tokens.
 
     own       its own query: what the extra training does by itself
     oracle    the target's true query at t+1+k, seen through the drafter's own key projection
@@ -13,18 +13,20 @@ the same sampled anchors, optimiser and schedule, so equal tokens.
 
 Head h of drafter layer j gets the query (or row) of head h of reused layer number (h + j) mod S.
 
-**Through the same projection.** The drafter's keys are linear maps W_g k of all S · G cached key heads k of a position, a
-true query q scores just one of them, (l, g). The oracle's query is the one whose scores through W_g come nearest to the
-true ones, in least squares over the second moments C of the target's keys: q̃ = (W_g C W_gᵀ)⁻¹ W_g C E_{l,g} q, with
-E_{l,g} q the query padded with zeros. It is a constant matrix for each head; nothing of it is trained. If W_g picks (l, g)
-out, q̃ = q, and the row on the prefix is the target's own.
+**Through the same projection.** The drafter's keys are linear maps W_g k of all S · G cached key heads k of a
+position, a true query q scores just one of them, (l, g). The oracle's query is the one whose scores through W_g
+come nearest to the true ones, in least squares over the second moments C of the target's keys: q̃ = (W_g C
+W_gᵀ)⁻¹ W_g C E_{l,g} q, with E_{l,g} q the query padded with zeros. It is a constant matrix for each head;
+nothing of it is trained. If W_g picks (l, g) out, q̃ = q, and the row on the prefix is the target's own.
 
-**What it can show.** The **gap** is perfect minus own, in expected MAT. If the oracle closes much of a gap that is there,
-estimating the query is the bottleneck. No gap says that looking where the target looks brings nothing *to these values and
-this re-training*: the own query had all of the drafter's training to fit the rest to it, the others only this.
+**What it can show.** The **gap** is perfect minus own, in expected MAT. If the oracle closes much of a gap that
+is there, estimating the query is the bottleneck. No gap says that looking where the target looks brings nothing
+*to these values and this re-training*: the own query had all of the drafter's training to fit the rest to it,
+the others only this.
 
-The target made its query at t+1+k from tokens up to x_{t+1+k}. The drafter has these tokens too (under teacher forcing),
-but not what the target's lower layers make of them: oracle and perfect re-attention know more than any drafter could.
+The target made its query at t+1+k from tokens up to x_{t+1+k}. The drafter has these tokens too (under teacher
+forcing), but not what the target's lower layers make of them: oracle and perfect re-attention know more than
+any drafter could.
 """
 
 import copy
@@ -56,7 +58,7 @@ States = Callable[[int], TargetState]
 
 @dataclass(frozen=True)
 class Retraining:
-    """How every arm is re-trained and judged: ``passes`` over ``documents`` of the training split, at learning ``rate``.
+    """How every arm is re-trained and judged: ``passes`` over training ``documents``, at learning ``rate``.
 
     sources, states : features and `States`, by split (``train``, ``evaluation``).
     """
@@ -71,7 +73,7 @@ class Retraining:
 
 
 def run_arm(drafter: Drafter, arm: str, how: Retraining) -> pd.DataFrame:
-    """Re-train a copy of ``drafter`` as one arm (not ``as_trained``) and judge it: ``query_oracle`` but variant, seed."""
+    """Re-train a copy of ``drafter`` as one arm (not ``as_trained``) and judge it: rows of ``query_oracle``."""
     copied, tokens, maps = working_copy(drafter), 0, []
     if arm == "oracle":
         maps = all_query_maps(drafter, key_moments(how.states["train"], how.documents[:MOMENTS]))
@@ -86,7 +88,7 @@ def working_copy(drafter: Drafter) -> Drafter:
 
 
 def output_side(drafter: Drafter) -> list[nn.Parameter]:
-    """What is re-trained: output projections of attentions over the target's KV, MLPs with their norms, the final norm."""
+    """What is re-trained: output projections of attentions over the target's KV, MLPs and norms, final norm."""
     modules = [*(attention.o_proj for attention in kv_attentions(drafter)), drafter.norm]
     modules += [part for layer in drafter.layers for part in (layer.mlp_norm, layer.mlp)]
     return [parameter for module in modules for parameter in module.parameters()]
@@ -121,7 +123,7 @@ def retrain(drafter: Drafter, arm: str, maps: list[Tensor], how: Retraining) -> 
 
 @torch.no_grad()
 def evaluate(drafter: Drafter, arm: str, maps: list[Tensor], how: Retraining) -> pd.DataFrame:
-    """Counts of every evaluation document under teacher forcing: document, draft_step and `metrics.acceptance.COUNTS`."""
+    """Counts of every evaluation document, teacher-forced: document, draft_step and `acceptance.COUNTS`."""
     source, device, rows = how.sources["evaluation"], drafter.norm.weight.device, []
     for document in tqdm(range(len(source)), desc=f"evaluate {arm}", mininterval=5):
         features = source.batch([document], (*drafter.reads, "target_argmax")).to(device, torch.float32)

@@ -1,14 +1,15 @@
 """How much of the target's true query can be read, by a linear map, from a drafter's state before its attention?
 
-The state is what the query projection reads (after the norm), so no training of that projection could do better in R² than
-the best linear map. The label is the target's true query at the same position t+1+k in the reused layers, all heads, with
-its RoPE taken off: a linear map of a state that holds no position could not turn it.
+The state is what the query projection reads (after the norm), so no training of that projection could do better
+in R² than the best linear map. The label is the target's true query at the same position t+1+k in the reused
+layers, all heads, with its RoPE taken off: a linear map of a state that holds no position could not turn it.
 
     R² = 1 - Σ ‖q - q̂‖² / Σ ‖q - mean‖²        mean: of the documents that the map was fitted on
 
-Ridge regression on one half of the documents (even or odd), scored on the other, and the other way round, so that every
-document is scored by a map that has not seen it. The penalty is the best of ``PENALTIES`` on a part of the fitted half.
-Channels are standardised. The floor is the same with the labels of the fitted half shuffled: 0 or a little less.
+Ridge regression on one half of the documents (even or odd), scored on the other, and the other way round, so
+that every document is scored by a map that has not seen it. The penalty is the best of ``PENALTIES`` on a part
+of the fitted half. Channels are standardised. The floor is the same with the labels of the fitted half
+shuffled: 0 or a little less.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ ANCHORS = 64  # of a document, evenly spaced among those valid at every draft st
 
 
 def probe_anchors(anchors: Anchors) -> Tensor:
-    """[m] which rows of the anchors of one document: valid at every draft step, at most ``ANCHORS``, evenly spaced."""
+    """[m] which anchors of one document: valid at every draft step, at most ``ANCHORS``, evenly spaced."""
     rows = anchors.valid[0].all(-1).nonzero()[:, 0]
     return rows[torch.linspace(0, max(0, len(rows) - 1), min(ANCHORS, len(rows)), device=rows.device).round().long()]
 
@@ -53,7 +54,7 @@ def fit(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, ...]:
 
 
 def squares(x: Tensor, y: Tensor, fitted: tuple[Tensor, ...]) -> Tensor:
-    """Squared errors of the fit and of its mean alone, summed over the channels of each layer: y [m, S, out] -> [m, S, 2]."""
+    """Squared errors of the fit and of its mean alone, summed over channels: y [m, S, out] -> [m, S, 2]."""
     mean, spread, centre, weights = fitted
     flat = y.flatten(1)
     guess = (x - mean) / spread @ weights + centre
@@ -61,7 +62,7 @@ def squares(x: Tensor, y: Tensor, fitted: tuple[Tensor, ...]) -> Tensor:
 
 
 def probe(x: Tensor, y: Tensor, document: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Squared errors of every row by a map fitted on the other half: with true labels and shuffled ones, [m, S, 2] each.
+    """Squared errors by a map fitted on the other half: with true labels and shuffled ones, [m, S, 2] each.
 
     x [m, width], y [m, S, out], document [m] which document each row is of.
     """

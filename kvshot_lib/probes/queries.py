@@ -1,7 +1,7 @@
 """Query estimation, measured on trained drafters: do they look where the target will look, and would it help them to?
 
-Three measurements of each run over a linear map of the target's own KV (kv_1 … kv_4, the hybrids); `attention`, `probe` and
-`oracle` say what they are. Into RESULTS_DIR/tables go
+Three measurements of each run over a linear map of the target's own KV (kv_1 … kv_4, the hybrids); `attention`,
+`probe` and `oracle` say what they are. Into RESULTS_DIR/tables go
 
     attention_overlap.parquet    means over the anchors of a document, by draft step, drafter layer and target layer;
                                  the rows of the target alone have the variant "target"
@@ -9,8 +9,8 @@ Three measurements of each run over a linear map of the target's own KV (kv_1 �
     query_oracle.parquet         counts of every arm of the oracle on a document, by draft step
     query_estimation_facts.csv   what was measured, and how
 
-Documents are taken one by one. The target's queries and keys are kept in RESULTS_DIR/target_state (3 MB a document of 370
-tokens at three layers), each finished part of each run in RESULTS_DIR/query_estimation.
+Documents are taken one by one. The target's queries and keys are kept in RESULTS_DIR/target_state (3 MB a
+document of 370 tokens at three layers), each finished part of each run in RESULTS_DIR/query_estimation.
 """
 
 import sys
@@ -30,7 +30,6 @@ from ..drafters.runs import find_runs
 from ..drafters.variants import QUERY_ARMS, QUERY_VARIANTS
 from ..errors import StudyError
 from ..features.shuffled import ShuffledKV
-from ..metrics import tables
 from ..metrics.acceptance import axis_steps
 from ..parts import Parts, claim
 from ..training.anchors import find_anchors
@@ -126,20 +125,18 @@ def measure_queries(
     layers, evaluation = measured[0].layers, results.sources["evaluation"]
     check_rows(results.target, layers, evaluation.batch([0], ()).tokens[0, : evaluation.lengths[0]][:64])
 
-    made = {name: [tables.empty(name)] for name in ("attention_overlap", "query_probe", "query_oracle")}
     references = lambda: table_of("attention_overlap", measure_references(measured[0]))
-    made["attention_overlap"].append(parts.table(f"target.{'-'.join(map(str, layers))}", references))
+    found = {"attention_overlap": [parts.table(f"target.{'-'.join(map(str, layers))}", references)]}
     retrained = range(min(documents, len(results.sources["train"])))
     for run in measured:
         how = Retraining(run.sources, run.states, retrained, run.draft_length, passes, rate)
         for part, (table, rows) in _parts_of(run, how, oracle).items():
             make = lambda part=part, table=table, rows=rows, run=run: _told(part, table, rows, run)
-            made[table].append(parts.table(part_name(run.folder, part), make))
-    made = {name: pd.concat(found[1:] or found, ignore_index=True) for name, found in made.items()}
-    more = {"passes": passes, "learning_rate": rate, "retrained_documents": len(retrained)} if oracle else {}
-    if oracle:
-        more["retrained_tokens"] = int(made["query_oracle"]["trained_tokens"].max())
-    made["query_estimation_facts"] = facts_of(results, time.perf_counter() - started, **more)
+            found.setdefault(table, []).append(parts.table(part_name(run.folder, part), make))
+    made = {name: pd.concat(own, ignore_index=True) for name, own in found.items()}
+    tokens = int(made["query_oracle"]["trained_tokens"].max())
+    how = {"retrained_documents": len(retrained), "retrained_tokens": tokens, "passes": passes, "learning_rate": rate}
+    made["query_estimation_facts"] = facts_of(results, time.perf_counter() - started, **(how if oracle else {}))
     return write_tables(results_dir, made, keep)
 
 
@@ -165,7 +162,7 @@ def _chosen(results_dir: str | Path, runs: Sequence[str]) -> list[str]:
     wanted = list(runs) or [name for name in found if name.split("/")[0] in QUERY_VARIANTS]
     if not wanted:
         raise StudyError(
-            f"no finished run of {', '.join(QUERY_VARIANTS)} in {results_dir}/runs: train one with 03_train_drafter first"
+            f"no finished run of {', '.join(QUERY_VARIANTS)} in {results_dir}/runs: train one with 03_train_drafter"
         )
     for name in wanted:
         check_drafter(DrafterConfig(**described(found[name])["config"]), name)

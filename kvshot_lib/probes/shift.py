@@ -1,22 +1,23 @@
 """How far the target's attention moves between an anchor and its draft steps, and where each drafter was right there.
 
-The paper says that a hidden state is a query-dependent summary of the prefix: f_t keeps what the query at t looked at, and
-fails where the query at a later position would look elsewhere. So compare the target's attention rows at t and at t+1+k
-over the prefix s ≤ t, which is all that a drafter can know of the target at any k. With rows a_t and a_{t+1+k}, both cut to
-s ≤ t and made to sum to 1, and m their mean,
+The paper says that a hidden state is a query-dependent summary of the prefix: f_t keeps what the query at t
+looked at, and fails where the query at a later position would look elsewhere. So compare the target's attention
+rows at t and at t+1+k over the prefix s ≤ t, which is all that a drafter can know of the target at any k. With
+rows a_t and a_{t+1+k}, both cut to s ≤ t and made to sum to 1, and m their mean,
 
-    shift_{t,k} = mean over the reused layers and their heads of KL(a_t | m) / 2 + KL(a_{t+1+k} | m) / 2    nats, 0 … ln 2
+    shift_{t,k} = mean over reused layers and heads of KL(a_t | m) / 2 + KL(a_{t+1+k} | m) / 2    nats, 0 … ln 2
 
-Stated before any data: the **primary** shift leaves out s = 0. In most heads the first token takes most of the mass
-whatever the query (an attention sink), its content is the same in every document, and mass that goes there reads nothing;
-with it the divergence tells mostly whether a head reads at all, without it *where* it reads. The price is that heads which
-hardly read count as much as others. Hence two secondary measures: ``shift_with_sink``, over all s ≤ t; and ``new_mass`` =
-Σ_{1 ≤ s ≤ t} max(0, a_{t+1+k}(s) - a_t(s)) of the rows as they are: the share of the later row's attention that t's row
-did not put there, 0 … 1.
+Stated before any data: the **primary** shift leaves out s = 0. In most heads the first token takes most of the
+mass whatever the query (an attention sink), its content is the same in every document, and mass that goes there
+reads nothing; with it the divergence tells mostly whether a head reads at all, without it *where* it reads. The
+price is that heads which hardly read count as much as others. Hence two secondary measures:
+``shift_with_sink``, over all s ≤ t; and ``new_mass`` = Σ_{1 ≤ s ≤ t} max(0, a_{t+1+k}(s) - a_t(s)) of the rows
+as they are: the share of the later row's attention that t's row did not put there, 0 … 1.
 
-Into RESULTS_DIR/tables go, for the draft steps of `axis_steps`, `attention_shift.parquet` (a row for each anchor and step,
-about the target alone), `attention_matches.parquet` (a row for each run, document and step: its matches as 0 and 1, in the
-order of those anchors) and `attention_shift_facts.csv`. Nothing here is trained, and nothing reaches a drafter.
+Into RESULTS_DIR/tables go, for the draft steps of `axis_steps`, `attention_shift.parquet` (a row for each
+anchor and step, about the target alone), `attention_matches.parquet` (a row for each run, document and step:
+its matches as 0 and 1, in the order of those anchors) and `attention_shift_facts.csv`. Nothing here is trained,
+and nothing reaches a drafter.
 """
 
 import sys
@@ -165,9 +166,8 @@ def measure_shift(
 ) -> dict[str, Path]:
     """Measure target and runs (``variant/seedN``; all finished ones by default) and write the tables.
 
-    Parts lie in RESULTS_DIR/attention_shift; what is there already, of the same ``fingerprint`` (of the code), documents
-    and weights, is not measured again. ``keep`` : a folder of tables made before on the same documents: their other
-    runs stay.
+    fingerprint : of the code; what RESULTS_DIR/attention_shift has of it, of these documents and weights, stays.
+    keep : a folder of tables made before on the same documents: their other runs stay.
     """
     started, results = time.perf_counter(), open_results(results_dir, runs)
     source, target, draft_length = results.sources["evaluation"], results.target, results.draft_length

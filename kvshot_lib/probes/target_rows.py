@@ -70,7 +70,7 @@ def jensen_shannon(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def row_error(target: Target, layers: Sequence[int], tokens: Tensor) -> float:
-    """Largest difference between outputs of recomputed rows and the target's own (what enters ``o_proj``), tokens [n]."""
+    """Largest difference between outputs of recomputed rows and what enters the target's ``o_proj``; tokens [n]."""
     outputs, decoder = {}, target.model.get_decoder()
 
     def seen(layer, forward, entering):
