@@ -42,7 +42,7 @@ def compute_table(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The rows of ``compute.csv``, and what could not be counted, a line a run."""
     rows, untold = [], []
     extracted = cache(_extraction)
-    work = cache(lambda profile, training, dense: run_work(extracted(profile).documents["train"].documents, training, dense))
+    work = cache(lambda profile, *plan: run_work(extracted(profile).documents["train"].documents, *plan))
     for run in runs.itertuples():
         try:
             rows.append(_run_row(run, extracted, work))

@@ -1,7 +1,7 @@
 """Anchors, the places that a drafter drafts from, and which draft steps count there.
 
-Index rules in one example, an answer span x3 … x6 (answer mask 0001111), K = 3. Step k at anchor t needs x_{t+1} … x_{t+2+k}
-in the span:
+Index rules in one example, an answer span x3 … x6 (answer mask 0001111), K = 3. Step k at anchor t needs x_{t+1} …
+x_{t+2+k} in the span:
 
     anchor t      2     3     4     5      (t itself may be the last prompt token)
     tokens after  4     3     2     1      answer tokens in a row from x_{t+1} on
@@ -52,8 +52,9 @@ def sample_anchors(anchors: Anchors, fraction: float, generator: torch.Generator
 
     Returns
     -------
-    The subset, each weighted by M_d / ceil(fraction · M_d), so that a weighted sum over it is an unbiased estimate of the
-    sum over all anchors; and [B, m] where in ``anchors`` each was. ``fraction=1`` keeps all, in order, with weight 1.
+    The subset, each weighted by M_d / ceil(fraction · M_d), so that a weighted sum over it is an unbiased estimate of
+    the sum over all anchors; and [B, m] where in ``anchors`` each was. ``fraction=1`` keeps all, in order, with
+    weight 1.
     """
     used = anchors.valid[..., 0]
     number = used.sum(1)

@@ -1,13 +1,14 @@
 """How a drafter is trained: the parameters of a training, and what follows from them alone (batches, learning rates).
 
-A hybrid's attention output is s + g ⊙ (c - s): with a small gate g the cross branch c gets a small gradient, stays poor, and
-the gate has no reason to open. Four of the parameters are cures for that (``gate_floor`` and ``kv_init`` are the drafter's):
+A hybrid's attention output is s + g ⊙ (c - s): with a small gate g the cross branch c gets a small gradient, stays
+poor, and the gate has no reason to open. Four of the parameters are cures for that (``gate_floor`` and ``kv_init``
+are the drafter's):
 
     branch_warmup_steps          the branch first: output c alone, so neither self-attention nor gate are trained yet
     branch_loss_weight           an auxiliary loss: predict from the branch alone, fed back its own state
     branch_learning_rate_scale   the branch's own learning rate
-    kv_lag_augment_tokens        GLIDE's trick: hide the newest 0 … m entries of the target's KV, m drawn per document, as if
-                                 the draft were m steps further on; the self branch still sees all
+    kv_lag_augment_tokens        GLIDE's trick: hide the newest 0 … m entries of the target's KV, m drawn per document,
+                                 as if the draft were m steps further on; the self branch still sees all
 """
 
 import math
@@ -72,10 +73,8 @@ def configurations(values: Mapping) -> tuple[DrafterConfig, TrainConfig]:
     ------
     StudyError : values that no drafter or training can have, or that contradict one another.
     """
-    drafter, training = (
-        config(**{field.name: values[field.name] for field in fields(config) if field.name in values})
-        for config in (DrafterConfig, TrainConfig)
-    )
+    drafter = DrafterConfig.of(values)
+    training = TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig) if field.name in values})
     check_training(drafter, training)
     for name in ("draft_vocab_size", "draft_length"):
         if values.get(name, 1) < 1:
@@ -93,7 +92,7 @@ def check_training(drafter: DrafterConfig, training: TrainConfig) -> None:
 
     Raises
     ------
-    StudyError : a block trained in part or asked for more than it drafts; a cure for a branch, or a lag of KV, that isn't there.
+    StudyError : a block trained in part, or on more than it drafts; a cure for a branch, a lag of KV, that isn't there.
     """
     if drafter.paradigm == "block" and training.ttt_steps != drafter.block_size - 1:
         raise StudyError(
@@ -106,9 +105,10 @@ def check_training(drafter: DrafterConfig, training: TrainConfig) -> None:
             raise StudyError(f"{given} needs a hybrid with both branches (paradigm='hybrid', cross_only=False)")
     lags = drafter.paradigm in ("kv", "hybrid") and drafter.kv_control in ("", "shuffled")
     if training.kv_lag_augment_tokens and not lags:
+        given = f"kv_lag_augment_tokens={training.kv_lag_augment_tokens}"
         raise StudyError(
-            f"kv_lag_augment_tokens={training.kv_lag_augment_tokens} needs a kv or hybrid drafter over the target's own KV "
-            f"(kv_control=''), not paradigm={drafter.paradigm!r} with kv_control={drafter.kv_control!r}"
+            f"{given} needs a kv or hybrid drafter over the target's own KV (kv_control=''), not "
+            f"paradigm={drafter.paradigm!r} with kv_control={drafter.kv_control!r}"
         )
 
 

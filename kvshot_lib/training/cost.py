@@ -1,12 +1,13 @@
-"""What drafting with a drafter costs and what its training took, counted from its modules: arithmetic and memory traffic, no clock.
+"""What drafting with a drafter costs and what its training took: arithmetic and memory traffic, counted from modules.
 
-Counted are multiplications and additions of matrix products (2 · inputs · outputs for a linear map), and attention over the
-entries that an anchor really sees. Padding, norms, RoPE, softmax, the optimiser, and what a kernel computes only to mask it are
-left out, and so is the target's own pass in training (equal for equal tokens). Bytes are those read, in bfloat16: every weight
-once, and the keys and values seen. One row uses a weight in 2 FLOPs, and a weight has 2 bytes: in linear maps they are equal.
+Counted are multiplications and additions of matrix products (2 · inputs · outputs for a linear map), and attention
+over the entries that an anchor really sees. Padding, norms, RoPE, softmax, the optimiser, and what a kernel computes
+only to mask it are left out, and so is the target's own pass in training (equal for equal tokens). Bytes are those
+read, in bfloat16: every weight once, and the keys and values seen. One row uses a weight in 2 FLOPs, and a weight has
+2 bytes: in linear maps they are equal.
 
-Backward counts twice the forward: once for the gradient of the weights, once for that of the inputs. The frozen LM head has no
-gradient of weights, a map that reads target state as it is no gradient of inputs; these count once.
+Backward counts twice the forward: once for the gradient of the weights, once for that of the inputs. The frozen LM
+head has no gradient of weights, a map that reads target state as it is no gradient of inputs; these count once.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ class Cost:
 def drafting_cost(drafter: Drafter, context_length_tokens: int = CONTEXT, draft_length: int = CHAIN) -> dict[str, int]:
     """Columns for ``runs.csv``, for an anchor that sees N prefix entries.
 
-    ``drafting_flops`` of one draft step, the mean over the chain's K (of a block, its one pass over the tokens that it drafts);
+    ``drafting_flops`` of one draft step, the mean over the chain's K (of a block, its pass over the tokens it drafts);
     ``prefix_flops_per_token`` and ``prefix_bytes_per_token``, for each token that the target verified; and N.
     """
     steps = drafter.config.block_size - 1 if drafter.config.paradigm == "block" else draft_length
@@ -62,10 +63,10 @@ def chain_cost(drafter: Drafter, context_length_tokens: int = CONTEXT, draft_len
 def pass_cost(drafter: Drafter, context_length_tokens: float, draft_step: int = 0) -> Cost:
     """Of draft step k of one chain whose anchor sees N positions of target state; of a block of b slots, its one pass.
 
-    FLOPs of a step = 2 d V + Σ over layers of (Σ over linear maps 2 in · out + Σ over branches 4 H D (N + J)), with V draft
-    tokens, H query heads of size D, and J entries of the chain itself: k + 1 for a branch over the target's KV; k for one over
-    hidden states, whose step 0 makes no entry (the prefix has it) and needs no key and value map. Of a block: b times the
-    layers, (b - 1) times the head, J = b, and with ``block_context="both"`` 2 N.
+    FLOPs of a step = 2 d V + Σ over layers of (Σ over linear maps 2 in · out + Σ over branches 4 H D (N + J)), with V
+    draft tokens, H query heads of size D, and J entries of the chain itself: k + 1 for a branch over the target's KV;
+    k for one over hidden states, whose step 0 makes no entry (the prefix has it) and needs no key and value map. Of a
+    block: b times the layers, (b - 1) times the head, J = b, and with ``block_context="both"`` 2 N.
     """
     block, head = drafter.config.paradigm == "block", 2 * drafter.head.numel()
     rows = drafter.config.block_size if block else 1
@@ -86,8 +87,8 @@ def pass_cost(drafter: Drafter, context_length_tokens: float, draft_step: int = 
 def prefix_cost(drafter: Drafter, context_length_tokens: float = CONTEXT) -> Cost:
     """Of one more token's target state: FLOPs that turn it into prefix entries, and bytes of these entries.
 
-    With ``kv_fusion="heads"`` they are the target's own cache and take no memory besides. Where a layer's entries are made
-    from the output of the one below, the token runs through that one too, over N entries.
+    With ``kv_fusion="heads"`` they are the target's own cache and take no memory besides. Where a layer's entries are
+    made from the output of the one below, the token runs through that one too, over N entries.
     """
     flops, entries = _linear(getattr(drafter, "fuse_hidden", None)), 0
     for layer in drafter.layers:
@@ -147,8 +148,9 @@ class Work:
     """What one training computed; its batches are a function of its seed, so it is counted by walking them again.
 
     tokens, columns : of all documents that went through; prefix entries are made for every token but a document's last.
-    rows : float [K], anchors that draft step k ran on (expected, where they are drawn). entries : float [K], prefix entries
-        that they saw. scored : float [K], pairs (t, k) whose loss was taken; those outside the draft vocabulary are among them.
+    rows : float [K], anchors that draft step k ran on (expected, where they are drawn). entries : float [K], prefix
+        entries that they saw. scored : float [K], pairs (t, k) whose loss was taken; those outside the draft
+        vocabulary are among them.
     steps : of the optimiser.
     """
 
@@ -164,8 +166,8 @@ def document_work(answer_mask: np.ndarray, ttt_steps: int, fraction: float, dens
     """``rows``, ``entries`` and ``scored`` of one document, float [3, K].
 
     An answer of 6 tokens after 3 others, K = 3, all anchors: steps 0, 1, 2 have 5, 4, 3 pairs; 5 anchors t = 2 … 6 see
-    3 + … + 7 = 25 entries, at every step, because a chain runs to its end. With ``fraction=.2`` one anchor of the five is drawn
-    for k ≥ 1 (``dense_first=False``, a block: for step 0 too), and sees 5 entries on average.
+    3 + … + 7 = 25 entries, at every step, because a chain runs to its end. With ``fraction=.2`` one anchor of the
+    five is drawn for k ≥ 1 (``dense_first=False``, a block: for step 0 too), and sees 5 entries on average.
     """
     anchors = find_anchors(torch.from_numpy(answer_mask)[None], ttt_steps)
     used = anchors.valid[0, :, 0]

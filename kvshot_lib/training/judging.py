@@ -45,14 +45,9 @@ def judge(predictions: Tensor, features: Features, anchors: Anchors) -> Tensor:
 
 @torch.no_grad()
 def match_documents(
-    source,
-    predictor: Drafter | Predictor,
-    ttt_steps: int,
-    *,
-    batch_documents: int = 0,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> list[tuple[np.ndarray, np.ndarray]]:
+    source, predictor: Drafter | Predictor, ttt_steps: int, *, batch_documents: int = 0,
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """Match and validity of every anchor of every document.
 
     Parameters
@@ -118,20 +113,9 @@ def outside_vocabulary(source, drafter: Drafter) -> float:
     return outside / max(1, total)
 
 
-def greedy_agreement(source) -> float:
-    """Share of answer tokens x_{t+1} that equal argmax p_t: 1 for greedy answers, up to near-ties."""
-    equal, total = 0, 0
-    for index in range(len(source)):
-        features = source.batch([index], ("target_argmax",)).to("cpu")
-        answers = features.answer_mask[0, 1:]
-        same = features.target_argmax[0, :-1] == features.tokens[0, 1:]
-        equal, total = equal + int(same[answers].sum()), total + int(answers.sum())
-    return equal / max(1, total)
-
-
 def acceptance_by_step(counts: pd.DataFrame) -> pd.DataFrame:
     """Step and chain acceptance of one run, one row a draft step, from document counts summed first."""
     total = counts.groupby("draft_step")[COUNTS].sum()
     found = metrics_of(total.to_numpy(), np.ones(len(RUNS)))
-    table = {"draft step": total.index, "step": found["step_acceptance"], "chain": found["chain_acceptance"]}
-    return pd.DataFrame({**table, "anchors": total["anchors"].to_numpy()})
+    steps = {"step": found["step_acceptance"], "chain": found["chain_acceptance"]}
+    return pd.DataFrame({"draft step": total.index, **steps, "anchors": total["anchors"].to_numpy()})

@@ -24,14 +24,8 @@ from .record import Recorder
 
 
 def train(
-    drafter: Drafter,
-    source,
-    validation,
-    config: TrainConfig,
-    run_dir: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> pd.DataFrame:
+    drafter: Drafter, source, validation, config: TrainConfig, run_dir: str | Path, *, dtype: torch.dtype =
+    torch.float32 ) -> pd.DataFrame:
     """Train ``drafter`` in place, by TTT or block-wise, going on from ``run_dir/checkpoint.pt`` if it is there.
 
     Parameters
@@ -41,13 +35,13 @@ def train(
 
     Returns
     -------
-    History: one row per (step, split, draft_step); train rows average since the last report. `trained_tokens` counts the
-    tokens of the documents passed through, each pass anew; `seconds` leaves validation and the gate's record out.
+    History: one row per (step, split, draft_step); train rows average since the last report. `trained_tokens` counts
+    the tokens of the documents passed through, each pass anew; `seconds` leaves validation and the gate's record out.
 
     Raises
     ------
-    StudyError : a training that this drafter can't have; a checkpoint of another set-up; a loss that is not finite (the last
-        good checkpoint is kept).
+    StudyError : a training that this drafter can't have; a checkpoint of another set-up; a loss that is not finite
+        (the last good checkpoint is kept).
 
     Notes
     -----
@@ -100,21 +94,18 @@ class Progress:
 class Training:
     """A drafter in training, how far it has come, and its checkpoint ``run_dir/checkpoint.pt``."""
 
-    def __init__(self, drafter: Drafter, source, validation, config: TrainConfig, run_dir: str | Path, dtype: torch.dtype):
+    def __init__(
+        self, drafter: Drafter, source, validation, config: TrainConfig, run_dir: str | Path, dtype: torch.dtype
+    ):
         self.drafter, self.source, self.validation, self.config, self.dtype = drafter, source, validation, config, dtype
         self.device, self.path = drafter.norm.weight.device, Path(run_dir) / "checkpoint.pt"
         self.total = total_steps(config, len(source))
         check_training(drafter.config, config)
-        if config.branch_warmup_steps >= self.total:
-            raise StudyError(
-                f"branch_warmup_steps={config.branch_warmup_steps} must be below the {self.total} optimiser steps of the run"
-            )
+        if (warmup := config.branch_warmup_steps) >= self.total:
+            raise StudyError(f"branch_warmup_steps={warmup} must be below the {self.total} optimiser steps of the run")
+        groups, decay = parameter_groups(drafter, config.branch_learning_rate_scale), config.weight_decay
         self.optimiser = torch.optim.AdamW(
-            parameter_groups(drafter, config.branch_learning_rate_scale),
-            lr=config.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=config.weight_decay,
-            fused=True,
+            groups, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=decay, fused=True
         )
         self.identity = identity(drafter, source, config, dtype)
         self.progress = self.load() if self.path.exists() else Progress()
@@ -142,9 +133,8 @@ class Training:
 
     def _check_finite(self, loss: Loss) -> None:
         if not math.isfinite(parallel.summed(loss.loss.detach()).item()):
-            there = self.path.exists()
+            there, step = self.path.exists(), self.progress.step + 1
             kept = f"the last good checkpoint is {self.path}" if there else "no checkpoint was written before it"
-            step = self.progress.step + 1
             raise StudyError(f"the loss is not finite at optimiser step {step}; {kept}; try a lower learning_rate")
 
     def report(self) -> list[dict]:
@@ -187,8 +177,8 @@ class Training:
             state = torch.load(path, map_location=self.device, weights_only=True)
             found = state["identity"]
         except Exception as error:  # torch raises half a dozen kinds for a damaged file
-            told = f"{path} can't be read ({type(error).__name__}); delete it to train from the start"
-            raise StudyError(told) from error
+            why = f"{path} can't be read ({type(error).__name__})"
+            raise StudyError(f"{why}; delete it to train from the start") from error
         if differs := [name for name in self.identity if self.identity[name] != found.get(name)]:
             other = f"{path} belongs to another run (differs in {', '.join(differs)})"
             raise StudyError(f"{other}; delete it or choose another results_dir")
@@ -200,7 +190,7 @@ class Training:
 
 
 def share_of_batch(source, indices: list[int], state: tuple[str, ...]) -> Features:
-    """This process's documents of a batch; one without answers, so nothing to learn from, if there are too few for all."""
+    """This process's documents of a batch; one without answers, so without a loss, if there are too few for all."""
     if own := parallel.share(indices):
         return source.batch(own, state)
     features = source.batch(indices[:1], state)
@@ -222,7 +212,7 @@ def branch_parameters(drafter: Drafter) -> list[nn.Parameter]:
 
 
 def identity(drafter: Drafter, source, config: TrainConfig, dtype: torch.dtype) -> dict:
-    """Everything that a training depends on, by name; ``drafter`` still has its starting weights (a warm start's, say)."""
+    """Everything that a training depends on, by name; ``drafter`` still has its starting weights."""
     described, weights = drafter.description(), hashlib.sha256()
     for tensor in drafter.state_dict().values():
         weights.update(tensor.cpu().numpy().tobytes())

@@ -2,8 +2,8 @@
 
 L = Σ_k λ^k · mean over valid (t, k) of CE(softmax(p_{t+1+k} on the draft vocabulary), q_{t,k})
 
-Block-wise training is the same loss: a `block` drafter's K = block_size - 1 steps come from one pass, its anchors are drawn with
-the share ``anchor_fraction``, and λ^k is DFlash's weight exp(-k/γ) with γ = -1 / ln λ (λ = 0.8: γ = 4.5).
+Block-wise training is the same loss: a `block` drafter's K = block_size - 1 steps come from one pass, its anchors are
+drawn with the share ``anchor_fraction``, and λ^k is DFlash's weight exp(-k/γ) with γ = -1 / ln λ (λ = 0.8: γ = 4.5).
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from .ttt import draft_steps
 
 @dataclass(frozen=True)
 class Loss:
-    """``loss`` is the scalar to minimise; the rest is per draft step, [K], detached: mean loss, and counts for acceptance."""
+    """``loss`` is the scalar to minimise; the rest is per draft step, [K], detached: mean loss, counts of pairs."""
 
     loss: Tensor
     step_loss: Tensor
@@ -33,7 +33,8 @@ class Loss:
 def training_loss(
     drafter: Drafter, features: Features, config: TrainConfig, step: int, generator: torch.Generator
 ) -> Loss:
-    """The loss of optimiser step ``step`` (from 0), cures for a hybrid's branch included; ``generator`` draws lags and anchors.
+    """The loss of optimiser step ``step`` (from 0), cures for a hybrid's branch included; ``generator`` draws lags
+    and anchors.
 
     ``step_loss``, ``matches`` and ``pairs`` are those of the whole drafter, or of the branch alone while it warms up.
     """
@@ -52,7 +53,7 @@ def training_loss(
 
 
 def draw_lags(documents: int, most: int, generator: torch.Generator, device) -> Tensor | None:
-    """A lag of 0 … ``most`` tokens a document, all equally likely, [B] int64; None, and nothing drawn, if ``most`` is 0."""
+    """A lag of 0 … ``most`` tokens a document, all equally likely, [B]; None, and nothing drawn, if ``most`` is 0."""
     if not most:
         return None
     draw = lambda rows, columns: torch.randint(most + 1, (rows, columns), generator=generator)
@@ -60,29 +61,22 @@ def draw_lags(documents: int, most: int, generator: torch.Generator, device) -> 
 
 
 def ttt_loss(
-    drafter: Drafter,
-    features: Features,
-    *,
-    ttt_steps: int = 7,
-    step_decay: float = 0.8,
-    anchor_fraction: float = 1.0,
-    generator: torch.Generator | None = None,
-    anchors: Anchors | None = None,
-    kv_lag: Tensor | None = None,
+    drafter: Drafter, features: Features, *, ttt_steps: int = 7, step_decay: float = 0.8, anchor_fraction: float = 1.0,
+    generator: torch.Generator | None = None, anchors: Anchors | None = None, kv_lag: Tensor | None = None,
     cross_alone: bool = False,
-) -> Loss:
+) -> Loss:  # fmt: skip
     """L, as at the top of this module.
 
     Parameters
     ----------
-    anchor_fraction : below 1, steps k ≥ 1 (of a `block`, all) are estimated on a random subset of anchors, without bias: the
-        mean's denominator stays that of all pairs, the sampled terms are weighted up.
+    anchor_fraction : below 1, steps k ≥ 1 (of a `block`, all) are estimated on a random subset of anchors, without
+        bias: the mean's denominator stays that of all pairs, the sampled terms are weighted up.
     anchors : some of the anchors, instead of all. kv_lag, cross_alone : see :func:`~ttt.draft_steps`.
 
     Notes
     -----
-    A pair whose target argmax is outside the draft vocabulary is dropped from the loss, and counts as a miss in ``matches``
-    and ``pairs``, which count what was computed.
+    A pair whose target argmax is outside the draft vocabulary is dropped from the loss, and counts as a miss in
+    ``matches`` and ``pairs``, which count what was computed.
     """
     anchors = anchors or find_anchors(features.answer_mask, ttt_steps)
     subset = sample_anchors(anchors, anchor_fraction, generator) if anchor_fraction < 1 else None
@@ -91,19 +85,15 @@ def ttt_loss(
     last, losses, matches, pairs = features.tokens.shape[1] - 1, [], [], []
     scored = torch.stack([_scored(anchors, k, wanted, last)[1].sum() for k in range(ttt_steps)])
     denominators = parallel.summed(scored).clamp(min=1)  # of the whole batch, if several processes share it
+    score = _compiled_score() if drafter.compiled else score_rows
     steps = draft_steps(drafter, features, anchors, ttt_steps, subset, kv_lag=kv_lag, cross_alone=cross_alone)
     for k, current, output in steps:
         places, scored = _scored(current, k, wanted, last)
         document, row = scored.nonzero(as_tuple=True)
-        place = places[document, row]
+        place, weight = places[document, row], current.weight[document, row]
+        hidden, wanted_row = drafter.norm(output[document, row]), document * features.tokens.shape[1] + place
         total, best = SoftCrossEntropy.apply(
-            drafter.norm(output[document, row]),
-            drafter.head,
-            probabilities,
-            document * features.tokens.shape[1] + place,
-            current.weight[document, row],
-            _compiled_score() if drafter.compiled else score_rows,
-            drafter.logit_cap,
+            hidden, drafter.head, probabilities, wanted_row, weight, score, drafter.logit_cap
         )
         losses.append(total / denominators[k])
         matches.append((best == wanted[document, place]).sum())
@@ -121,17 +111,17 @@ def _scored(anchors: Anchors, k: int, wanted: Tensor, last: int) -> tuple[Tensor
 
 @torch.no_grad()
 def target_probabilities(drafter: Drafter, features: Features) -> Tensor:
-    """softmax of p_t on the draft vocabulary, [B·n, V_draft] float32: once a batch, every draft step gathers from it."""
+    """softmax of p_t on the draft vocabulary, [B·n, V_draft] float32; every draft step gathers from it."""
     return drafter.logits(features.final_hidden.flatten(0, 1)).float().softmax(-1)
 
 
 class SoftCrossEntropy(torch.autograd.Function):
     """Σ_r w_r · CE(p_r, softmax(h_r Wᵀ)) for a frozen head W, a chunk of rows at a time.
 
-    The gradient of a row is w (softmax(z) - p) W; it is formed at once and only [rows, d] of it kept, so that logits of K
-    draft steps never stand in memory together. Inputs: hidden [R, d], head [V, d], probabilities [P, V], index [R] into them,
-    weight [R], ``score`` (:func:`score_rows`, or what torch.compile made of it), ``cap`` of the logits. Returns the sum and
-    argmax z [R].
+    The gradient of a row is w (softmax(z) - p) W; it is formed at once and only [rows, d] of it kept, so that logits
+    of K draft steps never stand in memory together. Inputs: hidden [R, d], head [V, d], probabilities [P, V], index
+    [R] into them, weight [R], ``score`` (:func:`score_rows`, or what torch.compile made of it), ``cap`` of the
+    logits. Returns the sum and argmax z [R].
     """
 
     @staticmethod
@@ -158,7 +148,8 @@ class SoftCrossEntropy(torch.autograd.Function):
 def score_rows(
     logits: Tensor, probabilities: Tensor, index: Tensor, weight: Tensor, cap: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted soft cross-entropy of rows z [R, V] against p = probabilities[index]: its sum, argmax z, and w (softmax(z) - p).
+    """Weighted soft cross-entropy of rows z [R, V] against p = probabilities[index]: its sum, argmax z, and w
+    (softmax(z) - p).
 
     With ``cap`` the logits are y = cap · tanh(z / cap), and the gradient is w (softmax(y) - p) (1 - (y / cap)²).
     """

@@ -1,6 +1,6 @@
-"""What a training records of its gradients: norm and Adam step of every matrix, and the hybrid's gate, ten to forty times.
+"""What a training records of itself: norm, gradient and Adam step of every matrix, and the hybrid's gate.
 
-Recording reads what the optimiser step makes anyway and changes no number of the training. Its rows are `gradients.csv`:
+Ten to forty records a training read what the optimiser step makes anyway, and change no number. Rows of gradients.csv:
 
     quantity        of what                                             draft_step  document
     grad_norm       a matrix's gradient in this step, before clipping
@@ -11,8 +11,9 @@ Recording reads what the optimiser step makes anyway and changes no number of th
     gate_mean       sigmoid of the gate, mean over anchors, channels    k           validation document
     gate_spread     its standard deviation over the same                k           validation document
 
-All norms are Frobenius norms; a gradient is as the optimiser gets it, so ``kv_grad_scale`` is in it. ``branch`` is ``self`` or
-``cross`` for an attention's matrices, ``layer`` for what both share, ``drafter`` (and no layer) for what stands around them.
+All norms are Frobenius norms; a gradient is as the optimiser gets it, so ``kv_grad_scale`` is in it. ``branch`` is
+``self`` or ``cross`` for an attention's matrices, ``layer`` for what both share, ``drafter`` (and no layer) for what
+stands around them.
 """
 
 from collections import Counter
@@ -44,7 +45,7 @@ class Recorder:
 
     @contextmanager
     def step(self, step: int, trained_tokens: int) -> Iterator[None]:
-        """Around forward and backward of optimiser step ``step`` (from 1); the optimiser's own step completes the record."""
+        """Around forward and backward of optimiser step ``step`` (from 1); the optimiser's own completes the record."""
         if not recorded(step, self.total):
             yield
             return
@@ -73,14 +74,14 @@ class Recorder:
 def recorded(step: int, total: int) -> bool:
     """Whether optimiser step ``step`` (1 … total) is recorded: the first, and those that end a tenth of the training.
 
-    Trainings of 800 steps and more record every twentieth, thirtieth or (from 1,600 on) fortieth part: always the tenths too.
+    Trainings of 800 steps and more record every twentieth, thirtieth or (from 1,600 on) fortieth part.
     """
     points = 10 * min(4, max(1, total // (10 * STEPS_A_RECORD)))
     return step == 1 or step * points // total > (step - 1) * points // total
 
 
 def matrices(drafter: nn.Module) -> dict[tuple[int | None, str, str], list[nn.Parameter]]:
-    """(layer, branch, matrix) -> its parameters; an MLP's and the gate's are taken together, and so are a layer's norms."""
+    """(layer, branch, matrix) -> its parameters; an MLP's, a gate's and a layer's norms are taken together."""
     found: dict[tuple[int | None, str, str], list[nn.Parameter]] = {}
     for name, parameter in drafter.named_parameters():
         parts = name.split(".")
@@ -98,7 +99,7 @@ def matrices(drafter: nn.Module) -> dict[tuple[int | None, str, str], list[nn.Pa
 
 
 def branch_of(layer: nn.Module, attention: str) -> str:
-    """Branch of one of a layer's attentions: a `kv` layer's only one is ``cross``, for its prefix is the target's KV."""
+    """Of one of a layer's attentions: a `kv` layer's only one is ``cross``, for its prefix is the target's KV."""
     return "self" if attention == "attention" and layer.reads_state else "cross"
 
 
@@ -117,7 +118,7 @@ def adam_step(optimiser: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def matrix_rows(drafter: Drafter, optimiser: torch.optim.Optimizer, gradients: dict[tuple, float]) -> list[dict]:
-    """Rows of every matrix, right after the optimiser's step; ``gradients`` from :func:`gradient_norms` before clipping."""
+    """Rows of every matrix, right after the optimiser's step; ``gradients`` are the norms before clipping."""
     rows, grouped = [], matrices(drafter)
     for key, own in grouped.items():
         moved = _norm(adam_step(optimiser, p) for p in own if p in optimiser.state)
@@ -191,7 +192,7 @@ def few_anchors(anchors: Anchors) -> Anchors:
 
 
 def recorded_gradients(checkpoint: str | Path, variant: str, seed: int) -> pd.DataFrame | None:
-    """The rows of ``gradients.csv`` in a finished training's checkpoint; None without a checkpoint, or a record in it."""
+    """The rows of ``gradients.csv`` in a training's checkpoint; None without a checkpoint, or a record in it."""
     if not Path(checkpoint).exists():
         return None
     rows = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["progress"].get("gradients")

@@ -1,7 +1,7 @@
 """One training run: what it needs from disk, and what it leaves there (`results_dir/runs/<variant>/seed<k>`).
 
-`train_run` is the way to train one: the training notebook takes its three steps one by one, a sweep and several processes call
-the whole. ``values`` are parameters of that notebook by name; what means something else is left alone.
+`train_run` is the way to train one: the training notebook takes its three steps one by one, a sweep and several
+processes call the whole. ``values`` are parameters of that notebook by name; what means something else is left alone.
 """
 
 from collections.abc import Mapping
@@ -31,6 +31,8 @@ from .cost import drafting_cost
 from .judging import anchor_places, match_documents, outside_vocabulary
 from .loop import train
 from .record import recorded_gradients
+
+TOLD = ("ttt_steps", "anchor_fraction", "learning_rate", "epochs", "batch_documents")  # of the training, in its row
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,14 @@ def prepare_run(variant: str, values: Mapping, results_dir: str | Path, features
 
     Parameters
     ----------
-    values : of drafter and training (`configurations`), and ``draft_vocab_size``. May be there: ``init_from``, a trained
-        variant to take weights from; ``device`` and ``dtype``; ``compile_steps`` and ``features_on_device``, which make a
-        GPU faster.
+    values : of drafter and training (`configurations`), and ``draft_vocab_size``. May be there: ``init_from``, a
+        trained variant to take weights from; ``device`` and ``dtype``; ``compile_steps`` and ``features_on_device``,
+        which make a GPU faster.
 
     Raises
     ------
-    StudyError : features missing, damaged or of another target; target layers that weren't extracted; no trained drafter to
-        start from; values that contradict one another.
+    StudyError : features missing, damaged or of another target; target layers that weren't extracted; no trained
+        drafter to start from; values that contradict one another.
     """
     config, training = configurations(values)
     results_dir, on_device = Path(results_dir), bool(values.get("features_on_device")) and not features
@@ -138,15 +140,11 @@ def run_facts(run: Run, history: pd.DataFrame) -> dict:
         "target_hash": run.target.hash,
         "corpus": run.features["train"].documents_hash[:16],
         "draft_vocab_size": len(drafter.draft_ids),
-        "ttt_steps": training.ttt_steps,
-        "anchor_fraction": training.anchor_fraction,
-        "learning_rate": training.learning_rate,
-        "epochs": training.epochs,
+        **{name: getattr(training, name) for name in TOLD},
         "profile": run.folder.parents[2].resolve().name,
         "evaluation_documents": len(evaluation),
         "out_of_draft_vocab_fraction": outside_vocabulary(evaluation, drafter),
         "init_from": run.init_from,
-        "batch_documents": training.batch_documents,
         **drafting_cost(drafter),
     }
 

@@ -1,10 +1,11 @@
 """Training-time test: run a drafter on its own state over ground-truth tokens, K draft steps from every anchor.
 
-For `kv` and `block` there is no third thing between TTT and block-wise training. A `block` drafter's K = block_size - 1 steps
-come from one pass. `kv` feeds no state back, so K steps of TTT from an anchor *are* a block of K teacher-forced tokens under
-causal attention, with gradients through every draft-side key and value: training it block-wise "in the causal sense" is TTT
-with ``anchor_fraction=1``, to the last gradient (a test holds it to one pass with an explicit causal mask). What can differ is
-how many anchors later steps run on (``anchor_fraction``), their weights (``step_decay``) and their number (``ttt_steps``).
+For `kv` and `block` there is no third thing between TTT and block-wise training. A `block` drafter's K = block_size -
+1 steps come from one pass. `kv` feeds no state back, so K steps of TTT from an anchor *are* a block of K
+teacher-forced tokens under causal attention, with gradients through every draft-side key and value: training it
+block-wise "in the causal sense" is TTT with ``anchor_fraction=1``, to the last gradient (a test holds it to one pass
+with an explicit causal mask). What can differ is how many anchors later steps run on (``anchor_fraction``), their
+weights (``step_decay``) and their number (``ttt_steps``).
 """
 
 from collections.abc import Iterator
@@ -20,21 +21,15 @@ from .anchors import Anchors
 
 
 def draft_steps(
-    drafter: Drafter,
-    features: Features,
-    anchors: Anchors,
-    ttt_steps: int,
-    subset: tuple[Anchors, Tensor] | None = None,
-    *,
-    kv_lag: Tensor | None = None,
-    cross_alone: bool = False,
-) -> Iterator[tuple[int, Anchors, Tensor]]:
+    drafter: Drafter, features: Features, anchors: Anchors, ttt_steps: int,
+    subset: tuple[Anchors, Tensor] | None = None, *, kv_lag: Tensor | None = None, cross_alone: bool = False,
+) -> Iterator[tuple[int, Anchors, Tensor]]:  # fmt: skip
     """Run K draft steps from every anchor; inputs are the ground-truth tokens, only the drafter's state is its own.
 
     Parameters
     ----------
-    subset : from :func:`~anchors.sample_anchors`: steps k ≥ 1 run on it alone, for chains of different anchors share nothing
-        but the prefix. A `block` drafter runs on it at every step: they are one pass.
+    subset : from :func:`~anchors.sample_anchors`: steps k ≥ 1 run on it alone, for chains of different anchors share
+        nothing but the prefix. A `block` drafter runs on it at every step: they are one pass.
     kv_lag : [B] hides the newest entries of the target's KV, so many a document.
     cross_alone : run a hybrid as if its gate were 1.
 

@@ -25,7 +25,7 @@ HEAD = 2 * 64 * 410
 
 
 def drafter(variant: str):
-    """The study's variant on the tiny target, whose four query heads can share the KV heads of two layers, not of three."""
+    """A variant on the tiny target, whose four query heads can share the KV heads of two layers, not of three."""
     names = {field.name for field in fields(DrafterConfig)}
     values = {name: value for name, value in VARIANTS[variant].parameters.items() if name in names}
     config = DrafterConfig(**values | ({"kv_layers": 2} if variant == "kv_2_heads" else {}))
@@ -41,7 +41,7 @@ def counted(action) -> int:
 
 
 def test_a_step_of_hidden_by_hand():
-    """Columns of two vectors of 64 go through maps of 128 → 64 (q), 128 → 32 (k, v), 64 → 64 (o), an MLP, and the head."""
+    """Two vectors of 64 go through maps of 128 → 64 (q), 128 → 32 (k, v), 64 → 64 (o), an MLP, and the head."""
     query, own, output, mlp = 2 * 128 * 64, 2 * 2 * 128 * 32, 2 * 64 * 64, 3 * 2 * 64 * 128
     found, maps, entry = drafter("hidden"), query + output + mlp + HEAD, 2 * 2 * 16 * 2
     first, third = cost.pass_cost(found, N, 0), cost.pass_cost(found, N, 2)
@@ -61,7 +61,7 @@ def test_a_block_by_hand():
 
 
 def test_bytes_of_reused_kv_by_hand():
-    """Keys and values of 2 heads of 16 in bfloat16, per layer of the drafter and per branch; `heads` reads two layers' own."""
+    """Keys and values of 2 heads of 16 in bfloat16, per layer and branch; `heads` reads two layers' own."""
     layer = 2 * 2 * 16 * 2
     expected = {
         "kv_1": 1, "kv_2": 2, "kv_4": 4, "kv_2_4kv": 2, "kv_2_heads": 4, "hybrid": 2, "cross_only_warm": 1,
@@ -74,7 +74,7 @@ def test_bytes_of_reused_kv_by_hand():
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_drafting_flops_are_those_that_pytorch_counts(variant, monkeypatch):
-    """RoPE's angles are matrix products to the counter (D a position); a product over one entry, at J = 1, is none to it."""
+    """RoPE's angles are matrix products to the counter (D a position); a product over one entry is none to it."""
     monkeypatch.setattr(attention, "FUSED", ())
     found = drafter(variant)
     block = found.config.paradigm == "block"
@@ -129,7 +129,7 @@ def mask(digits: str) -> np.ndarray:
 
 
 def test_the_work_of_one_document_by_hand():
-    """Six answer tokens after three: anchors 2 … 6 see 3 … 7 entries; 5, 4 and 3 of them have a pair at steps 0, 1, 2."""
+    """Six answer tokens after three: anchors 2 … 6 see 3 … 7 entries; 5, 4, 3 have a pair at steps 0, 1, 2."""
     answer = mask("000111111")
     assert document_work(answer, 3, 1.0).tolist() == [[5, 5, 5], [25, 25, 25], [5, 4, 3]]
     assert document_work(answer, 3, 0.2) == pytest.approx(np.array([[5, 1, 1], [25, 5, 5], [5, 0.8, 0.6]]))
@@ -147,7 +147,7 @@ def test_the_work_of_a_run_counts_every_pass():
 
 
 def test_the_flops_of_training_kv_1_by_hand():
-    """q, o: 64 → 64; k, v: 64 → 32; MLP of 128; fusion of three layers' 32 → 32; one anchor, one step, 5 entries and its own."""
+    """q, o: 64 → 64; k, v: 64 → 32; MLP of 128; three layers' 32 → 32; one anchor, one step, 5 + 1 entries."""
     layer = 2 * (64 * 64 * 2 + 64 * 32 * 2) + 3 * 2 * 64 * 128 + 4 * 64 * (5 + 1)
     fusion = 2 * 2 * 96 * 32
     work = Work(tokens=9, columns=8, rows=np.array([1.0]), entries=np.array([5.0]), scored=np.array([1.0]), steps=1)
@@ -159,8 +159,10 @@ TRAINED = ["hidden", "hidden_normed", "kv_2", "kv_2_mlp", "states_2", "both_2", 
 
 @pytest.mark.parametrize("variant", [*TRAINED, "block_kv_2", "block_states_1", "block_both_2"])
 def test_training_flops_are_those_that_pytorch_counts(variant, monkeypatch):
-    """The plain attention computes what it masks, so every anchor counts all N entries here. RoPE's angles and products over a
-    single entry are left: less than one in a hundred. Without the frozen head's and target state's exceptions it would be more.
+    """The plain attention computes what it masks, so every anchor counts all N entries here.
+
+    RoPE's angles and products over a single entry are left: less than one in a hundred. Without the exceptions for the
+    frozen head and target state it would be more.
     """
     monkeypatch.setattr(attention, "FUSED", ())
     built, documents = drafter(variant), [examples.document("0001111111111"), examples.document("0111111111111")]

@@ -126,7 +126,7 @@ def test_places_of_anchors_by_hand():
 
 
 def test_places_line_up_with_matches():
-    """A drafter that is right only where the generated offset is even: `match_documents` gives its anchors in this order."""
+    """Right only where the generated offset is even: `match_documents` gives its anchors in this order."""
     source = examples.live()
 
     def predictor(features, anchors, ttt_steps):

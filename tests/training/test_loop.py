@@ -1,4 +1,4 @@
-"""Training: a killed run resumes to the same bits, equal seeds give equal tables, and bad input or a lost loss is told."""
+"""Training: a killed run resumes to the same bits, equal seeds give equal tables, a lost loss is told."""
 
 import math
 from dataclasses import replace
@@ -57,7 +57,7 @@ def assert_same(found, wanted):
 @pytest.mark.parametrize("variant", ["hidden", "kv_2", "hybrid"])
 @pytest.mark.parametrize(("killed", "saved"), [(2, 0), (4, 4), (5, 5), (8, 6)])
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, undisturbed, variant, killed, saved):
-    """Killed before any checkpoint, right after one (with a report, and between two reports), and two steps after one."""
+    """Killed before any checkpoint, right after one (with a report, and between two), and two steps after one."""
     with monkeypatch.context() as patched:
         die_before_step(patched, killed, saved)
         with pytest.raises(Killed):

@@ -1,4 +1,4 @@
-"""The loss and its gradient against a naive drafter and autograd; estimates on some of the anchors; the cures' losses."""
+"""The loss and its gradient against a naive drafter and autograd, on all anchors and on some; the cures' losses."""
 
 from dataclasses import replace
 
@@ -102,7 +102,7 @@ def test_a_document_alone_and_in_a_batch_gets_the_same_drafts(variant):
     for document in range(len(examples.DOCUMENTS)):
         features = examples.features(documents=(document,))
         for (_, anchor, k), logits in logits_by_pair(drafter, features).items():
-            # Rounding: other batch shapes sum in another order, and feedback carries it on (1.3e-5 of 1 + |logit| seen).
+            # Rounding: other batch shapes sum in another order; feedback carries it on (1.3e-5 of 1 + |logit| seen).
             torch.testing.assert_close(together.pop((document, anchor, k)), logits, atol=1e-4, rtol=1e-5)
         result = ttt_loss(drafter, features, ttt_steps=STEPS)
         scored = torch.tensor([k for _, _, k in pair_losses(drafter, features, STEPS)], dtype=torch.int64).bincount(
@@ -143,7 +143,8 @@ def test_a_subset_of_every_anchor_goes_the_sampled_way_to_the_same_numbers(monke
     drafter, features = examples.drafter("hybrid"), examples.features()
     full, gradient = losses_and_gradients(drafter, features)
     sample = loss_module.sample_anchors
-    monkeypatch.setattr(loss_module, "sample_anchors", lambda anchors, fraction, generator: sample(anchors, 1.0, generator))
+    every = lambda anchors, _fraction, generator: sample(anchors, 1.0, generator)
+    monkeypatch.setattr(loss_module, "sample_anchors", every)
     sampled, same_gradient = losses_and_gradients(
         drafter, features, anchor_fraction=0.5, generator=torch.Generator().manual_seed(0)
     )
@@ -165,8 +166,9 @@ SPANS = ["00111111000", "01111000000"]  # 5 and 3 anchors; K = 3
 def test_the_mean_over_all_subsets_is_the_full_loss(monkeypatch):
     """Exact: over every sample that can be drawn, the mean of loss and gradient is that of all anchors.
 
-    Two estimates that look right are not, and the numbers tell them apart: sampled terms that are not weighted up, and a mean over
-    the sampled pairs (a sample's sum over its own count), because later steps have fewer pairs and their number varies.
+    Two estimates that look right are not, and the numbers tell them apart: sampled terms that are not weighted up,
+    and a mean over the sampled pairs (a sample's sum over its own count), because later steps have fewer pairs and
+    their number varies.
     """
     source = examples.live_of(*(examples.document(span, seed=9) for span in SPANS))
     features = source.batch([0, 1])

@@ -1,4 +1,4 @@
-"""Recording during training: the numbers are those of the optimiser step, no weight changes, and a killed run records the same."""
+"""Recording a training: its numbers are those of the optimiser step, no weight changes, killed runs record the same."""
 
 import math
 from dataclasses import replace
@@ -101,7 +101,7 @@ def test_every_parameter_is_in_one_matrix_and_norms_are_those_of_its_gradient():
 
 
 def test_the_effective_step_is_what_moved_the_weights():
-    """Without weight decay a parameter changes by exactly that, at every step; and a gradient 50 times as large changes nothing."""
+    """Without weight decay a parameter changes by just that, and a gradient 50 times as large changes nothing."""
     moved = {}
     for scale in (1.0, 50.0):
         weight = torch.nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3))
@@ -131,7 +131,7 @@ def test_rows_tell_the_step_of_a_whole_drafter():
 
 
 def test_branch_gradients_follow_the_gate():
-    """∂L/∂c = g ⊙ ∂L/∂o and ∂L/∂s = (1 - g) ⊙ ∂L/∂o: with a gate of 1/4 everywhere their norms are as 1 to 3, at every draft step."""
+    """∂L/∂c = g ⊙ ∂L/∂o and ∂L/∂s = (1 - g) ⊙ ∂L/∂o: with a gate of 1/4 their norms are as 1 to 3."""
     drafter = examples.drafter("hybrid")
     layer = drafter.layers[0]
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_few_anchors_are_every_eighth_of_those_with_all_steps():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile itself looks at it while tracing
 def test_compiled_steps_are_recorded_alike(monkeypatch):
-    """With torch.compile's tracing (not its code generator, which takes minutes): hooks on modules would be ignored there."""
+    """With torch.compile's tracing (not its code generator, which takes minutes): it ignores hooks on modules."""
     compiled, plain = examples.drafter("hybrid"), examples.drafter("hybrid")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     compiled.compile_steps()

@@ -57,7 +57,7 @@ def test_stacked_heads_equal_the_sequential_drafter():
 
 @torch.no_grad()
 def test_without_target_state_every_draft_step_is_the_same_language_model():
-    """What it predicts at (t, k) is what it predicts at (t + k, 0): it reads the tokens x_0 … x_{t+1+k} and nothing else."""
+    """What it predicts at (t, k) is what it predicts at (t + k, 0): it reads x_0 … x_{t+1+k} alone."""
     logits = logits_by_pair(examples.drafter("none_1"), examples.features())
     later = [
         (document, anchor, step) for document, anchor, step in logits if step and (document, anchor + step, 0) in logits
@@ -97,7 +97,7 @@ def one_anchor(features, anchor):
 
 
 def changed(features, *, state=slice(0, 0), tokens_from=99, documents=slice(None), value=None):
-    """Other random target state (or ``value``) at the places ``state``, other tokens at i ≥ tokens_from, in some documents."""
+    """Other target state (or ``value``) at the places ``state``, other tokens at i ≥ tokens_from, in some documents."""
     generator, new = torch.Generator().manual_seed(0), {"tokens": features.tokens.clone()}
     for name in STATE:
         new[name] = getattr(features, name).clone()
