@@ -204,7 +204,7 @@ CURES = tuple(name for name, variant in VARIANTS.items() if variant.group == "cu
 MAIN_VARIANTS = ("hidden", "kv_1", "kv_2", "kv_4", "hybrid", "hybrid_warm", "none_1")
 # Those whose queries are compared with the target's: plain reuse of the cache at every depth, and with hidden states.
 QUERY_VARIANTS = ("kv_1", "kv_2", "kv_3", "kv_4", "hybrid", "hybrid_warm")
-QUERY_ARMS = ("as_trained", "own", "oracle", "perfect", "random")  # of the oracle (`query_oracle` explains them)
+QUERY_ARMS = ("as_trained", "own", "oracle", "perfect", "random")  # of the oracle (`probes.oracle` explains them)
 
 _OLD_NAMES = {
     "kv_1_none": "none_1", "kv_2_from_hidden": "states_2", "kv_4_from_hidden": "states_4",
