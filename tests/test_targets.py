@@ -286,10 +286,10 @@ def test_other_kinds_of_rope_are_refused():
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("granite", {"embedding_multiplier": 12.0}, r"target granite \(GraniteForCausalLM\) changes its embeddings
-        before"), ("granite", {"logits_scaling": 8.0}, r"target granite \(GraniteForCausalLM\) forms its logits in a
-        way"), ("cohere", {"logit_scale": 1.0}, "target cohere has CohereLayerNorm as its last norm"), ("gemma2",
-        {}, "target Gemma2ForCausalLM caps its attention scores"),
+        ("granite", {"embedding_multiplier": 12.0}, r"granite \(GraniteForCausalLM\) changes its embeddings before"),
+        ("granite", {"logits_scaling": 8.0}, r"target granite \(GraniteForCausalLM\) forms its logits in a way"),
+        ("cohere", {"logit_scale": 1.0}, "target cohere has CohereLayerNorm as its last norm"),
+        ("gemma2", {}, "target Gemma2ForCausalLM caps its attention scores"),
     ],
 )  # fmt: skip
 def test_what_drafters_do_not_imitate_is_refused_by_name(family, options, message):

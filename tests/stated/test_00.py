@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from stated import unstated, wrong
 
-from kvshot_lib.study.profiles import NOTEBOOKS, load_profile
 from kvshot_lib.study.notebooks import parameter_defaults
+from kvshot_lib.study.profiles import NOTEBOOKS, load_profile
 from kvshot_lib.text.corpus import SPLITS, answer_token_counts, load_corpus, repetition_start
 
 NOTEBOOK = "notebooks/00_generate_corpus.ipynb"
@@ -38,7 +38,8 @@ def kept():
 
 def covered(size):
     """Share of judged tokens that a draft vocabulary holds, in percent."""
-    train, judged = (answer_token_counts(found, 49_152) for found in (documents("train"), documents("evaluation", False)))
+    both = documents("train"), documents("evaluation", False)
+    train, judged = (answer_token_counts(found, 49_152) for found in both)
     return 100 * judged[np.argsort(-train, kind="stable")[:size]].sum() / judged.sum()
 
 
