@@ -1,0 +1,156 @@
+"""Numbers in the text of notebook 07, held against the recorded tables."""
+
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import pytest
+from recorded import table
+from stated import unstated, wrong
+
+from kvshot_lib.metrics import decoding
+from kvshot_lib.metrics.resampling import interval
+from kvshot_lib.metrics.scorecard import paper_value, read_paper
+
+NOTEBOOK = "notebooks/07_decode_end_to_end.ipynb"
+TREE = "8/10/60"
+
+
+@cache
+def drawn(*names):
+    """Ratios of every drafter and plan, on the prompts of some tables and on resamples of them."""
+    rows = pd.concat([table(name) for name in names])
+    return {(key[0], key[-1]): ratio for key, _, _, ratio in decoding.drawn(rows, 2000, 0)}
+
+
+def told(metric, variant, plan, lot="decode_duel"):
+    return [*vars(interval(drawn(lot)[variant, plan][metric])).values()]
+
+
+def gap(metric, a, b, plan, *lots):
+    """a minus b with its interval, on the prompts that both answered."""
+    rows = pd.concat([table(name) for name in lots or ("decode_duel",)])
+    rows = rows[rows["variant"].isin([a, b])]
+    found = {key[0]: ratio[metric] for key, _, _, ratio in decoding.drawn(rows, 2000, 0) if key[-1] == plan}
+    return [*vars(interval(found[a] - found[b])).values()]
+
+
+def loss(numbers):
+    value, low, high = numbers
+    return [-value, -high, -low]
+
+
+@cache
+def model():
+    wide = decoding.model_table(table("decode_prompts"), 2).pivot_table(index=["variant", "mode", "plan"], columns="metric", values="value")
+    return wide.assign(plain=wide["predicted"] / wide["speedup"] - 1, whole=wide["predicted_whole"] / wide["speedup"] - 1)
+
+
+def costs(variant, plan, column="cost"):
+    found = decoding.break_even(decoding.model_table(table("decode_prompts"), 2)).set_index(["variant", "plan"])
+    return found.loc[(variant, plan), column]
+
+
+def other_share():
+    parts = decoding.parts_table(decoding.fastest(table("decoding")))
+    parts = parts[parts["part"].isin(["bookkeeping", "sampling", "rest"]) & (parts["mode"] != "alone")]
+    found = 100 * parts.groupby(["variant", "mode"])["share"].sum()
+    return [found.min(), found.max()]
+
+
+def scale(variant):
+    found = decoding.paper_scale(table("step_latency"))
+    return found[(found["prefix_tokens"] == 2048) & (found["variant"] == variant)]["break_even_mat"].item()
+
+
+def milliseconds(what, tokens):
+    found = table("step_latency")
+    return found[(found["what"] == what) & (found["tokens"] == tokens) & (found["prefix_tokens"] == 2048)]["milliseconds"].item()
+
+
+def step_ratio():
+    rows = table("decode_prompts").query("variant in ['hybrid_warm', 'hidden']")
+    found = {key[0]: ratio["draft_step_s"] for key, _, _, ratio in decoding.drawn(rows, 2000, 0) if key[-1] == "7"}
+    return [*vars(interval(found["hybrid_warm"] / found["hidden"])).values()]
+
+
+def mats(*wanted):
+    best = decoding.fastest(table("decoding")).set_index(["variant", "mode"])["decoded_mat"]
+    return [best[key] for key in wanted]
+
+
+def prompts(*names):
+    return [table(name)["prompt"].nunique() for name in names]
+
+
+STATED = [
+    ("at most 48 tokens", lambda: [table("decode_prompts")["new_tokens"].max()]),
+    ("by several plans on 7 prompts; 98 others judge", lambda: prompts("decode_prompts", "decode_duel")),
+    (
+        "gets 2.21 tokens at .74 times the target's own speed [.70, .78]",
+        lambda: [told("decoded_mat", "hidden_continued", TREE)[0], *told("speedup", "hidden_continued", TREE)],
+    ),
+    ("is 1.31 times as fast as the target alone [1.27, 1.34]", lambda: told("speedup", "hidden_31_continued", "2")),
+    (
+        "gets .011 tokens more from a forward [−.005, .028], and its speedup is .051 lower [.037, .065]",
+        lambda: gap("decoded_mat", "hybrid_warm_31", "hidden_31_continued", "2")
+        + loss(gap("speedup", "hybrid_warm_31", "hidden_31_continued", "2")),
+    ),
+    ("0 of 32,320 tokens differ", lambda: table("lossless").query("dtype == 'float32'")[["mismatches", "new_tokens"]].sum()),
+    ("2.90 against 1.80 for", lambda: mats(("hidden_31_continued", "tree"), ("hidden_31_continued", "chain"))),
+    ("1.96 against 1.59", lambda: mats(("block_kv_2", "tree"), ("block_kv_2", "chain"))),
+    ("On 7 prompts `hybrid_warm_31` came first with 1.42", lambda: [7, decoding.fastest(table("decoding"))["speedup"].max()]),
+    ("On the others it reaches 1.26 [1.22, 1.29]", lambda: told("speedup", "hybrid_warm_31", "2")),
+    ("A chain of 7 by `hidden_continued` gains nothing: 1.00 [.96, 1.04]", lambda: [7, *told("speedup", "hidden_continued", "7")]),
+    ("Its 1.30 has the interval [1.05, 1.60]", lambda: told("speedup", "transformers", "10", "decode_prompts")),
+    ("calls chains 10% too fast on average, trees 139%", lambda: 100 * model()["plain"].groupby("mode").mean()),
+    ("60 tokens cost 2.20 to 2.55 forwards", lambda: [60, *model().xs("tree", level="mode")["verify_cost"].agg(["min", "max"])]),
+    ("it is off by 3% on average", lambda: [100 * model()["whole"].abs().mean()]),
+    ("take 1.9% to 4.0%", other_share),
+    (
+        "costs .077 verifications, one of `both_4_continued` .195, for the same 1.8 tokens",
+        lambda: [costs("hidden_31_continued", "2"), costs("both_4_continued", "2"), costs("both_4_continued", "2", "decoded_mat")],
+    ),
+    ("may cost most: up to .59", lambda: [costs("block_kv_2", "4", "affordable")]),
+    ("a tree's 61 tokens cost 1.17 forwards", lambda: [61, milliseconds("verify", 61) / milliseconds("verify", 1)]),
+    (
+        "One layer pays from 1.41 tokens on, `kv_4` from 2.09, a block of two layers from 1.14",
+        lambda: [scale("kv_1"), scale("kv_4"), scale("block_kv_2")],
+    ),
+    (
+        "A step of the hybrid takes 41% longer than one of `hidden`",
+        lambda: [100 * (milliseconds("draft hybrid", 1) / milliseconds("draft hidden", 1) - 1)],
+    ),
+    (
+        "The paper's warm hybrid gets 5.04 tokens by tree, its `hidden` 5.01",
+        lambda: [paper_value(read_paper(), v, "tree_decoded_mat") for v in ("hybrid_warm", "hidden_continued")],
+    ),
+    (
+        "On the first 7 prompts it was −.017 [−.108, .090]",
+        lambda: [7, *gap("decoded_mat", "hybrid_warm", "hidden_continued", TREE, "decode_prompts")],
+    ),
+    (
+        "+.070 [.041, .103] on all 105",
+        lambda: [*gap("decoded_mat", "hybrid_warm", "hidden_continued", TREE, "decode_prompts", "decode_duel"), 105],
+    ),
+    ("+.075 [.043, .108] on the 98 alone", lambda: [*gap("decoded_mat", "hybrid_warm", "hidden_continued", TREE), 98]),
+    (
+        "the speedup of `hybrid_warm` is .032 lower [.020, .043]",
+        lambda: loss(gap("speedup", "hybrid_warm", "hidden_continued", TREE)),
+    ),
+    ("Its draft step takes 1.47 times as long [1.40, 1.55]", step_ratio),
+]
+
+
+@pytest.mark.parametrize("fragment, values", STATED, ids=[fragment[:40] for fragment, _ in STATED])
+def test_numbers_are_those_of_the_tables(fragment, values):
+    assert wrong(NOTEBOOK, fragment, np.asarray(values(), float)) == []
+
+
+def test_every_interval_is_checked():
+    assert unstated(NOTEBOOK, [fragment for fragment, _ in STATED]) == []
+
+
+def test_the_best_of_many_tries_is_the_one_named():
+    best = decoding.fastest(table("decoding"))
+    assert best.loc[best["speedup"].idxmax(), "variant"] == "hybrid_warm_31"
