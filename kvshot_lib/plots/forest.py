@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from ..errors import StudyError
 from .style import STYLE, WIDTH, look
 
-LINE = 0.3  # inches of a row
+LINE, MOST = 0.3, 6.8  # inches of a row, and of all rows
 
 
 @mpl.rc_context(STYLE)
@@ -62,7 +62,7 @@ def forest(
     longest = max(len(name) for name in [*names, *(str(head) for _, head in heads)])
     left, right = min(0.48, 0.06 + 0.0091 * longest), 0.78 if told is None else 0.72
     margin = 0.4 if title else 0.1
-    height = 0.75 + margin + LINE * y
+    height = 0.75 + margin + min(LINE * y, MOST)
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.add_axes((left, 0.65 / height, right - left, 1 - (0.65 + margin) / height))
     axes.set_ylim(y - 0.5, -0.5)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
@@ -59,6 +58,8 @@ def name_points(
 
     The panel must have its final place: names are measured in pixels.
     """
+    from adjustText import adjust_text  # with all of scipy, for the one shape that needs it
+
     spots = axes.transData.transform(table[[x, y]].to_numpy(float))
     points, frame = [Bbox.from_extents(*spot, *spot).padded(5) for spot in spots], axes.get_window_extent()
     texts, targets = [], []
