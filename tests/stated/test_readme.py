@@ -1,0 +1,48 @@
+"""Numbers in the README's text, held against the recorded tables."""
+
+import pytest
+from recorded import minus, table
+from stated import unstated, wrong
+
+from kvshot_lib.metrics import decoding
+from kvshot_lib.metrics.resampling import interval
+
+README = "README.md"
+
+
+def turned(numbers):
+    """A loss as a positive number, with its interval."""
+    found, low, high = numbers
+    return -found, -high, -low
+
+
+def speedup(variant: str, plan: str):
+    """Speed over the target alone with its interval, on the prompts that the drafter was not chosen by."""
+    drawn = {(key[0], key[-1]): ratios for key, _, _, ratios in decoding.drawn(table("decode_duel"), 2000, 0)}
+    return [*vars(interval(drawn[variant, plan]["speedup"])).values()]
+
+
+def prompts() -> list[int]:
+    return [table("decode_duel")["prompt"].nunique()]
+
+
+STATED = [
+    ("508 greedy answers", lambda: [table("counts")["document"].nunique()]),
+    ("drafts .31 [.27, .35] tokens more per target forward", lambda: minus("hidden_31", "hidden")),
+    ("right .006 [.002, .012] *less* often", lambda: turned(minus("kv_1", "none_1", "step_acceptance", 6))),
+    ("draft .11 [.09, .13] tokens more than the un-rotated cache", lambda: minus("states_2", "kv_2_unrotate")),
+    ("gains nothing clear, .02 [−.02, .06]", lambda: minus("both_4_continued", "states_4_continued")),
+    ("1.31 [1.27, 1.34] times as fast as the target alone", lambda: speedup("hidden_31_continued", "2")),
+    ("on 98 prompts that it was not chosen by", prompts),
+    ("drafters of 15.3 million tokens", lambda: [table("runs").query("init_from.isna()")["trained_tokens"].mean() / 1e6]),
+    ("59 variants, 157 runs", lambda: [table("runs")["variant"].nunique(), len(table("runs"))]),
+]
+
+
+@pytest.mark.parametrize("fragment, values", STATED, ids=[fragment[:40] for fragment, _ in STATED])
+def test_numbers_are_those_of_the_tables(fragment, values):
+    assert wrong(README, fragment, values()) == []
+
+
+def test_every_interval_is_checked():
+    assert unstated(README, [fragment for fragment, _ in STATED]) == []
