@@ -124,13 +124,12 @@ class StoredFeatures:
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).exists():
             raise StudyError(
-                f"no feature store at {self.folder}; run notebook 01_extract_kv_cache with the same results_dir"
+                f"no feature store at {self.folder}; run notebook 01_extract_kv_cache for this results_dir"
             )
         manifest = read_manifest(self.folder)
         if not manifest["complete"]:
             raise StudyError(
-                f"the feature store at {self.folder} is not finished; "
-                "run notebook 01_extract_kv_cache again, it resumes"
+                f"the store at {self.folder} is not finished; run notebook 01_extract_kv_cache again, it resumes"
             )
         self.spec = FeatureSpec.from_json(manifest["spec"])
         self.lengths: list[int] = manifest["lengths"]

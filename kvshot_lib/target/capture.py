@@ -117,9 +117,7 @@ def check_layers(model: PreTrainedModel, hidden: Sequence[int], kv: Sequence[int
             raise StudyError(f"layer {layer} is out of range; this target has layers 0 to {number - 1}")
     for layer in kv:
         if layer not in full:
-            raise StudyError(
-                f"layer {layer} keeps only a sliding window of the prefix; layers that can be reused: {full}"
-            )
+            raise StudyError(f"layer {layer} keeps only a sliding window; layers that can be reused: {full}")
 
 
 def _recording_sdpa(module, query, key, value, attention_mask, **kwargs):

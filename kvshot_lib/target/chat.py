@@ -31,7 +31,7 @@ def chat_headers(tokenizer: PreTrainedTokenizerFast, thinking: bool = False) -> 
         text = tokenizer.apply_chat_template(message, **options)
     except ValueError as error:
         raise StudyError(
-            "this target has no chat template, so it can't write dialogues; choose an instruct model"
+            "this target has no chat template to write dialogues with; choose an instruct model"
         ) from error
     before, after = text.split("USERTURN")
     return _ids(tokenizer, before), _ids(tokenizer, after)

@@ -50,9 +50,7 @@ def shared_parts(target: Target, draft_ids: Tensor) -> Shared:
         how = "forms its logits in a way that"
     else:
         return shared
-    raise StudyError(
-        f"target {target.name} ({type(model).__name__}) {how} drafters don't imitate; choose another target"
-    )
+    raise StudyError(f"target {target.name} ({type(model).__name__}) {how} no drafter imitates; choose another target")
 
 
 def norm_gain(norm: nn.Module, target_name: str) -> Tensor:

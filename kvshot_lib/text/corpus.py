@@ -79,9 +79,7 @@ def load_corpus(name: str | Path, split: str, *, seed: int = 0, whole_answers: b
     facts = folder / "provenance.json"
     if not facts.is_file():
         known = ", ".join([*CORPORA, "tiny"])
-        raise StudyError(
-            f"unknown corpus {str(name)!r}; choose {known} or a folder that `kvshot generate` has finished"
-        )
+        raise StudyError(f"unknown corpus {str(name)!r}; choose {known} or a folder that `kvshot generate` finished")
     provenance = read_json(facts, "fetch or generate the corpus again")
     if provenance.get("schema_version") != SCHEMA_VERSION or split not in provenance.get("splits", {}):
         raise StudyError(f"{facts} describes no {split!r} split in format {SCHEMA_VERSION}; make the corpus anew")
@@ -144,18 +142,15 @@ def prompt_key(document: Document) -> bytes:
 def write_documents(path: Path, documents: Sequence[Document]) -> None:
     """Write documents end to end as an ``.npz`` file that `numpy.load` reads; equal documents make equal files.
 
-    ``prefix`` [p] is what all documents begin with (the chat header), stored once. ``tokens`` holds the rest of
-    every document end to end, ``lengths`` [documents] how many tokens of it each document takes, ``answer_mask``
-    one bit a token. For example [7 7 1 2], [7 7 3] become prefix [7 7], tokens [1 2 3], lengths [2 1].
+    ``tokens`` holds all documents end to end, ``lengths`` [documents] the tokens of each, ``answer_mask`` one bit a
+    token. The tracked corpora have a ``prefix`` too: the chat header, which all of their documents begin with.
     """
-    prefix = _common_prefix(documents)
-    flat = np.concatenate([d.tokens[len(prefix) :] for d in documents] or [prefix])
-    smallest = np.min_scalar_type(int(max(flat.max(initial=0), prefix.max(initial=0))))
+    empty = Document(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool))
+    tokens = np.concatenate([d.tokens for d in (empty, *documents)])
     arrays = {
-        "prefix": prefix.astype(smallest),
-        "tokens": flat.astype(smallest),
-        "lengths": np.array([len(d.tokens) - len(prefix) for d in documents], dtype=np.int32),
-        "answer_mask": np.packbits(np.concatenate([d.answer_mask[len(prefix) :] for d in documents] or [prefix > 0])),
+        "tokens": tokens.astype(np.min_scalar_type(int(tokens.max(initial=0)))),
+        "lengths": np.array([len(d.tokens) for d in documents], dtype=np.int32),
+        "answer_mask": np.packbits(np.concatenate([d.answer_mask for d in (empty, *documents)])),
     }
     with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
         for name, array in arrays.items():
@@ -169,18 +164,16 @@ def read_documents(path: str | Path) -> list[Document]:
     """Undo `write_documents`; its parts carry checksums, so an altered file is refused."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            prefix, flat, lengths = (arrays[name].astype(np.int32) for name in ("prefix", "tokens", "lengths"))
+            flat, lengths = arrays["tokens"].astype(np.int32), arrays["lengths"]
             mask = np.unpackbits(arrays["answer_mask"], count=len(flat)).astype(bool)
+            prefix = arrays["prefix"].astype(np.int32) if "prefix" in arrays else flat[:0]
     except _UNREADABLE as error:
         raise StudyError(f"{path} can't be read ({type(error).__name__}); delete it and make it again") from error
     if lengths.sum() != len(flat):
-        raise StudyError(
-            f"{path} holds {len(flat)} tokens, its documents add up to {lengths.sum()}; make the corpus anew"
-        )
-    ends = np.cumsum(lengths)
-    no_answer = np.zeros(len(prefix), dtype=bool)
+        raise StudyError(f"{path}: {len(flat)} tokens, but its documents hold {lengths.sum()}; make the corpus anew")
+    ends, unmasked = np.cumsum(lengths, dtype=np.int64), np.zeros(len(prefix), dtype=bool)
     return [
-        Document(np.concatenate([prefix, flat[a:b]]), np.concatenate([no_answer, mask[a:b]]))
+        Document(np.concatenate([prefix, flat[a:b]]), np.concatenate([unmasked, mask[a:b]]))
         for a, b in zip(ends - lengths, ends)
     ]
 
@@ -214,16 +207,6 @@ def cut_repetition(document: Document, repeat_tokens: int = REPEAT_TOKENS) -> Do
     answer = document.answer
     keep = len(document.tokens) - (len(answer) - repetition_start(answer, repeat_tokens))
     return Document(document.tokens[:keep], document.answer_mask[:keep])
-
-
-def _common_prefix(documents: Sequence[Document]) -> np.ndarray:
-    """The tokens that all documents begin with, up to the first answer token of any."""
-    if not documents:
-        return np.zeros(0, dtype=np.int32)
-    length = min(len(d.prompt) for d in documents)
-    starts = np.stack([d.tokens[:length] for d in documents])
-    same = (starts == starts[0]).all(axis=0)
-    return starts[0, : length if same.all() else int(same.argmin())].astype(np.int32)
 
 
 def _tiny_documents(seed: int) -> dict[str, list[Document]]:

@@ -159,9 +159,7 @@ def _headers(target: Target, settings: GeneratorSettings) -> tuple[np.ndarray, n
     headers = chat_headers(target.tokenizer, settings.thinking)
     longest = sum(map(len, headers)) + settings.max_user_tokens
     if longest + MIN_ANSWER_TOKENS > settings.max_length_tokens:
-        raise StudyError(
-            f"max_length_tokens is {settings.max_length_tokens}; a prompt alone may take {longest}; raise it"
-        )
+        raise StudyError(f"max_length_tokens={settings.max_length_tokens}; a prompt alone may take {longest}; raise it")
     return headers
 
 
@@ -213,7 +211,7 @@ def _collect(
             number, empty = number + 1, 0 if taken else empty + 1
             if empty == MAX_EMPTY_BATCHES:
                 raise StudyError(
-                    f"{empty} batches in a row had no usable dialogue; raise max_user_tokens or use a chat model"
+                    f"{empty} batches in a row gave no dialogue; raise max_user_tokens or use a chat model"
                 )
     return documents
 

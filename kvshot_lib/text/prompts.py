@@ -55,9 +55,7 @@ def load_prompts(name_or_path: str | Path = "study") -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a JSON string may hold U+2028
     except FileNotFoundError as error:
-        raise StudyError(
-            f"no prompts named {str(name_or_path)!r}; choose study, human-eval or a .jsonl file"
-        ) from error
+        raise StudyError(f"no prompts named {str(path)!r}; choose study, human-eval or a .jsonl file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"could not read prompts from {path} ({error}); give a .jsonl file in UTF-8") from error
     prompts: dict[str, Prompt] = {}

@@ -68,16 +68,14 @@ def _records(source: str) -> Iterator[dict]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise StudyError(
-            f"{source} needs the package datasets (pip install datasets); a local .jsonl file of dialogues doesn't"
-        ) from error
+        raise StudyError(f"{source} needs pip install datasets; a local .jsonl file of dialogues doesn't") from error
     name, _, split = source.partition(":")
     try:
         yield from load_dataset(name, split=split or "train")
     except Exception as error:  # datasets raises a dozen kinds
         why = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise StudyError(
-            f"could not load the data set {source}: {why}; give a name:split of the hub or a local .jsonl file"
+            f"could not load {source}: {why}; give a name:split of the hub or a local .jsonl file"
         ) from error
 
 
@@ -88,7 +86,7 @@ def _local(path: Path) -> Iterator[dict]:
         records = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise StudyError(
-            f"could not read dialogues from {path} ({error}); give JSON in UTF-8, one record a line in a .jsonl file"
+            f"could not read dialogues from {path} ({error}); give JSON in UTF-8, a record a line in .jsonl"
         ) from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise StudyError(f"{path} is not a list of records; a record holds {FORMS}")
