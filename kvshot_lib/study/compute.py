@@ -25,7 +25,7 @@ from ..metrics import tables
 from ..target.load import Target
 from ..training.config import TrainConfig, configurations
 from ..training.cost import CONTEXT, chain_cost, prefix_cost, run_work, target_cost, training_flops
-from .profiles import extract_values, load_profile, results_of, train_values
+from .profiles import extract_values, load_profile, train_values
 
 WALK = ("seed", "epochs", "max_steps", "batch_documents", "ttt_steps", "anchor_fraction")  # what a walk depends on
 
@@ -58,7 +58,7 @@ def compute_table(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 def _extraction(name: str) -> Extraction:
     profile = load_profile(name)
-    return prepare(extract_values(profile, results_of(profile)) | {"device": "cpu", "dtype": "float32"})
+    return prepare(extract_values(profile, profile.results) | {"device": "cpu", "dtype": "float32"})
 
 
 def _run_row(run, extracted: Callable, work_of: Callable) -> dict:

@@ -9,7 +9,7 @@ from ..errors import StudyError
 from ..parts import MARK
 from .fingerprints import covered
 from .notebooks import locked, run_notebook
-from .profiles import DRAWING, FOLDER, NOTEBOOKS, Profile, checked_profile, load_profile, results_of
+from .profiles import DRAWING, FOLDER, NOTEBOOKS, Profile, checked_profile, load_profile
 
 DRY = {"-n", "--dry-run", "--dryrun"}
 
@@ -23,7 +23,7 @@ def run_study(profile: str, words: Sequence[str]) -> int:
     from snakemake.cli import main as snakemake
 
     loaded = checked_profile(profile)
-    results = results_of(loaded)
+    results = loaded.results
     for step in (key for key in NOTEBOOKS if getattr(loaded, key) is not None):
         covered(step)  # what is wrong with its code is told here; in the Snakefile it would be lost in the quiet
     if DRY & set(words):
@@ -104,7 +104,7 @@ def redraw(name: str) -> None:
             print(f"{notebook.name}: not drawn for {name}, whose profile has no '{key}'")
             continue
         folders = {"tables_dir": f"../{tables}", "figures_dir": f"../figures/{name}"}
-        output = results_of(profile) / f"notebooks/{notebook.stem}.recorded.ipynb"
+        output = profile.results / f"notebooks/{notebook.stem}.recorded.ipynb"
         run_notebook(notebook, output, (parameters or {}) | folders)
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from ..drafters.variants import VARIANTS, check_current, parameters_of
 from ..errors import StudyError
+from ..training.config import configurations
 from .notebooks import check_names, check_no_number_as_text, check_parameters, parameter_defaults
 
 NOTEBOOKS = {
@@ -68,6 +69,11 @@ class Profile:
     drafters: dict = field(default_factory=dict)
     seeds: list = field(default_factory=lambda: [0])
     parallel_trainings: int = 0
+
+    @property
+    def results(self) -> Path:
+        """The folder that its study writes."""
+        return Path("results") / self.name
 
 
 def load_profile(name_or_path: str | Path) -> Profile:
@@ -131,26 +137,33 @@ def resolve_drafters(given: list | dict, where: str) -> dict[str, dict]:
     return found
 
 
-def check_profile(profile: Profile) -> None:
-    """Refuse parameters that the notebooks don't have and warm starts from nowhere, before anything runs.
+def checked_profile(name_or_path: str | Path) -> Profile:
+    """`load_profile`, and refuse what would stop a notebook or a training later.
 
     Raises
     ------
-    StudyError : names the profile's section, the parameter and the valid names.
+    StudyError : names the profile's section or drafter and what is wrong with it.
     """
+    profile = load_profile(name_or_path)
+    where = f"profile {profile.name}"
+    if not profile.drafters or not profile.seeds:
+        raise StudyError(f"{where} has no drafters or no seeds, so there is nothing to train")
     for key, notebook in NOTEBOOKS.items():
         if getattr(profile, key) is not None:
             check_parameters(notebook, getattr(profile, key))
     for variant, parameters in profile.drafters.items():
         check_parameters(NOTEBOOKS["train"], parameters)
         check_start(profile, variant)
-    if not profile.drafters or not profile.seeds:
-        raise StudyError(f"profile {profile.name} has no drafters or no seeds, so there is nothing to train")
+        try:
+            configurations(train_values(profile, variant, 0))
+        except (StudyError, TypeError) as error:
+            raise StudyError(f"{where}, drafter '{variant}': {error}") from error
     published = sorted(path.parent.name for path in CHECKPOINTS.glob("*/drafter.json"))
-    check_names(profile.checkpoints, published, f"profile {profile.name}, checkpoints: {CHECKPOINTS}")
+    check_names(profile.checkpoints, published, f"{where}, checkpoints: {CHECKPOINTS}")
     for seed in profile.seeds:
         if not isinstance(seed, int) or seed < 0:
-            raise StudyError(f"profile {profile.name}: seed {seed!r} must be a whole number, 0 or more")
+            raise StudyError(f"{where}: seed {seed!r} must be a whole number, 0 or more")
+    return profile
 
 
 def check_start(profile: Profile, variant: str) -> None:
@@ -166,35 +179,6 @@ def check_start(profile: Profile, variant: str) -> None:
             told = " from ".join([*passed, start])
             raise StudyError(f"profile {profile.name}: '{variant}' starts from itself, by {told}")
         here = start
-
-
-def check_drafters(profile: Profile) -> None:
-    """Refuse values that no drafter or training can have, as the trainings would. (It imports torch: some seconds.)
-
-    Raises
-    ------
-    StudyError : names the profile's drafter and what is wrong with it.
-    """
-    from ..training.config import configurations
-
-    for variant in profile.drafters:
-        try:
-            configurations(train_values(profile, variant, 0))
-        except (StudyError, TypeError) as error:
-            raise StudyError(f"profile {profile.name}, drafter '{variant}': {error}") from error
-
-
-def checked_profile(name_or_path: str | Path) -> Profile:
-    """`load_profile` with every check passed."""
-    profile = load_profile(name_or_path)
-    check_profile(profile)
-    check_drafters(profile)
-    return profile
-
-
-def results_of(profile: Profile) -> Path:
-    """The folder that its study writes."""
-    return Path("results") / profile.name
 
 
 def extract_values(profile: Profile, results_dir: str | Path) -> dict:

@@ -39,7 +39,7 @@ from ..text.generate import GeneratorSettings, write_answers
 from ..training.config import TrainConfig, configurations
 from ..training.loop import train
 from .notebooks import check_names, parameter_defaults
-from .profiles import NOTEBOOKS, Profile, checked_profile, extract_values, results_of, train_values
+from .profiles import NOTEBOOKS, Profile, checked_profile, extract_values, train_values
 
 BENCHED = ("hidden", "kv_2", "hybrid", "block_kv_2")
 NARROW = {
@@ -146,7 +146,7 @@ def dry_run(
     """
     loaded = checked_profile(profile)
     check_names(drafters, loaded.drafters, f"profile {loaded.name}, drafters:")
-    values = extract_values(loaded, results_of(loaded)) | ({"max_length_tokens": length} if length else {})
+    values = extract_values(loaded, loaded.results) | ({"max_length_tokens": length} if length else {})
     target, length = random_target(loaded, layers, narrow, device, dtype), values["max_length_tokens"]
     size = sum(p.numel() for p in target.model.parameters())
     machine = f"{device_name(target.device)}, torch {torch.__version__}"

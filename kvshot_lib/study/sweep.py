@@ -45,7 +45,7 @@ def sweep_profile(
     1 if runs are left, else 0.
     """
     loaded = profiles.checked_profile(profile)
-    folder = Path(results_dir or profiles.results_of(loaded))
+    folder = Path(results_dir or loaded.results)
     jobs = named_runs(loaded, runs)
     left = sweep(loaded, folder, jobs, workers, stop_after_s)
     if left < len(jobs):
@@ -70,7 +70,7 @@ def several_processes(profile: str, what: str, runs: Sequence[str] = (), *, resu
     say = print if parallel.is_main() else lambda *_, **__: None
     say(f"{parallel.count()} process{'es' * (parallel.count() > 1)}", flush=True)
     loaded = profiles.checked_profile(profile)
-    folder, jobs = Path(results_dir or profiles.results_of(loaded)), named_runs(loaded, runs)
+    folder, jobs = Path(results_dir or loaded.results), named_runs(loaded, runs)
     if what not in ("extract", "train"):
         raise StudyError(f"{what!r} is neither extract nor train")
     if what == "extract":

@@ -24,7 +24,6 @@ from kvshot_lib.study import pipeline
 from kvshot_lib.study.cli import main
 from kvshot_lib.study.profiles import (
     Profile,
-    check_profile,
     checked_profile,
     load_profile,
     option_words,
@@ -275,11 +274,11 @@ def test_published_drafters_are_judged_beside_the_trained_ones(tmp_path, monkeyp
     monkeypatch.chdir(folder)
     edit(folder / "notebooks/profiles/small.yaml", "drafters:", "checkpoints: [kv_2]\ndrafters:")
     with pytest.raises(StudyError, match="checkpoints: data/checkpoints has no 'kv_2'; valid names: none"):
-        check_profile(load_profile("small"))
+        checked_profile("small")
     described = folder / "data/checkpoints/kv_2/drafter.json"
     described.parent.mkdir(parents=True)
     described.write_text('{"seed": 4, "weights_sha256": "a"}')
-    check_profile(load_profile("small"))
+    checked_profile("small")
     capfd.readouterr()
     run(folder, "small", "--dry-run")
     output = "".join(capfd.readouterr())
@@ -318,11 +317,10 @@ def test_committed_profile_fits_the_notebooks(path, monkeypatch):
     checked_profile(path.stem)
 
 
-def test_full_trains_every_variant_on_layers_that_are_extracted():
-    """Three layers of SmolLM2's 30 unless a variant says otherwise; `extract` records the union. Sources at equal depth come later."""
+def test_full_trains_the_studys_variants_on_layers_that_are_extracted():
+    """Three layers of SmolLM2's 30 unless a variant says otherwise; `extract` records the union."""
     profile = load_profile(ROOT / "notebooks/profiles/full.yaml")
-    later = {"none_2", "none_4", "query_1", "query_2", "query_4", "states_1", "hidden_31_2", "hidden_31_4"}
-    matrix = {name: variant.parameters for name, variant in VARIANTS.items() if name not in later}
+    matrix = {name: variant.parameters for name, variant in VARIANTS.items() if name in profile.drafters}
     assert profile.drafters == matrix and list(profile.drafters) == list(matrix) and profile.seeds == [0, 1, 2]
     counts = {3} | {parameters.get("kv_layers", 3) for parameters in matrix.values()}
     wanted = {layer for count in counts for layer in uniform_layers(range(30), count)}
