@@ -112,14 +112,15 @@ def parameter(own: inspect.Parameter, kind: object, told: str | None) -> click.P
     """A click argument or option for one parameter of a function."""
     several, required = get_origin(kind) is Sequence, own.default is own.empty
     word = next((known for known in (bool, int, float) if known in (kind, *get_args(kind))), str)
-    default = None if required else own.default
+    given = {} if required else {"default": own.default}  # a default of None would count as one
     if is_argument(own):
-        nargs = {"nargs": -1} if several else {"default": default}
-        return click.Argument([own.name], type=word, required=required, **nargs)
+        return click.Argument([own.name], type=word, required=required, **({"nargs": -1} if several else given))
+    if several:
+        word, given = Several(word), {"default": ",".join(map(str, own.default)) or "none"}
     flag = own.name.replace("_", "-")
     flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
-    shown = {"help": told, "show_default": default not in ("", None), "required": required, "default": default}
-    return click.Option([flags], type=Several(word) if several else word, **shown)
+    shown = given.get("default") not in ("", None)
+    return click.Option([flags], type=word, help=told, show_default=shown, required=required, **given)
 
 
 class Several(click.ParamType):
@@ -131,8 +132,8 @@ class Several(click.ParamType):
         self.word = word
 
     def convert(self, value: object, own: click.Parameter | None, context: click.Context | None) -> list:
-        if not isinstance(value, str):
-            return list(value)
+        if isinstance(value, list):
+            return value
         try:
             return [] if value == "none" else [self.word(word) for word in value.split(",")]
         except ValueError:
