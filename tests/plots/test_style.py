@@ -4,6 +4,7 @@ import html
 import shutil
 from html.parser import HTMLParser
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -72,6 +73,15 @@ def test_colours_survive_the_palette():
     pixels[70:90] = greys * (1, 1, 0) + np.array((0, 0, 7), np.uint8)
     found = np.asarray(style._in_256_colours(Image.fromarray(pixels)).convert("RGB")).astype(int)
     assert (found[:61] == pixels[:61]).all() and np.abs(found - pixels).max() < 16
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_every_picture_in_a_notebook_has_alternative_text(path):
+    outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
+    shown = [output.data for output in outputs if "data" in output]
+    images = [image for data in shown for image in Images(data.get("text/html", "")).found if image[0] == "img"]
+    assert all(len(attributes.get("alt", "")) > 20 for _, attributes in images)
+    assert not any("image/png" in data for data in shown)  # JupyterLab would show it without its text
 
 
 TRACKED = sorted((ROOT / "figures").glob("*/*.png"))
