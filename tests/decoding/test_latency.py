@@ -1,27 +1,16 @@
-"""Latencies at an architecture's scale, tried out with a tiny one on the CPU; the plain forward they time is the target's own."""
+"""Latencies at an architecture's scale, tried out with a tiny one on the CPU."""
 
 import pytest
 import torch
-from examples import target
-from transformers import DynamicCache
 
 from kvshot_lib.decoding import latency
-from kvshot_lib.decoding.latency import PlainTarget, over_prefix
-from kvshot_lib.decoding.propose import Proposal
-from kvshot_lib.decoding.verify import TargetRun
+from kvshot_lib.decoding.latency import over_prefix
 from kvshot_lib.drafters import attention
 from kvshot_lib.errors import StudyError
 from kvshot_lib.metrics import tables
-from kvshot_lib.target.capture import capture
 
 VARIANTS = ("hidden", "cross_only_warm", "block_kv_1")
 CPU = torch.device("cpu")
-PROMPT = torch.randint(3, 512, (23,), generator=torch.Generator().manual_seed(0)).tolist()
-PROPOSALS = {
-    "one token": Proposal.chain([7]),
-    "chain": Proposal.chain([7, 300, 41, 5]),
-    "tree": Proposal([7, 300, 41, 5, 6, 9], [-1, 0, 0, 1, 1, 4]),
-}
 
 
 def test_every_cost_is_a_row_and_the_method_is_told(tmp_path, capsys):
@@ -74,35 +63,12 @@ def test_bad_input_is_one_line(tmp_path, given, told):
     assert str(caught.value) == told
 
 
-def both(name: str, proposal: Proposal):
-    """Logits by transformers over its own cache, and by the plain forward over a copy of that cache."""
-    model = target(name).model
-    with torch.inference_mode(), capture(model) as taken:
-        run = TargetRun(target(name), DynamicCache(config=model.config), taken)
-        run.prefill(PROMPT)
-        longer = lambda part: torch.cat([part, part.new_zeros(*part.shape[:2], len(proposal.tokens), part.shape[3])], 2)
-        copies = [(longer(layer.keys), longer(layer.values)) for layer in run.cache.layers]
-        theirs = run.verify(proposal)
-        positions = len(PROMPT) + torch.tensor(proposal.depths)
-        ours = PlainTarget(model, copies, positions, proposal.sees)(torch.tensor(proposal.tokens))
-    return theirs, ours, run.cache, copies
-
-
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen3"])
-@pytest.mark.parametrize("kind", PROPOSALS)
-def test_logits_and_cache_are_those_of_transformers(name, kind):
-    theirs, ours, cache, copies = both(name, PROPOSALS[kind])
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    for layer, (keys, values) in zip(cache.layers, copies, strict=True):
-        torch.testing.assert_close(keys, layer.keys, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(values, layer.values, rtol=1e-4, atol=1e-5)
-
-
-def test_a_tree_read_as_a_chain_would_be_seen():
-    """The comparison above can fail: the same tokens with a chain's mask give other logits."""
-    theirs, _, _, _ = both("tiny-qwen3", PROPOSALS["tree"])
-    other, _, _, _ = both("tiny-qwen3", Proposal.chain(PROPOSALS["tree"].tokens))
-    assert (theirs - other).abs().max() > 0.1
+def test_grouped_heads_attend_as_repeated_ones_do():
+    """Query heads of one KV head as rows of one product: the attention of the target, each KV head repeated."""
+    query, keys, values = (torch.randn(1, heads, n, 16, generator=torch.Generator().manual_seed(n)) for heads, n in ((6, 5), (2, 40), (2, 41)))
+    values = values[:, :, :40]
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, *(x.repeat_interleave(3, 1) for x in (keys, values)))
+    torch.testing.assert_close(latency.grouped(None, query, keys, values, None)[0], wanted.transpose(1, 2))
 
 
 def test_attention_without_a_mask_is_attention_with_one_that_hides_nothing():
@@ -111,8 +77,3 @@ def test_attention_without_a_mask_is_attention_with_one_that_hides_nothing():
     expected = attention._prefix_attention(rows, keys, values, mask, 16**-0.5)
     for mine, theirs in zip(over_prefix(rows, keys, values), expected[:2], strict=True):
         torch.testing.assert_close(mine, theirs)
-
-
-def test_a_target_with_biases_is_refused():
-    with pytest.raises(StudyError, match="has biases"):
-        both("tiny-qwen2", PROPOSALS["chain"])
