@@ -14,7 +14,7 @@ from ..metrics.resampling import Interval
 from .forest import forest
 from .style import STYLE
 
-FOR, AGAINST, OPEN = ("#009E73", "o"), ("#D55E00", "X"), ("#777777", "s")
+FOR, AGAINST, OPEN = ("#000000", "o"), ("#b2182b", "X"), ("#8a8a8a", "s")  # no variant's colours
 LOOKS = {word: look for words in WORDS.values() for word, look in zip(words, (FOR, AGAINST))}
 LOOKS |= {"inconclusive": OPEN, "not run": OPEN}
 

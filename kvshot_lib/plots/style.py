@@ -48,14 +48,15 @@ KIN = {
     "block": ("#CC79A7", "<"),
     "": ("#000000", "*"),
 }
+# Parts of a decoded token's time: neutral, and the yellow that no variant has for what the drafter adds.
 PART_COLOURS = {
-    "prefill": "#56B4E9",
-    "verify": "#0072B2",
-    "draft": "#D55E00",
-    "project": "#E69F00",
-    "bookkeeping": "#444444",
-    "sampling": "#888888",
-    "rest": "#cccccc",
+    "prefill": "#b5b5b5",
+    "verify": "#6b6b6b",
+    "draft": "#F0E442",
+    "project": "#a89b00",
+    "bookkeeping": "#222222",
+    "sampling": "#d0d0d0",
+    "rest": "#e8e8e8",
 }
 
 
