@@ -26,11 +26,13 @@ from torch.utils.benchmark import Timer
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from ..drafters import attention
-from ..drafters.drafter import Drafter, DrafterConfig, drafter_sizes, in_dtype
+from ..drafters.config import DrafterConfig
+from ..drafters.context import drafter_spec
+from ..drafters.drafter import Drafter, drafter_sizes, in_dtype
 from ..drafters.layers import View
 from ..drafters.variants import parameters_of
 from ..errors import StudyError
-from ..features.spec import Features, feature_spec
+from ..features.spec import Features
 from ..metrics import tables
 from ..provenance import device_name
 from ..target.load import Target, resolve_device
@@ -129,11 +131,10 @@ def random_target(architecture: str, device: torch.device) -> Target:
 
 def random_drafter(variant: str, target: Target, draft_ids: Tensor) -> Drafter:
     """The study's drafter of that name for this target, untrained, on its device and in its dtype."""
-    own, known = parameters_of(variant), DrafterConfig.__dataclass_fields__
-    if not own:
+    if not (own := parameters_of(variant)):
         raise StudyError(f"there is no variant {variant!r}")
-    config = DrafterConfig(**{name: value for name, value in own.items() if name in known})
-    spec, model = feature_spec(target, config.kv_layers), target.model
+    config = DrafterConfig.of(own)
+    spec, model = drafter_spec(config, target), target.model
     frozen = model.get_input_embeddings().weight, model.get_output_embeddings().weight[draft_ids]
     with torch.device(target.device):
         drafter = Drafter(config, spec, drafter_sizes(target.config, spec), draft_ids, *frozen)

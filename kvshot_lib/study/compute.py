@@ -17,10 +17,10 @@ import pandas as pd
 import torch
 
 from ..drafters.config import DrafterConfig
+from ..drafters.context import drafter_spec
 from ..drafters.drafter import Drafter, build_drafter
 from ..errors import StudyError
 from ..features.extract import Extraction, prepare
-from ..features.spec import feature_spec
 from ..metrics import tables
 from ..target.load import Target
 from ..training.config import TrainConfig, configurations
@@ -101,4 +101,4 @@ def _run_row(run, extracted: Callable, work_of: Callable) -> dict:
 
 def _drafter(config: DrafterConfig, target: Target, vocabulary: int) -> Drafter:
     """An untrained drafter: counts do not depend on values."""
-    return build_drafter(config, target, feature_spec(target, config.kv_layers), torch.arange(vocabulary))
+    return build_drafter(config, target, drafter_spec(config, target), torch.arange(vocabulary))
