@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -19,17 +20,8 @@ from ..files import write_atomically, write_csv
 from ..metrics.tables import rounded
 
 WIDTH = 8.8  # inches of every figure: 985 pixels, shown at 800
-STYLE = {
+STYLE = sns.axes_style("ticks") | {
     "font.family": "DejaVu Sans",
-    "text.color": ".15",
-    "axes.labelcolor": ".15",
-    "axes.edgecolor": ".15",
-    "xtick.color": ".15",
-    "ytick.color": ".15",
-    "axes.axisbelow": True,
-    "lines.solid_capstyle": "round",
-    "patch.edgecolor": "w",
-    "patch.force_edgecolor": True,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
     "axes.titlepad": 10,
