@@ -16,6 +16,8 @@ from kvshot_lib.drafters.variants import (
     parameters_of,
 )
 from kvshot_lib.errors import StudyError
+from kvshot_lib.metrics.comparisons import registered_pairs
+from kvshot_lib.plots.style import look
 from kvshot_lib.study.profiles import resolve_drafters
 
 
@@ -32,7 +34,7 @@ def test_each_entry_is_whole():
 
 
 def test_a_variant_differs_from_the_one_that_it_is_against():
-    """Most in a single parameter; a start from trained weights is one point, and so is a norm pair or a source with its coordinates."""
+    """Mostly in one parameter; a start from trained weights is one point, and so are two norms, or a source with its coordinates."""
     for variant in VARIANTS.values():
         if variant.against:
             own, other = variant.parameters, parameters_of(variant.against)
@@ -44,6 +46,8 @@ def test_a_new_variant_needs_no_other_file(monkeypatch):
     new = Variant("kv_5", "Five layers over the cache.", {"paradigm": "kv", "num_layers": 5}, "kv_4", "paper", "#123456", "h")
     monkeypatch.setitem(VARIANTS, new.name, new)
     assert in_study_order(["zoo", "kv_5", "hidden", "kv_5"]) == ["hidden", "kv_5", "zoo"]
+    assert look("kv_5") == ("#123456", "h")
+    assert ("kv_5", "kv_4") in registered_pairs(["kv_4", "kv_5"])
     assert resolve_drafters(["kv_5"], "mine") == {"kv_5": new.parameters}
     assert resolve_drafters({"kv_5": {"epochs": 2}}, "mine") == {"kv_5": new.parameters | {"epochs": 2}}
 
