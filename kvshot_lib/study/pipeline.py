@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from ..errors import StudyError
@@ -79,25 +80,26 @@ def check_foreign_runs(profile: Profile, results: Path) -> None:
         )
 
 
-def redraw_all(profiles: Sequence[str] = ()) -> None:
-    """Draw figures/PROFILE anew from data/recorded/PROFILE, for all recorded profiles or those that are named."""
-    for name in profiles or recorded_profiles():
-        redraw(name)
-
-
-def redraw(name: str) -> None:
-    """Draw figures/<name> anew by the drawing notebooks of its profile; one that isn't run is named, with the reason.
+def redraw(profiles: Sequence[str] = ()) -> None:
+    """Draw figures/PROFILE anew from data/recorded/PROFILE, for all recorded profiles or those that are named.
 
     Raises
     ------
-    StudyError : nothing recorded under that name, or a notebook that failed.
+    StudyError : nothing recorded under a name, or a notebook that failed.
     """
+    jobs = [job for name in profiles or recorded_profiles() for job in drawings(name)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:  # papermill changes the folder of its whole process
+        list(pool.map(run_notebook, *zip(*jobs, strict=True)))
+
+
+def drawings(name: str) -> list[tuple[Path, Path, dict]]:
+    """The drawing notebooks of a recorded profile, each with its output and parameters; one left out is named."""
     tables = Path("data/recorded") / name
     if not tables.is_dir():
         recorded = ", ".join(recorded_profiles()) or "nothing yet"
         raise StudyError(f"there are no tables in {tables}; recorded: {recorded}")
     known = (FOLDER / f"{name}.yaml").exists()  # or else recorded by hand
-    profile = load_profile(name) if known else Profile(name)
+    profile, found = load_profile(name) if known else Profile(name), []
     for key in DRAWING:
         parameters, notebook = getattr(profile, key), Path(NOTEBOOKS[key])
         if known and parameters is None:
@@ -105,7 +107,8 @@ def redraw(name: str) -> None:
             continue
         folders = {"tables_dir": f"../{tables}", "figures_dir": f"../figures/{name}"}
         output = profile.results / f"notebooks/{notebook.stem}.recorded.ipynb"
-        run_notebook(notebook, output, (parameters or {}) | folders)
+        found.append((notebook, output, (parameters or {}) | folders))
+    return found
 
 
 def recorded_profiles() -> list[str]:

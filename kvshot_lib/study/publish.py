@@ -1,7 +1,7 @@
 """What goes out and comes in: published drafters, recorded tables and figures, EAGLE-3 checkpoints, old tables.
 
 A published drafter is a folder of data/checkpoints that `load_drafter` reads like any other: rounded weights,
-``drafter.json`` (config, target, hash, what its run recorded), ``history.csv``, ``acceptance.csv``, ``README.md`` (the card).
+``drafter.json`` (config, target, hash, what its run recorded), ``history.csv``, ``acceptance.csv``, and the card.
 """
 
 import csv

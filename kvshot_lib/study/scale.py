@@ -1,7 +1,7 @@
 """What a study takes: its heavy loops timed on this machine (`bench`), a profile tried at its real size (`dry_run`).
 
-A dry run gives the profile's target random weights, which change neither time nor memory; generation, extraction and every
-training go a few steps through the code that a study runs. Nothing is downloaded.
+A dry run gives the profile's target random weights, which change neither time nor memory; generation, extraction and
+every training go a few steps through the code that a study runs. Nothing is downloaded.
 """
 
 import os
@@ -174,8 +174,8 @@ def dry_run(
             torch.cuda.empty_cache()
     stored = sum(spec.bytes_per_token.values())
     return (
-        f"hours for {dialogues:,} dialogues of {length:,} tokens (at most), {tokens / 1e9:.2f} billion tokens, one device; "
-        f"the target\nruns in every training. Stored features: {stored:,} bytes a token, {tokens * stored / 1e12:.2f} TB"
+        f"hours for {dialogues:,} dialogues of {length:,} tokens (at most), {tokens / 1e9:.2f} billion tokens, on one "
+        f"device;\nthe target runs in each training. Features: {stored:,} bytes a token, {tokens * stored / 1e12:.2f} TB"
     )
 
 

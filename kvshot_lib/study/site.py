@@ -1,7 +1,7 @@
 """The study as a web site to read without Jupyter and without a network: notebooks, figures, scorecard, runs.
 
-Sphinx makes it from a folder of the repository's own shape, so that links among notebooks and pages lead on. myst-nb reads
-executed notebooks, furo is the look, formulas become MathML, which browsers draw themselves; the search needs no server.
+Sphinx makes it from a folder of the repository's own shape, so that links among pages lead on. myst-nb reads executed
+notebooks, furo is the look, formulas become MathML, which browsers draw themselves; the search needs no server.
 """
 
 import os.path
@@ -20,7 +20,7 @@ from docutils import nodes
 from ..errors import StudyError
 from ..metrics import tables
 
-SHOWN = ["variant", "seed", "trained_tokens", "train_s", "device", "dtype", "git_revision", "torch", "transformers", "date"]
+SHOWN = ["variant", "seed", "trained_tokens", "train_s", "device", "dtype", "git_revision", "torch", "date"]
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?![a-z]+:|#)([^)#\s]+)(?:#[^)\s]*)?\)")  # to a file, in Markdown
 SETTINGS = {
     "project": "KVShot study",
