@@ -22,6 +22,7 @@ from ..metrics import tables
 
 SHOWN = ["variant", "seed", "trained_tokens", "train_s", "device", "dtype", "git_revision", "torch", "date"]
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?![a-z]+:|#)([^)#\s]+)(?:#[^)\s]*)?\)")  # to a file, in Markdown
+STYLE = ".cell_output, .wide { overflow-x: auto; } .math-wrapper { padding: .5rem 0; }"
 SETTINGS = {
     "project": "KVShot study",
     "html_title": "KVShot study",
@@ -31,11 +32,14 @@ SETTINGS = {
     "myst_enable_extensions": ["dollarmath"],
     "myst_heading_anchors": 3,
     "nb_execution_mode": "off",
+    "nb_merge_streams": True,
     "nb_render_markdown_format": "gfm",
     "nb_code_prompt_show": "code",
     "nb_code_prompt_hide": "code",
     "html_show_search_summary": False,  # would be fetched, which browsers forbid a page that is a file
     "html_copy_source": False,
+    "html_static_path": ["_static"],
+    "html_css_files": ["site.css"],
     "html_use_index": False,
     "suppress_warnings": ["myst", "mystnb", "toc"],
 }
@@ -103,7 +107,9 @@ def write_pages(source: Source, folder: Path) -> None:
         (folder / "figures" / name).mkdir(parents=True)
         for picture in figures.glob("*.png"):
             shutil.copy(picture, folder / "figures" / name)
-    (folder / "notebooks").mkdir(parents=True, exist_ok=True)
+    for part in ("notebooks", "_static"):
+        (folder / part).mkdir(parents=True)
+    (folder / "_static/site.css").write_text(STYLE)
     documents = {f"docs/{path.name}": path.read_text(encoding="utf-8") for path in sorted(Path("docs").glob("*.md"))}
     notebooks = [f"notebooks/{path.name}" for path in source.notebooks]
     known = {*documents, *notebooks, *(str(path.relative_to(folder)) for path in folder.rglob("*.png"))}
@@ -156,7 +162,7 @@ def index_page(source: Source, entries: list[str]) -> str:
 
 
 def html_table(table: pd.DataFrame) -> str:
-    return f"<div style='overflow-x: auto'>\n{table.to_html(index=False, border=0, na_rep='')}\n</div>"
+    return f"<div class='wide'>\n{table.to_html(index=False, border=0, na_rep='')}\n</div>"
 
 
 def figures_page(folder: Path) -> str:

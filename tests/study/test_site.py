@@ -6,6 +6,7 @@ from pathlib import Path
 import browser
 import nbformat
 import pytest
+from notebook_checks import KERNEL
 
 from kvshot_lib.errors import StudyError
 from kvshot_lib.study import site as report_site
@@ -23,7 +24,7 @@ def site(tmp_path_factory):
 
 
 def notebook(*cells: tuple[str, str], outputs=()) -> nbformat.NotebookNode:
-    made = nbformat.v4.new_notebook()
+    made = nbformat.v4.new_notebook(metadata={"kernelspec": KERNEL})
     for kind, source in cells:
         made.cells.append(getattr(nbformat.v4, f"new_{kind}_cell")(source))
     for cell in made.cells:
