@@ -50,8 +50,8 @@ def covered(step: str) -> dict[str, str]:
     """
     drawing = step in DRAWING
     if step in NOTEBOOKS:
-        program = plain_python(NOTEBOOKS[step], figures=drawing)
-        code, todo = {NOTEBOOKS[step]: program}, imported_modules(ast.parse(program), "", NOTEBOOKS[step])
+        program = ast.parse(plain_python(NOTEBOOKS[step], figures=drawing))
+        code, todo = {NOTEBOOKS[step]: ast.dump(program)}, imported_modules(program, "", NOTEBOOKS[step])
     else:
         code, todo = {}, {step}
     uncounted, rooms = (UNCOUNTED - LOOKS, {"study"}) if drawing else (UNCOUNTED, {"study", "plots"})

@@ -97,6 +97,7 @@ def test_a_cell_that_draws_leaves_the_training_alone(study):
     before = steps()
     path = study / NOTEBOOKS["train"]
     notebook = nbformat.read(path, as_version=4)
+    next(cell for cell in notebook.cells if cell.cell_type == "code").source += "  # a comment"
     notebook.cells.append(nbformat.v4.new_code_cell("print('done')", metadata={"tags": ["figure"]}))
     nbformat.write(notebook, path)
     assert steps() == before
