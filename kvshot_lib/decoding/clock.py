@@ -27,7 +27,7 @@ class Clock:
         self.last = time.perf_counter()
 
     def book(self) -> None:
-        """Give the time since the last call to the part that is open, when the device has done all that it was given."""
+        """Give the time since the last call to the part that is open, when the device has done all it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()

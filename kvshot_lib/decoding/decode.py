@@ -226,7 +226,9 @@ def check_drafter(target: Target, drafter: Drafter) -> Drafter:
     theirs = drafter.spec
     if theirs.target_hash != target.hash:
         told = f"the drafter was made for target {theirs.target} ({theirs.target_hash[:8]}…)"
-        raise StudyError(f"{told}, not for {target.name} ({target.hash[:8]}…); load that target or a drafter of this one")
+        raise StudyError(
+            f"{told}, not for {target.name} ({target.hash[:8]}…); load that target or a drafter of this one"
+        )
     if drafter.config.kv_control == "shuffled":
         raise StudyError("kv_control='shuffled' reads another document's KV, which decoding one prompt has not")
     return drafter

@@ -144,7 +144,8 @@ def random_drafter(variant: str, target: Target, draft_ids: Tensor) -> Drafter:
 def verify_call(target: Target, tokens: int, prefix: int, compiled: bool) -> Callable[[], Tensor]:
     """One verification after ``prefix`` random entries. Every token sees all others: what sees what takes no time."""
     device, config = target.device, target.config
-    cache = Room(target.num_layers, (1, config.num_key_value_heads, prefix + tokens, config.head_dim), device, target.dtype)
+    shape = (1, config.num_key_value_heads, prefix + tokens, config.head_dim)
+    cache = Room(target.num_layers, shape, device, target.dtype)
     given = {"input_ids": torch.randint(target.vocab_size, (1, tokens), device=device), "past_key_values": cache}
     given |= {"position_ids": prefix + torch.arange(tokens, device=device)[None], "use_cache": True}
     forward = torch.compile(target.model) if compiled else target.model

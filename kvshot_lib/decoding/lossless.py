@@ -69,7 +69,8 @@ class Comparison:
 
 def verify_lossless(
     results_dir: str, runs: Sequence[str] = (), *, prompts: str = "study", count: int = 105, new_tokens: int = 320,
-    device: str = "auto", dtype: str = "float32", threads: int = 0, keep: str = "", out: str = "", fingerprint: str = "",
+    device: str = "auto", dtype: str = "float32", threads: int = 0, keep: str = "", out: str = "",
+    fingerprint: str = "",
 ) -> int:  # fmt: skip
     """Decode greedily with trained drafters and compare every token with the target alone: lossless in OUT/tables.
 

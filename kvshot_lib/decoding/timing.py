@@ -125,7 +125,8 @@ def measure_speed(
     warm_up(trained, plans, turns[0])
     answers = [time_turns(trained, plans, turns, new_tokens, repeats, parts)]
     for number, turn in enumerate(turns):
-        make = lambda: generate_rows(trained.target, lookup_tokens, turn, new_tokens, repeats)  # noqa: B023 - called at once
+        given = (lookup_tokens, turn, new_tokens, repeats)
+        make = lambda: generate_rows(trained.target, *given)  # noqa: B023 - called at once
         answers.append(trained.labelled(f"{PEERS}/seed0", parts.table(f"{PEERS}.turn{number}", make)))
     made = {"decode_prompts": with_kept("decode_prompts", pd.concat(answers, ignore_index=True), keep)}
     made |= {"decoding": with_kept("decoding", decoding_table(made["decode_prompts"]))}

@@ -84,7 +84,7 @@ class TargetRun:
         self.kept = path
 
     def features(self, tokens: list[int], reads: Sequence[str], dtype: torch.dtype) -> Features:
-        """The target's state at the kept positions s, with x_s and one token more: what prefix entries are made from."""
+        """Target state at the kept positions s, with x_s and one token more: what prefix entries are made from."""
         hidden, ids = self.taken.hidden_states, torch.tensor([tokens[self.length :]], device=self.device)
         state = {}
         if "hidden_states" in reads:

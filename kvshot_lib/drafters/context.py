@@ -67,7 +67,7 @@ class Fusion(nn.Module):
                 setattr(self, f"{name}_norm", LlamaRMSNorm(width, sizes.rms_norm_eps))
 
     def forward(self, features: Features, rotary: Entries, key_norm: nn.Module | None = None) -> Entries:
-        """State [B, n, S, …] of S target layers -> [B, G', n, D] each; RoPE of its positions, the attention's key norm."""
+        """State [B, n, S, …] of S target layers, RoPE of its positions, a key norm -> [B, G', n, D] each."""
         if self.config.kv_control == "from_hidden":
             return self.of_states(features.hidden_states, rotary, self.keys, self.values, key_norm)
         cached = self.of_cache(features.keys, features.values, rotary, key_norm)

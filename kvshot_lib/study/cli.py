@@ -1,8 +1,8 @@
 """The study's one command line: `python -m kvshot_lib VERB`, or `kvshot VERB`; `--help` lists the verbs.
 
-A verb is a function of the library: parameters before the ``*`` are arguments, others options, the docstring is the help.
-Its module is imported when it runs, so that every command starts at once. (typer and tyro would want annotations of their
-own at every parameter, and all modules at the start.)
+A verb is a function of the library: parameters before the ``*`` are arguments, others options, the docstring is the
+help. Its module is imported when it runs, so that every command starts at once. (typer and tyro would want annotations
+of their own at every parameter, and all modules at the start.)
 """
 
 import ast

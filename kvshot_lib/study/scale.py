@@ -175,7 +175,8 @@ def dry_run(
     stored = sum(spec.bytes_per_token.values())
     return (
         f"hours for {dialogues:,} dialogues of {length:,} tokens (at most), {tokens / 1e9:.2f} billion tokens, on one "
-        f"device;\nthe target runs in each training. Features: {stored:,} bytes a token, {tokens * stored / 1e12:.2f} TB"
+        f"device;\nthe target runs in each training. "
+        f"Features: {stored:,} bytes a token, {tokens * stored / 1e12:.2f} TB"
     )
 
 
