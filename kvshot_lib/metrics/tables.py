@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import StudyError
-from ..files import check_listed, write_atomically, write_csv
+from ..files import check_listed, list_file, write_atomically, write_csv
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,7 @@ def read(tables_dir: str | Path, name: str) -> pd.DataFrame:
     """
     path, remedy = path_of(tables_dir, name), "train drafters and collect them; `make study` does both"
     if path.is_file():
-        if path.suffix == ".csv":  # Parquet has checksums of its own
-            check_listed(path, remedy)
+        check_listed(path, remedy)
         return read_one(path, name, remedy)
     for old in (path.with_name(f"{name}.{form}") for form in OLD_FORMS):
         if old.is_file():
@@ -192,8 +191,12 @@ def write(tables_dir: str | Path, name: str, table: pd.DataFrame) -> Path:
     path = path_of(tables_dir, name)
     if path.suffix == ".csv":
         return write_csv(path, table, listed=True)
-    packed = {"index": False, "compression": "zstd", "compression_level": 19}
-    return write_atomically(path, lambda temporary: table.to_parquet(temporary, **packed))
+
+    def pack(temporary: Path) -> None:
+        table.to_parquet(temporary, index=False, compression="zstd", compression_level=19)
+        list_file(path, temporary)  # a flipped bit of a Parquet page may be read as another number
+
+    return write_atomically(path, pack)
 
 
 def rounded(table: pd.DataFrame) -> pd.DataFrame:

@@ -106,3 +106,15 @@ def test_recorded_tables_are_whole_and_agree(path):
     for name in COLLECTED:
         found = set(recorded[name]["variant"])
         assert found <= runs if tables.TABLES[name].optional else found == runs, name
+
+
+def test_a_flipped_bit_of_a_large_table_is_not_read_as_another_number(tmp_path):
+    """Parquet itself reads some of them as good."""
+    table = pd.DataFrame({name: range(40) for name in tables.SCHEMAS["run_lengths"]}).assign(variant="kv_1")
+    path = tables.write(tmp_path, "run_lengths", table)
+    good = path.read_bytes()
+    assert len(tables.read(tmp_path, "run_lengths")) == 40
+    for place in range(4, len(good), 97):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 8]) + good[place + 1 :])
+        with pytest.raises(StudyError, match="run_lengths.parquet is damaged"):
+            tables.read(tmp_path, "run_lengths")

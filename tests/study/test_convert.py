@@ -32,7 +32,7 @@ def test_old_forms_and_old_names_become_present_ones(tmp_path):
     with pytest.raises(StudyError, match="convert the folder once with `kvshot convert"):
         tables.read(tmp_path, "counts")
     assert {path.name for path in convert(tmp_path)} == {"counts.parquet", "run_lengths.parquet"}
-    assert {path.name for path in tmp_path.iterdir()} == {"counts.parquet", "run_lengths.parquet"}
+    assert {path.name for path in tmp_path.iterdir()} == {"counts.parquet", "run_lengths.parquet", "SHA256SUMS"}
     found = tables.read(tmp_path, "counts")
     assert (
         found["variant"].tolist() == tables.read(tmp_path, "run_lengths")["variant"].tolist() == ["none_1", "hidden_31"]
