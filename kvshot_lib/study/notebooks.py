@@ -233,9 +233,3 @@ def execute_in_place(notebooks: Sequence[str]) -> None:
         finally:
             fresh.unlink(missing_ok=True)
             fresh.with_name(f".{fresh.stem}.lock").unlink(missing_ok=True)
-
-
-if __name__ == "__main__":  # for a while: python -m kvshot_lib notebook execute ...
-    from kvshot_lib.study.cli import main
-
-    sys.exit(main(["notebook", *sys.argv[1:]]))
