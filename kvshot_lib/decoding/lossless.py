@@ -103,7 +103,8 @@ def verify_lossless(
     comparison = Comparison(trained, fitting, new_tokens, parts)
     rows = [comparison.rows(number) for number in tqdm(range(len(fitting)), unit="prompt", mininterval=2)]
     table = with_kept("lossless", pd.concat(rows, ignore_index=True), keep)
-    print(summary(table).to_string(index=False))
+    told = {"new_tokens": "sum", "mismatches": "sum", "logit_gap": "max"}
+    print(table.groupby(["variant", "mode", "dtype"], sort=False).agg(told).to_string())
     print(tables.write(folder / "tables", "lossless", table))
     exact = table[table["dtype"] == "float32"]
     print(f"{exact['mismatches'].sum()} mismatches in float32, of {exact['new_tokens'].sum():,} tokens")
@@ -126,14 +127,3 @@ def logit_gap(target, prompt: Sequence[int], answer: Sequence[int], place: int) 
     ids = torch.tensor([[*prompt, *answer[:place]]], device=target.device)
     first, second = target.model(input_ids=ids, logits_to_keep=1).logits[0, -1].float().topk(2).values.tolist()
     return first - second
-
-
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Tokens compared and tokens that differ; the largest gap of logits where an answer starts to differ."""
-    by = ["variant", "seed", "mode", "dtype"]
-    found = table.assign(differs=table["mismatches"] > 0).groupby(by, sort=False)
-    return found.agg(
-        prompts=("prompt", "size"), new_tokens=("new_tokens", "sum"), target_forwards=("target_forwards", "sum"),
-        mismatches=("mismatches", "sum"), prompts_that_differ=("differs", "sum"),
-        largest_logit_gap=("logit_gap", "max"),
-    ).reset_index()  # fmt: skip

@@ -8,6 +8,7 @@ Prompt by prompt and drafter by drafter; a turn's rows are on disk before the ne
 call goes on after a kill.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ class Trained:
 
     def parts(self, folder: Path, *depends: object) -> Parts:
         """Parts below ``folder`` that depend on target, machine, number format and more."""
-        return Parts(folder / self.labels["dtype"], " ".join(map(str, (*depends, self.target.hash, self.labels))))
+        told = repr((*depends, self.target.hash, self.labels))
+        return Parts(folder / self.labels["dtype"], hashlib.sha256(told.encode()).hexdigest())
 
     def part(self, run: str, what: str) -> str:
         """The name of a part of a run: other weights have other parts."""

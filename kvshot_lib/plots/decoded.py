@@ -40,10 +40,10 @@ def columns(*parts: tuple[str, str, str], width: str = "17em") -> HTML:
     """(title, text as HTML, what stands beneath) side by side; beneath each other where the page is narrow."""
     box = f"flex:1 1 {width};min-width:0;background:#fff;color:#111;padding:.4em .7em;border:1px solid #ddd"
     text = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.65;margin:.4em 0"
-    made = [
-        f'<div style="{box}"><b>{html.escape(title)}</b><div style="{text}">{body}</div><div>{html.escape(beneath)}</div></div>'
-        for title, body, beneath in parts
-    ]
+    made = []
+    for title, body, below in parts:
+        inner = f'<b>{html.escape(title)}</b><div style="{text}">{body}</div><div>{html.escape(below)}</div>'
+        made.append(f'<div style="{box}">{inner}</div>')
     return HTML(f'<div style="display:flex;flex-wrap:wrap;gap:.7em;max-width:75em">{"".join(made)}</div>')
 
 
