@@ -18,7 +18,7 @@ CHOICES = {
 # Which parameters mean something to which paradigm; elsewhere they must keep their default.
 _CACHE = ("kv_layers", "kv_fusion", "kv_rope", "kv_norm", "kv_init")
 READS = {
-    "hidden": ("num_layers", "feedback", "hidden_norm", "state_layers", "qk_norm"),
+    "hidden": ("num_layers", "feedback", "hidden_norm", "state_layers", "kv_layers", "qk_norm"),
     "kv": (
         "num_layers", *_CACHE, "kv_control", "kv_with_hidden", "kv_lag_tokens", "kv_grad_scale", "state_layers",
         "qk_norm",
@@ -36,7 +36,8 @@ class DrafterConfig:
 
     paradigm : ``hidden``, ``kv``, ``hybrid`` or ``block``.
     num_layers : decoder layers; 1 for ``hybrid``. ``hidden``'s later ones read the stream alone.
-    kv_layers : how many uniformly spaced target layers have their KV reused, or a list of them.
+    kv_layers : how many uniformly spaced target layers have their KV reused, or a list of them; with
+        ``state_layers="kv"`` also whose inputs are read.
     kv_fusion : how their KV become one drafter layer's: ``linear`` (end to end, one linear map), ``mlp``
         (two, with SiLU between them) or ``heads`` (as they are, side by side as KV heads; of one layer:
         the target's own cache).
@@ -149,6 +150,9 @@ class DrafterConfig:
             value = getattr(self, name)
             if value != self.__dataclass_fields__[name].default and "hidden_states" not in self.reads:
                 raise StudyError(f"{name}={value!r} means nothing without hidden states to read; leave it out")
+        if self.kv_layers != 3 and self.paradigm in ("hidden", "block") and not (self.reads_kv or self.state_layers == "kv"):
+            told = f"kv_layers={self.kv_layers!r} means nothing to a {self.paradigm} drafter over EAGLE's layers"
+            raise StudyError(f"{told}; set state_layers='kv', or leave it out")
         if self.qk_norm and self.reads_kv and self.kv_rope == "raw":
             raise StudyError("qk_norm=True norms keys before RoPE, cached keys have theirs: set kv_rope='unrotate'")
 
@@ -169,7 +173,7 @@ class DrafterConfig:
             ("kv_init", "target", "kv_control", ("", "shuffled", "lagged")),
             ("kv_init", "target", "kv_fusion", ("linear", "heads")),
             ("kv_init", "target", "kv_norm", (False,)),
-            *[("block_context", "hidden", o, (v,)) for o, v in (("kv_init", "random"), ("kv_layers", 3), *_PLAIN)],
+            *[("block_context", "hidden", o, (v,)) for o, v in (("kv_init", "random"), *_PLAIN)],
             *[("kv_control", c, "kv_lag_tokens", (4,)) for c in CHOICES["kv_control"] if c != "lagged"],
         ]
 

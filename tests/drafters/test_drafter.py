@@ -104,6 +104,7 @@ def test_a_layer_started_from_the_target_is_the_targets_layer():
         ({"paradigm": "kv", "kv_grad_scale": 0}, "kv_grad_scale=0 must be above 0"),
         ({"paradigm": "hybrid", "num_layers": 2}, "num_layers=2 means nothing to a hybrid drafter"),
         ({"paradigm": "hidden", "kv_fusion": "mlp"}, "kv_fusion='mlp' means nothing to a hidden drafter"),
+        ({"kv_layers": (3, 6, 9)}, r"kv_layers=\(3, 6, 9\) means nothing to a hidden drafter over EAGLE's layers"),
         (
             {"paradigm": "kv", "feedback": "post_norm"},
             "feedback='post_norm' means nothing to a kv drafter; it takes num_",
