@@ -150,7 +150,8 @@ class DrafterConfig:
             value = getattr(self, name)
             if value != self.__dataclass_fields__[name].default and "hidden_states" not in self.reads:
                 raise StudyError(f"{name}={value!r} means nothing without hidden states to read; leave it out")
-        if self.kv_layers != 3 and self.paradigm in ("hidden", "block") and not (self.reads_kv or self.state_layers == "kv"):
+        chosen = self.reads_kv or self.state_layers == "kv"
+        if self.kv_layers != 3 and self.paradigm in ("hidden", "block") and not chosen:
             told = f"kv_layers={self.kv_layers!r} means nothing to a {self.paradigm} drafter over EAGLE's layers"
             raise StudyError(f"{told}; set state_layers='kv', or leave it out")
         if self.qk_norm and self.reads_kv and self.kv_rope == "raw":
