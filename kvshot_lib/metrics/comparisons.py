@@ -1,18 +1,23 @@
-"""Is one drafter better than another? Every comparison of the study is `compare`: value, interval, verdict.
+"""Is one drafter better than another? Value, interval and verdict, of pairs or of a family that was listed beforehand.
 
-Which pairs there are stands in the registry of variants (``against``).
+Which pairs there are stands in the registry of variants (``against``), families in ``data/experiments``.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from ..drafters.variants import VARIANTS, in_study_order, parameters_of
+from ..errors import StudyError
 from .decoding import prompt_sums, ratios
 from .history import validation_mat
 from .resampling import Draws, Interval, interval, resample_weights
 
+FAMILY = ["id", "a", "b", "metric", "draft_step"]
+FAMILY += ["value", "low", "high", "p", "holm", "smallest_visible", "seeds", "verdict"]
+TYPES = dict.fromkeys(("value", "low", "high", "p", "holm", "smallest_visible"), "float64")
+TYPES |= dict.fromkeys(("draft_step", "seeds"), "Int64")
 POWER = (1.96 + 0.84) / (2 * 1.96)  # of the normal distribution: 5% two-sided, 80% power; over the width of an interval
 
 
@@ -42,16 +47,55 @@ def comparison_table(
         for metric in metrics:
             steps = draws.keys.loc[draws.keys["metric"] == metric, "draft_step"].dropna().unique()
             for step in sorted(steps) or [None]:
-                row = {"variant": a, "against": b, "metric": metric, "draft_step": step, "verdict": "not run"}
-                if draws.has(a, metric, step) and draws.has(b, metric, step):
-                    drawn = draws.contrast_draws((1, a, metric, step), (-1, b, metric, step))
-                    found = interval(drawn)
-                    row |= {**vars(found), "p": p_value(drawn), "verdict": found.verdict(0)}
-                    row["seeds"] = min(draws.seeds(a), draws.seeds(b))
-                rows.append(row)
+                rows.append({"variant": a, "against": b, **_compared(draws, a, b, metric, step)})
     columns = ["variant", "against", "metric", "draft_step", "value", "low", "high", "p", "seeds", "verdict"]
-    types = dict.fromkeys(("value", "low", "high", "p"), float) | dict.fromkeys(("draft_step", "seeds"), "Int64")
-    return pd.DataFrame(rows, columns=columns).astype(types)
+    return pd.DataFrame(rows, columns=columns).astype({name: TYPES[name] for name in columns if name in TYPES})
+
+
+def family(draws: Draws, questions: Sequence[Mapping]) -> pd.DataFrame:
+    """The comparisons of a family that was listed beforehand, with verdicts at 5% for the whole family (`holm`).
+
+    Of three comparisons with p = .01, .04, .03 and positive values only the first is ``above``: .04 and .03 are .06
+    after Holm. One whose run is missing still counts as one of the family.
+
+    Parameters
+    ----------
+    questions : ``id``, ``a`` and ``b`` each (a minus b), ``metric`` (``measured_mat``) and ``draft_step`` (none) where
+        they are others, as the files of ``data/experiments`` list them; what else they hold follows as columns.
+
+    Returns
+    -------
+    Columns id, a, b, metric, draft_step, value, low, high and p of this comparison alone, holm, smallest_visible,
+    seeds (the fewest of the two) and verdict: above, below, not distinguishable from, or not run.
+
+    Raises
+    ------
+    StudyError : a question without id, a or b; a metric or draft step that no run has.
+    """
+    rows = []
+    for question in questions:
+        if missing := {"id", "a", "b"} - {*question}:
+            raise StudyError(f"comparison {dict(question)} has no {', '.join(sorted(missing))}: give id, a and b")
+        metric, step = question.get("metric", "measured_mat"), question.get("draft_step")
+        if not any(draws.has(variant, metric, step) for variant in draws.variants):
+            at = "no draft_step" if step is None else f"draft_step {step}"
+            raise StudyError(f"comparison {question['id']}: no run has {metric} at {at}; correct one of the two")
+        rows.append({**question, **_compared(draws, question["a"], question["b"], metric, step)})
+    table = pd.DataFrame(rows, columns=list(dict.fromkeys([*FAMILY, *(name for row in rows for name in row)])))
+    table = table.astype({name: TYPES[name] for name in TYPES}).assign(holm=holm(table["p"]))
+    unsure = table["verdict"].isin(["above", "below"]) & ~(table["holm"] < 0.05)
+    return table.assign(verdict=table["verdict"].mask(unsure, "not distinguishable from"))
+
+
+def _compared(draws: Draws, a: str, b: str, metric: str, step: int | None) -> dict:
+    """One comparison; without numbers where a run is missing."""
+    row = {"metric": metric, "draft_step": step, "verdict": "not run"}
+    if draws.has(a, metric, step) and draws.has(b, metric, step):
+        drawn = draws.contrast_draws((1, a, metric, step), (-1, b, metric, step))
+        found = interval(drawn)
+        row |= {**vars(found), "p": p_value(drawn), "smallest_visible": smallest_visible(found)}
+        row |= {"seeds": min(draws.seeds(a), draws.seeds(b)), "verdict": found.verdict(0)}
+    return row
 
 
 def p_value(draws: np.ndarray) -> float:

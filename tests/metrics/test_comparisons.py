@@ -6,8 +6,9 @@ import pytest
 from flat_draws import draws_of
 
 from kvshot_lib.drafters.variants import VARIANTS
+from kvshot_lib.errors import StudyError
 from kvshot_lib.metrics import comparisons, tables
-from kvshot_lib.metrics.resampling import Interval, resample_weights
+from kvshot_lib.metrics.resampling import Draws, Interval, resample_weights
 from kvshot_lib.metrics.scorecard import acceptance_goals, read_paper, scorecard, speed_goal
 
 
@@ -32,6 +33,49 @@ def test_every_draft_step_and_pairs_that_lack_a_run():
     assert table["draft_step"].tolist()[:2] == [0, 1] and table["draft_step"].isna().tolist()[2]
     assert table["verdict"].tolist() == ["not distinguishable from", "below", "below"] + ["not run"] * 3
     assert table["value"][:3].tolist() == pytest.approx([0, -0.1, -1 / 3]) and table["value"][3:].isna().all()
+
+
+def drawn_as(**draws) -> Draws:
+    """Draws of one scalar metric m, as given: variant to [1 + samples]."""
+    keys = pd.DataFrame({"variant": list(draws), "seed": 0, "metric": "m", "draft_step": pd.NA})
+    return Draws(keys.astype({"draft_step": "Int64"}), np.stack([np.array(row, float) for row in draws.values()]))
+
+
+def test_a_family_by_hand():
+    """Of 199 resamples of a - b none, 3, 2 and 199 lie at or below 0: p = 2, 8, 6 and 2 of 200.
+
+    Holm with the missing one as the fifth: .01 · 5, .01 · 4 (but no less than the one before), .03 · 3, .04 · 2 (no
+    less than .09). So at 5% none is sure; without the missing one .01 · 4 is.
+    """
+    sure, four, three = (np.concatenate([[1.0], -np.ones(n), np.ones(199 - n)]) for n in (0, 3, 2))
+    draws = drawn_as(zero=np.zeros(200), sure=sure, four=four, three=three, below=-sure)
+    questions = [
+        {"id": v, "a": v, "b": "zero", "metric": "m", "asks": f"{v}?"} for v in ("sure", "four", "three", "below")
+    ]
+    table = comparisons.family(draws, questions)
+    assert list(table) == [*comparisons.FAMILY, "asks"]
+    assert table["p"].tolist() == pytest.approx([0.01, 0.04, 0.03, 0.01])
+    assert table["holm"].tolist() == pytest.approx([0.04, 0.06, 0.06, 0.04])
+    assert table["verdict"].tolist() == ["above", *["not distinguishable from"] * 2, "below"]
+    assert table["smallest_visible"].tolist() == [0] * 4 and table["seeds"].tolist() == [1] * 4
+    table = comparisons.family(draws, [*questions, {"id": "gone", "a": "gone", "b": "zero", "metric": "m"}])
+    assert table["holm"][:4].tolist() == pytest.approx([0.05, 0.09, 0.09, 0.05])
+    assert table["verdict"].tolist() == ["not distinguishable from"] * 4 + ["not run"] and table.iloc[
+        4:, 5:11
+    ].isna().all(axis=None)
+
+
+def test_a_family_of_metrics_and_steps_and_what_it_refuses():
+    """α is .3 .2 and .3 .3: the same at step 0, .1 less at step 1; MAT by runs 1 + .2 + .3 - 1 - .3 - .3."""
+    draws = draws_of({"kv_1": (30, 20), "none_1": (30, 30)})
+    pair = {"id": "P1", "a": "kv_1", "b": "none_1"}
+    table = comparisons.family(draws, [pair, pair | {"id": "P2", "metric": "step_acceptance", "draft_step": 1}])
+    assert table[["id", "metric"]].to_numpy().tolist() == [["P1", "measured_mat"], ["P2", "step_acceptance"]]
+    assert table["draft_step"].isna().tolist() == [True, False] and table["draft_step"].iloc[1] == 1
+    assert table["value"].tolist() == pytest.approx([-0.1, -0.1]) and set(table["verdict"]) == {"below"}
+    for wrong, told in (({"a": "kv_1"}, "no b, id"), (pair | {"metric": "mat"}, "P1: no run has mat at no draft_step")):
+        with pytest.raises(StudyError, match=told):
+            comparisons.family(draws, [wrong])
 
 
 def test_registered_pairs_are_those_of_the_registry():
