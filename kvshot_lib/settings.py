@@ -3,7 +3,7 @@
 import sys
 from dataclasses import fields
 from types import UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from .errors import StudyError
 
@@ -25,7 +25,7 @@ def check_settings(settings: object) -> None:
 
 
 def check_value(name: str, value: object, kind: object) -> object:
-    """The value if it is of that kind: bool, int, float, str, ``tuple[kind, ...]``, or one of several by ``|``.
+    """The value if it is of that kind: bool, int, float, str, ``tuple[kind, ...]``, a ``Literal``, or several by ``|``.
 
     >>> check_value("epochs", 2, int), check_value("learning_rate", 1, float)
     (2, 1)
@@ -39,6 +39,8 @@ def check_value(name: str, value: object, kind: object) -> object:
 def _fits(value: object, kind: object) -> bool:
     if isinstance(kind, UnionType):
         return any(_fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(_fits(one, get_args(kind)[0]) for one in value)
     if kind is int or kind is float:
@@ -50,6 +52,8 @@ def _fits(value: object, kind: object) -> bool:
 def _meant(kind: object) -> str:
     if isinstance(kind, UnionType):
         return " or ".join(map(_meant, get_args(kind)))
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(repr, get_args(kind)))}"
     if get_origin(kind) is tuple:
         return f"a list, each of it {_meant(get_args(kind)[0])}"
     return _MEANT.get(kind, getattr(kind, "__name__", str(kind)))

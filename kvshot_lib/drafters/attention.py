@@ -70,9 +70,7 @@ def _mask_rows(mask: Tensor, repeats: int, dtype: torch.dtype) -> Tensor:
     return nn.functional.pad(mask.to(dtype), (0, -length % 8)).repeat(1, 1, repeats, 1)[..., :length]
 
 
-def chain_attention(
-    query: Tensor, prefix: Entries | None, mask: Tensor | None, chain: Entries | None
-) -> Tensor:
+def chain_attention(query: Tensor, prefix: Entries | None, mask: Tensor | None, chain: Entries | None) -> Tensor:
     """Attention of each anchor's query over the shared prefix and its own chain, one softmax over both.
 
     Parameters

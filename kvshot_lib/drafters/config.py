@@ -2,19 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from ..errors import StudyError
+from ..settings import check_settings
 
-CHOICES = {
-    "paradigm": ("hidden", "kv", "hybrid", "block"),
-    "feedback": ("pre_norm", "post_norm"),
-    "kv_fusion": ("linear", "heads", "mlp"),
-    "kv_rope": ("raw", "unrotate"),
-    "kv_control": ("", "none", "zero", "shuffled", "lagged", "from_hidden"),
-    "kv_init": ("random", "target"),
-    "state_layers": ("eagle", "kv"),
-    "block_context": ("kv", "hidden", "both"),
-}
 # Which parameters mean something to which paradigm; elsewhere they must keep their default.
 _CACHE = ("kv_layers", "kv_fusion", "kv_rope", "kv_norm", "kv_init")
 READS = {
@@ -28,6 +20,20 @@ READS = {
     ),
     "block": ("num_layers", "block_context", "block_size", "hidden_norm", *_CACHE, "state_layers"),
 }  # fmt: skip
+_PLAIN = {"kv_fusion": ("linear",), "kv_rope": ("raw",), "kv_norm": (False,)}
+# A parameter, some of its values, and what others may be then.
+_RULES = (
+    ("kv_control", ("none", "from_hidden"), _PLAIN),
+    ("kv_control", ("none",), {"kv_grad_scale": (1.0,)}),
+    ("kv_control", ("", "none", "zero", "shuffled", "from_hidden"), {"kv_lag_tokens": (4,)}),
+    ("kv_fusion", ("heads",), {"kv_rope": ("raw",), "kv_norm": (False,)}),
+    ("kv_with_hidden", (True,), {"kv_fusion": ("linear", "mlp"), "kv_control": ("",), "qk_norm": (False,)}),
+    ("kv_init", ("target",), {"kv_control": ("", "shuffled", "lagged"), "kv_fusion": ("linear", "heads")}),
+    ("kv_init", ("target",), {"kv_norm": (False,)}),
+    ("cross_only", (True,), {"gate_bias": (0.0,), "gate_floor": (0.0,)}),
+    ("block_context", ("hidden",), {"kv_init": ("random",), **_PLAIN}),
+)
+_POSITIVE = ("num_layers", "kv_layers", "kv_lag_tokens", "kv_grad_scale")
 
 
 @dataclass(frozen=True)
@@ -63,28 +69,28 @@ class DrafterConfig:
 
     Raises
     ------
-    StudyError : an unknown choice, or parameters that contradict one another.
+    StudyError : a value of another type or out of range, or parameters that contradict one another.
     """
 
-    paradigm: str = "hidden"
+    paradigm: Literal["hidden", "kv", "hybrid", "block"] = "hidden"
     num_layers: int = 1
     kv_layers: int | tuple[int, ...] = 3
-    kv_fusion: str = "linear"
-    kv_rope: str = "raw"
-    kv_control: str = ""
+    kv_fusion: Literal["linear", "heads", "mlp"] = "linear"
+    kv_rope: Literal["raw", "unrotate"] = "raw"
+    kv_control: Literal["", "none", "zero", "shuffled", "lagged", "from_hidden"] = ""
     kv_with_hidden: bool = False
     kv_lag_tokens: int = 4
     kv_grad_scale: float = 1.0
     cross_only: bool = False
-    feedback: str = "pre_norm"
+    feedback: Literal["pre_norm", "post_norm"] = "pre_norm"
     hidden_norm: bool = False
     gate_bias: float = 0.0
     gate_floor: float = 0.0
-    kv_init: str = "random"
-    block_context: str = "kv"
+    kv_init: Literal["random", "target"] = "random"
+    block_context: Literal["kv", "hidden", "both"] = "kv"
     block_size: int = 8
     kv_norm: bool = False
-    state_layers: str = "eagle"
+    state_layers: Literal["eagle", "kv"] = "eagle"
     qk_norm: bool = False
 
     @classmethod
@@ -95,14 +101,16 @@ class DrafterConfig:
     def __post_init__(self) -> None:
         if isinstance(self.kv_layers, list):  # from JSON or a profile
             object.__setattr__(self, "kv_layers", tuple(self.kv_layers))
-        self._check_values()
+        check_settings(self)
+        self._check_ranges()
         self._check_meaning()
-        for name, value, other, allowed in self._contradictions():
-            if getattr(self, name) == value and getattr(self, other) not in allowed:
-                raise StudyError(
-                    f"{name}={value!r} contradicts {other}={getattr(self, other)!r}; with it, {other} must be "
-                    f"{' or '.join(repr(choice) for choice in allowed)}"
-                )
+        for name, values, others in _RULES:
+            for other, allowed in others.items():
+                if getattr(self, name) in values and getattr(self, other) not in allowed:
+                    raise StudyError(
+                        f"{name}={getattr(self, name)!r} contradicts {other}={getattr(self, other)!r}; with it, {other} "
+                        f"must be {' or '.join(map(repr, allowed))}"
+                    )
 
     @property
     def reads_kv(self) -> bool:
@@ -122,13 +130,12 @@ class DrafterConfig:
         states = self.fuses_hidden or self.kv_with_hidden or self.kv_control == "from_hidden"
         return ("hidden_states",) * states + ("keys", "values") * self.reads_kv
 
-    def _check_values(self) -> None:
+    def _check_ranges(self) -> None:
         """Each parameter on its own."""
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                known = ", ".join(repr(choice) for choice in allowed)
-                raise StudyError(f"{name}={getattr(self, name)!r} is not known; choose from {known}")
-        for name in ("num_layers", "kv_layers", "kv_lag_tokens", "kv_grad_scale"):
+        named = self.kv_layers if isinstance(self.kv_layers, tuple) else ()
+        if min(named, default=0) < 0 or len({*named}) < len(named):
+            raise StudyError(f"kv_layers={named} must name each target layer once, counted from 0")
+        for name in _POSITIVE:
             value = getattr(self, name)
             if not (value if isinstance(value, tuple) else value > 0):
                 raise StudyError(f"{name}={value} must be above 0")
@@ -156,27 +163,3 @@ class DrafterConfig:
             raise StudyError(f"{told}; set state_layers='kv', or leave it out")
         if self.qk_norm and self.reads_kv and self.kv_rope == "raw":
             raise StudyError("qk_norm=True norms keys before RoPE, cached keys have theirs: set kv_rope='unrotate'")
-
-    @staticmethod
-    def _contradictions() -> list[tuple]:
-        """(parameter, its value, another parameter, what that one must be then)."""
-        no_cache = [("kv_control", control, o, (v,)) for control in ("none", "from_hidden") for o, v in _PLAIN]
-        return [
-            *no_cache,
-            ("kv_control", "none", "kv_grad_scale", (1.0,)),
-            ("kv_fusion", "heads", "kv_rope", ("raw",)),
-            ("kv_fusion", "heads", "kv_norm", (False,)),
-            ("kv_with_hidden", True, "kv_fusion", ("linear", "mlp")),
-            ("kv_with_hidden", True, "kv_control", ("",)),
-            ("kv_with_hidden", True, "qk_norm", (False,)),
-            ("cross_only", True, "gate_bias", (0.0,)),
-            ("cross_only", True, "gate_floor", (0.0,)),
-            ("kv_init", "target", "kv_control", ("", "shuffled", "lagged")),
-            ("kv_init", "target", "kv_fusion", ("linear", "heads")),
-            ("kv_init", "target", "kv_norm", (False,)),
-            *[("block_context", "hidden", o, (v,)) for o, v in (("kv_init", "random"), *_PLAIN)],
-            *[("kv_control", c, "kv_lag_tokens", (4,)) for c in CHOICES["kv_control"] if c != "lagged"],
-        ]
-
-
-_PLAIN = (("kv_fusion", "linear"), ("kv_rope", "raw"), ("kv_norm", False))

@@ -420,7 +420,7 @@ def test_a_block_drafter_learns_two_documents_by_heart(tmp_path):
     ("options", "message"),
     [
         ({"block_size": 1}, "block_size=1 must be 2 or more"),
-        ({"block_context": "kv_cache"}, "block_context='kv_cache' is not known; choose from 'kv', 'hidden', 'both'"),
+        ({"block_context": "kv_cache"}, "block_context='kv_cache' must be one of 'kv', 'hidden', 'both'"),
         (
             {"feedback": "post_norm"},
             "feedback='post_norm' means nothing to a block drafter; it takes num_layers, block_",

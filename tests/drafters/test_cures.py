@@ -88,7 +88,7 @@ def test_nothing_else_starts_differently(options):
         ({"gate_floor": -0.1}, "gate_floor=-0.1 must be 0 or more"),
         ({"gate_floor": 0.1, "cross_only": True}, "cross_only=True contradicts gate_floor=0.1"),
         ({"gate_floor": 0.1, "paradigm": "kv"}, "gate_floor=0.1 means nothing to a kv drafter"),
-        ({"kv_init": "targets"}, "kv_init='targets' is not known; choose from 'random', 'target'"),
+        ({"kv_init": "targets"}, "kv_init='targets' must be one of 'random', 'target'"),
         ({"kv_init": "target", "paradigm": "hidden"}, "kv_init='target' means nothing to a hidden drafter"),
         ({"kv_init": "target", "kv_fusion": "mlp"}, "kv_init='target' contradicts kv_fusion='mlp'"),
         ({"kv_init": "target", "paradigm": "kv", "kv_control": "from_hidden"}, "contradicts kv_control='from_hidden'"),

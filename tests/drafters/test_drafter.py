@@ -1,9 +1,15 @@
 """Drafters as built: sizes, starting weights, draft vocabulary, and configurations refused."""
 
+import math
+from dataclasses import fields
+from typing import Literal, get_args, get_origin
+
 import examples
 import pytest
 import torch
 from examples import DRAFT_IDS, VARIANTS
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvshot_lib.drafters.attention import prefix_mask
 from kvshot_lib.drafters.context import drafter_spec
@@ -93,12 +99,12 @@ def test_a_layer_started_from_the_target_is_the_targets_layer():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"paradigm": "medusa"}, "paradigm='medusa' is not known; choose from 'hidden', 'kv', 'hybrid'"),
-        ({"paradigm": "kv", "kv_fusion": "sum"}, "kv_fusion='sum' is not known; choose from 'linear', 'heads', 'mlp'"),
-        ({"feedback": "norm"}, "feedback='norm' is not known; choose from 'pre_norm', 'post_norm'"),
+        ({"paradigm": "medusa"}, "paradigm='medusa' must be one of 'hidden', 'kv', 'hybrid'"),
+        ({"paradigm": "kv", "kv_fusion": "sum"}, "kv_fusion='sum' must be one of 'linear', 'heads', 'mlp'"),
+        ({"feedback": "norm"}, "feedback='norm' must be one of 'pre_norm', 'post_norm'"),
         (
             {"paradigm": "kv", "kv_control": "random"},
-            "kv_control='random' is not known; choose from '', 'none', 'zero'",
+            "kv_control='random' must be one of '', 'none', 'zero'",
         ),
         ({"paradigm": "kv", "num_layers": 0}, "num_layers=0 must be above 0"),
         ({"paradigm": "kv", "kv_grad_scale": 0}, "kv_grad_scale=0 must be above 0"),
@@ -144,6 +150,50 @@ def test_a_layer_started_from_the_target_is_the_targets_layer():
 def test_bad_configurations_are_refused_with_the_choices(options, message):
     with pytest.raises(StudyError, match=message):
         DrafterConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_norm": "False"}, "hidden_norm='False' must be True or False"),
+        ({"hidden_norm": 1}, "hidden_norm=1 must be True or False"),
+        ({"num_layers": True}, "num_layers=True must be a whole number"),
+        ({"num_layers": 2.0}, "num_layers=2.0 must be a whole number"),
+        ({"num_layers": "2"}, "num_layers='2' must be a whole number"),
+        ({"paradigm": "hybrid", "gate_bias": math.nan}, "gate_bias=nan must be a finite number"),
+        ({"paradigm": "kv", "kv_grad_scale": math.inf}, "kv_grad_scale=inf must be a finite number"),
+        ({"paradigm": ["kv"]}, r"paradigm=\['kv'\] must be one of 'hidden', 'kv'"),
+        ({"paradigm": "kv", "kv_layers": [1, 1]}, r"kv_layers=\(1, 1\) must name each target layer once"),
+        ({"paradigm": "kv", "kv_layers": [-1, 2]}, r"kv_layers=\(-1, 2\) must name each target layer once, counted from 0"),
+        ({"paradigm": "kv", "kv_layers": [1, "2"]}, "kv_layers=.* must be a whole number or a list"),
+        ({"paradigm": "kv", "kv_layers": "3"}, "kv_layers='3' must be a whole number or a list"),
+        ({"paradigm": "kv", "kv_layers": None}, "kv_layers=None must be"),
+    ],
+)
+def test_values_of_another_type_or_without_meaning_are_refused(options, message):
+    with pytest.raises(StudyError, match=message):
+        DrafterConfig(**options)
+
+
+KINDS = {field.name: field.type for field in fields(DrafterConfig)}
+CHOICES = [choice for kind in KINDS.values() if get_origin(kind) is Literal for choice in get_args(kind)]
+ANYTHING = st.one_of(
+    st.sampled_from(CHOICES), st.booleans(), st.integers(-3, 9), st.floats(), st.text(max_size=3), st.none(),
+    st.lists(st.one_of(st.integers(-1, 4), st.booleans()), max_size=3),
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from([*KINDS]), ANYTHING, max_size=4))
+def test_whatever_is_given_is_one_line_or_what_the_annotations_say(values):
+    try:
+        config = DrafterConfig(**values)
+    except StudyError as refused:
+        assert "\n" not in str(refused) and any(name in str(refused) for name in KINDS)
+        return
+    assert type(config.hidden_norm) is bool and type(config.num_layers) is int and math.isfinite(config.gate_bias)
+    assert config.paradigm in get_args(KINDS["paradigm"])
+    named = config.kv_layers if isinstance(config.kv_layers, tuple) else ()
+    assert all(type(layer) is int and layer >= 0 for layer in named) and len({*named}) == len(named)
 
 
 @pytest.mark.parametrize("layers", [1, 3, 4])

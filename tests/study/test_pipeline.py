@@ -201,7 +201,7 @@ def test_killed_run_is_resumed_and_changed_parameters_start_afresh(tmp_path, mon
         (
             "{paradigm: hybrid,",
             "{paradigm: hybrit,",
-            "drafter 'warm': paradigm='hybrit' is not known; choose from",
+            "drafter 'warm': paradigm='hybrit' must be one of",
         ),
         ("wait_s: 0", "learning_rate: -1.0", "drafter 'hidden': learning_rate=-1.0 must be above 0"),
         (
