@@ -25,12 +25,18 @@ def summary(profile: str = "full") -> pd.DataFrame:
     return resampling.summary_table(draws(profile))
 
 
-def value(variant: str, metric: str, step: int | None = None) -> float:
+def value(variant: str, metric: str, step: int | None = None, profile: str = "full") -> float:
     """A metric's mean over seeds."""
-    return float(draws().rows(variant, metric, step)[:, 0].mean())
+    return float(draws(profile).rows(variant, metric, step)[:, 0].mean())
 
 
-def minus(a: str, b: str, metric: str = "measured_mat", *step: int) -> tuple[float, float, float]:
+def minus(a: str, b: str, metric: str = "measured_mat", *step: int, profile: str = "full") -> tuple[float, float, float]:
     """a's metric minus b's, with its interval over documents and seeds: (value, low, high)."""
-    found = draws().contrast((1, a, metric, *step), (-1, b, metric, *step))
+    found = draws(profile).contrast((1, a, metric, *step), (-1, b, metric, *step))
     return found.value, found.low, found.high
+
+
+def turned(numbers: tuple[float, float, float]) -> tuple[float, float, float]:
+    """A loss as a positive number, with its interval."""
+    found, low, high = numbers
+    return -found, -high, -low

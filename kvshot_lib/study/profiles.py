@@ -22,6 +22,7 @@ NOTEBOOKS = {
     "decode": "notebooks/07_decode_end_to_end.ipynb",
     "scorecard": "notebooks/08_paper_scorecard.ipynb",
     "beyond": "notebooks/09_beyond_ttt.ipynb",
+    "sources": "notebooks/12_compare_sources.ipynb",
 }
 DRAWING = tuple(NOTEBOOKS)[3:]  # these read tables and draw; those before them make numbers
 FOLDER = Path("notebooks/profiles")
@@ -43,7 +44,7 @@ class Profile:
 
     Attributes
     ----------
-    generate, extract, train, decay, bottlenecks, prefix, decode, scorecard, beyond : of that key of `NOTEBOOKS`.
+    generate, extract, train, decay, … : of that key of `NOTEBOOKS`; a notebook that draws, and is null, is not run.
     dialogues : options of `kvshot generate`; the target of `extract` writes (or answers) them: they are the corpus.
     speed : options of `kvshot decode speed`, measured for ``decode``; lists for those that take several numbers.
     checkpoints : names of published drafters (folders of data/checkpoints), judged beside the trained ones.
@@ -58,13 +59,14 @@ class Profile:
     dialogues: dict | None = None
     extract: dict = field(default_factory=dict)
     train: dict = field(default_factory=dict)
-    decay: dict = field(default_factory=dict)
+    decay: dict | None = field(default_factory=dict)
     bottlenecks: dict | None = None
     prefix: dict | None = None
     decode: dict | None = None
     speed: dict = field(default_factory=dict)
     scorecard: dict | None = None
     beyond: dict | None = None
+    sources: dict | None = None
     checkpoints: list = field(default_factory=list)
     drafters: dict = field(default_factory=dict)
     seeds: list = field(default_factory=lambda: [0])
@@ -92,13 +94,14 @@ def load_profile(name_or_path: str | Path) -> Profile:
         content = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise StudyError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    kinds = {f.name: dict if f.default is None else f.type for f in fields(Profile) if f.name != "name"}
+    kinds = {f.name: f.type if f.type in (list, int) else dict for f in fields(Profile) if f.name != "name"}
     check_names(content, kinds, where)
     for key, value in content.items():
-        if not isinstance(value, kinds[key]) and not (key == "drafters" and isinstance(value, list)):
+        left_out = value is None and key in DRAWING
+        if not isinstance(value, kinds[key]) and not left_out and not (key == "drafters" and isinstance(value, list)):
             raise StudyError(f"{where}: '{key}' must be a {kinds[key].__name__}, not {value!r}")
     content["drafters"] = resolve_drafters(content.get("drafters", {}), where)
-    sections = {key: content[key] for key in NOTEBOOKS if key in content}
+    sections = {key: content[key] for key in NOTEBOOKS if content.get(key) is not None}
     drafters = {f"drafters.{variant}": parameters for variant, parameters in content["drafters"].items()}
     for section, parameters in (sections | drafters).items():
         for name, value in parameters.items():

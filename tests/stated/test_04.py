@@ -1,7 +1,7 @@
 """Numbers in the text of notebook 04, held against the recorded tables."""
 
 import pytest
-from recorded import minus, table, value
+from recorded import minus, table, turned, value
 from stated import unstated, wrong
 
 from kvshot_lib.metrics.scorecard import paper_value, read_paper
@@ -23,12 +23,6 @@ def trained_again():
     moved = (again["accepted"] / again["anchors"] - first["accepted"] / first["anchors"]).dropna()
     assert len(moved) == 7 and (moved < 0).all()
     return moved.min(), moved.max()
-
-
-def turned(numbers):
-    """A loss as a positive number, with its interval."""
-    found, low, high = numbers
-    return -found, -high, -low
 
 
 STATED = [

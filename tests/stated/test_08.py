@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 from notebook_checks import ROOT
-from recorded import draws, minus, table
+from recorded import draws, minus, table, turned
 from stated import text_of, unstated, wrong
 
 from kvshot_lib.metrics.diagnostics import flow_draws, gate_draws
@@ -46,12 +46,6 @@ def values_share():
 
 def paper(metric, *variants):
     return [paper_value(read_paper(), variant, metric) for variant in variants]
-
-
-def turned(numbers):
-    """A loss as a positive number, with its interval."""
-    found, low, high = numbers
-    return -found, -high, -low
 
 
 def orderings():

@@ -1,7 +1,7 @@
 """Numbers in the text of notebook 09, held against the recorded tables."""
 
 import pytest
-from recorded import minus, table, value
+from recorded import minus, table, turned, value
 from stated import unstated, wrong
 
 NOTEBOOK = "notebooks/09_beyond_ttt.ipynb"
@@ -24,12 +24,6 @@ def training_flops(variant):
 
 def millions(variant):
     return table("runs").query("variant == @variant")["parameters"].iloc[0] / 1e6
-
-
-def turned(numbers):
-    """A loss as a positive number, with its interval."""
-    found, low, high = numbers
-    return -found, -high, -low
 
 
 def trained_on():

@@ -1,0 +1,80 @@
+"""Numbers in the text of notebook 12, held against the recorded tables."""
+
+from functools import partial
+
+import pandas as pd
+import pytest
+import recorded
+from notebook_checks import ROOT
+from recorded import turned
+from stated import unstated, wrong
+
+NOTEBOOK = "notebooks/12_compare_sources.ipynb"
+STEP = "step_acceptance"
+minus = partial(recorded.minus, profile="sources")
+table = partial(recorded.table, profile="sources")
+
+
+def worth_of_eagle() -> list[float]:
+    """EAGLE-3.1 minus a drafter without target state, by depth."""
+    return [minus(a, b)[0] for a, b in (("hidden_31", "none_1"), ("hidden_31_2", "none_2"), ("hidden_31_4", "none_4"))]
+
+
+def layers_read() -> list[int]:
+    return [int(layer) for layer in table("runs").query("variant == 'kv_1'")["kv_layers"].iloc[0].split()]
+
+
+STATED = [
+    ("15.3 million training tokens for each of 70 drafters", lambda: [table("runs")["trained_tokens"].mean() / 1e6, len(table("runs"))]),
+    ("judged once on 2,000 sealed answers", lambda: [table("counts")["document"].nunique()]),
+    ("beats entries from hidden states by .110 tokens [.096, .124]", lambda: minus("hidden_31", "states_1")),
+    ("it loses to them by .066 [.051, .081]", lambda: turned(minus("hidden_31_4", "states_4"))),
+    (
+        "yields .067 tokens [.059, .076] less with one layer, .022 [.008, .036] less with four",
+        lambda: (*minus("states_1", "kv_1"), *minus("states_4", "kv_4")),
+    ),
+    ("Earlier we wrote .11", lambda: recorded.minus("states_2", "kv_2_unrotate")[:1]),
+    ("adding it changes +.001 tokens [−.008, +.010]", lambda: minus("both_1", "states_1")),
+    (
+        "it is worth .011 [.007, .015] with one layer, .038 [.034, .041] with four",
+        lambda: (*minus("kv_1", "none_1", STEP, 6), *minus("kv_4", "none_4", STEP, 6)),
+    ),
+    ("read layers 23, 26 and 29", layers_read),
+    (
+        "yields .173 [.161, .186] with one layer, .243 [.225, .262] with two and .335 [.316, .355] with four",
+        lambda: (*minus("kv_1", "none_1"), *minus("kv_2", "none_2"), *minus("kv_4", "none_4")),
+    ),
+    ("shrinks**: .350, .312, .291", worth_of_eagle),
+    ("draft equally long: −.004 [−.017, +.008]", lambda: minus("none_4", "kv_1")),
+    ("even worse by .018 [.001, .035]", lambda: turned(minus("both_2", "states_2"))),
+    (
+        "there `states_2` was .161 above the raw cache and .113 above the un-rotated one, here .067",
+        lambda: (*(recorded.minus("states_2", b)[0] for b in ("kv_2", "kv_2_unrotate")), minus("states_2", "kv_2")[0]),
+    ),
+    ("They cost .018 [.009, .026] over the cache", lambda: turned(minus("kv_1_qk_norm", "kv_1"))),
+    ("and .027 [.012, .042]", lambda: turned(minus("hidden_31_qk_norm", "hidden_31"))),
+    ("by .024 [.022, .026] with one layer", lambda: turned(minus("kv_1", "states_1", STEP, 0))),
+    ("the cache is ahead by .011 [.008, .013]", lambda: minus("kv_4", "states_4", STEP, 6)),
+    ("below `none_1` at step 6, by .006", lambda: (6, turned(recorded.minus("kv_1", "none_1", STEP, 6))[0])),
+    ("it is above, by .011", lambda: minus("kv_1", "none_1", STEP, 6)[:1]),
+]
+
+
+@pytest.mark.parametrize("fragment, values", STATED, ids=[fragment[:40] for fragment, _ in STATED])
+def test_numbers_are_those_of_the_tables(fragment, values):
+    assert wrong(NOTEBOOK, fragment, values()) == []
+
+
+def test_every_interval_is_checked():
+    assert unstated(NOTEBOOK, [fragment for fragment, _ in STATED]) == []
+
+
+def test_the_layers_that_won_on_validation_were_read():
+    choice = pd.read_csv(ROOT / "data/recorded/sources/layer_choice.csv")
+    best = choice.groupby("layers")["validation_mat"].mean().idxmax()
+    assert [int(layer) for layer in best.split()] == layers_read()
+
+
+def test_the_late_lead_of_the_cache_stands_on_validation_documents_with_every_seed():
+    ends = table("history").query("split == 'validation' and step == 1300 and draft_step == 6").set_index(["variant", "seed"])["acceptance"]
+    assert ends["kv_4"].min() > ends["states_4"].max()
