@@ -19,6 +19,7 @@ import numpy as np
 
 from ..drafters.config import DrafterConfig
 from ..errors import StudyError
+from ..settings import check_settings, check_value
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class TrainConfig:
 
     Raises
     ------
-    StudyError : a value out of range.
+    StudyError : a value of another type, or out of range.
     """
 
     seed: int = 0
@@ -54,16 +55,19 @@ class TrainConfig:
     kv_lag_augment_tokens: int = 0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         positive = ("epochs", "batch_documents", "learning_rate", "clip_norm", "ttt_steps", "step_decay")
-        for name in (*positive, "branch_learning_rate_scale"):
+        for name in (*positive, "branch_learning_rate_scale", "anchor_fraction"):
             if not getattr(self, name) > 0:
                 raise StudyError(f"{name}={getattr(self, name)} must be above 0")
         cures = ("branch_warmup_steps", "branch_loss_weight", "kv_lag_augment_tokens")
-        for name in ("max_steps", "validate_every", "weight_decay", "warmup_fraction", *cures):
+        periods = ("max_steps", "validate_every", "checkpoint_every_s")
+        for name in ("seed", "weight_decay", "warmup_fraction", *periods, *cures):
             if getattr(self, name) < 0:
                 raise StudyError(f"{name}={getattr(self, name)} must be 0 or more")
-        if not 0 < self.anchor_fraction <= 1:
-            raise StudyError(f"anchor_fraction={self.anchor_fraction} must be above 0 and at most 1")
+        for name, most in (("anchor_fraction", 1), ("warmup_fraction", 1), ("seed", 2**32 - 1)):
+            if getattr(self, name) > most:
+                raise StudyError(f"{name}={getattr(self, name)} must be at most {most}")
 
 
 def configurations(values: Mapping) -> tuple[DrafterConfig, TrainConfig]:
@@ -77,7 +81,7 @@ def configurations(values: Mapping) -> tuple[DrafterConfig, TrainConfig]:
     training = TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig) if field.name in values})
     check_training(drafter, training)
     for name in ("draft_vocab_size", "draft_length"):
-        if values.get(name, 1) < 1:
+        if check_value(name, values.get(name, 1), int) < 1:
             raise StudyError(f"{name}={values[name]} must be 1 or more")
     if drafter.paradigm == "block" and values.get("draft_length", 1) >= drafter.block_size:
         raise StudyError(f"draft_length={values['draft_length']} must be below block_size={drafter.block_size}")

@@ -24,8 +24,9 @@ from .record import Recorder
 
 
 def train(
-    drafter: Drafter, source, validation, config: TrainConfig, run_dir: str | Path, *, dtype: torch.dtype =
-    torch.float32 ) -> pd.DataFrame:
+    drafter: Drafter, source, validation, config: TrainConfig, run_dir: str | Path, *,
+    dtype: torch.dtype = torch.float32,
+) -> pd.DataFrame:  # fmt: skip
     """Train ``drafter`` in place, by TTT or block-wise, going on from ``run_dir/checkpoint.pt`` if it is there.
 
     Parameters
@@ -40,8 +41,8 @@ def train(
 
     Raises
     ------
-    StudyError : a training that this drafter can't have; a checkpoint of another set-up; a loss that is not finite
-        (the last good checkpoint is kept).
+    StudyError : a training that this drafter can't have; a checkpoint of another set-up; a loss, gradient or weight
+        that is not finite, before a weight or a file takes it up (the last good checkpoint is kept).
 
     Notes
     -----
@@ -82,9 +83,8 @@ class Progress:
     window: torch.Tensor | None = None
     window_steps: int = 0
 
-    def advance(self, loss: Loss, tokens: int) -> None:
-        """One optimiser step more."""
-        counted = parallel.summed(torch.stack([loss.step_loss, loss.matches, loss.pairs]).double()).cpu()
+    def advance(self, counted: torch.Tensor, tokens: int) -> None:
+        """One optimiser step more, with its (loss, matches, pairs) [3, K]."""
         self.window = counted if self.window is None else self.window + counted
         self.window_steps += 1
         self.step += 1
@@ -121,21 +121,36 @@ class Training:
         with self.recorder.step(progress.step + 1, progress.trained_tokens + tokens):
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 loss = training_loss(drafter, features, config, progress.step, generator)
-            self._check_finite(loss)
             loss.loss.backward()
             parallel.sum_gradients(drafter)
-        nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm)
+        counted = self.read(loss, norm)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(config, progress.step, self.total) * group.get("scale", 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad()
-        progress.advance(loss, tokens)
+        progress.advance(counted, tokens)
 
-    def _check_finite(self, loss: Loss) -> None:
-        if not math.isfinite(parallel.summed(loss.loss.detach()).item()):
-            there, step = self.path.exists(), self.progress.step + 1
-            kept = f"the last good checkpoint is {self.path}" if there else "no checkpoint was written before it"
-            raise StudyError(f"the loss is not finite at optimiser step {step}; {kept}; try a lower learning_rate")
+    def read(self, loss: Loss, gradient_norm: torch.Tensor) -> torch.Tensor:
+        """(loss, matches, pairs) [3, K] of the whole batch, read from the device at once: a step waits for it here alone.
+
+        Raises
+        ------
+        StudyError : loss or gradient are not finite; the optimiser has not seen them yet.
+        """
+        parts = [loss.step_loss, loss.matches, loss.pairs, loss.loss.detach()[None]]
+        summed = parallel.summed(torch.cat([part.double() for part in parts]))
+        *counted, total, norm = torch.cat([summed, gradient_norm.detach().double()[None]]).tolist()
+        self.check_finite("the loss is", math.isfinite(total), self.progress.step + 1)
+        self.check_finite("the gradient is", math.isfinite(norm), self.progress.step + 1)
+        return torch.tensor(counted, dtype=torch.float64).view(3, -1)
+
+    def check_finite(self, what: str, finite: bool, step: int) -> None:
+        """Stop a training that has gone wrong."""
+        if not finite:
+            there = self.path.exists()
+            kept = f"the last good checkpoint is {self.path}" if there else "no checkpoint was written before"
+            raise StudyError(f"{what} not finite at optimiser step {step}; {kept}; try a lower learning_rate")
 
     def report(self) -> list[dict]:
         """History rows of this moment: training since the last report, and acceptance on the validation documents."""
@@ -161,6 +176,8 @@ class Training:
 
     def save(self) -> None:
         """Write everything that a resumed run needs, atomically."""
+        finite = all(bool(p.isfinite().all()) for p in self.drafter.parameters())
+        self.check_finite("weights are", finite, self.progress.step)
         state = {
             "identity": self.identity,
             "drafter": self.drafter.state_dict(),

@@ -6,6 +6,8 @@ from dataclasses import fields, replace
 import examples
 import pytest
 from examples import VARIANTS
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvshot_lib.drafters.drafter import DrafterConfig
 from kvshot_lib.errors import StudyError
@@ -61,9 +63,9 @@ def test_names_of_what_can_differ_do_not_clash():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("epochs", 0), ("batch_documents", -1), ("learning_rate", 0), ("learning_rate", math.nan), ("clip_norm", 0),
+        ("epochs", 0), ("batch_documents", -1), ("learning_rate", 0), ("clip_norm", 0),
         ("ttt_steps", 0), ("step_decay", 0),
-        ("branch_learning_rate_scale", 0), ("anchor_fraction", 0), ("anchor_fraction", 1.5), ("anchor_fraction", -0.1),
+        ("branch_learning_rate_scale", 0), ("anchor_fraction", 0), ("anchor_fraction", -0.1),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_by_name(name, value):
@@ -72,7 +74,7 @@ def test_bad_settings_are_refused_by_name(name, value):
 
 
 NOT_NEGATIVE = [
-    "max_steps", "validate_every", "weight_decay", "warmup_fraction", "branch_warmup_steps", "branch_loss_weight",
+    "seed", "max_steps", "checkpoint_every_s", "validate_every", "weight_decay", "warmup_fraction", "branch_warmup_steps", "branch_loss_weight",
 ]  # fmt: skip
 
 
@@ -80,6 +82,35 @@ NOT_NEGATIVE = [
 def test_negative_settings_are_refused_by_name(name):
     with pytest.raises(StudyError, match=f"{name}=-1 must be 0 or more"):
         TrainConfig(**{name: -1})
+
+
+@pytest.mark.parametrize(("name", "value", "most"), [("anchor_fraction", 1.5, 1), ("warmup_fraction", 2, 1)])
+def test_shares_are_at_most_one(name, value, most):
+    with pytest.raises(StudyError, match=f"{name}={value} must be at most {most}"):
+        TrainConfig(**{name: value})
+
+
+KINDS = {f.name: f.type for f in fields(TrainConfig)}
+ANYTHING = st.one_of(st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.none(), st.lists(st.integers()))
+
+
+@given(st.dictionaries(st.sampled_from([*KINDS]), ANYTHING, min_size=1, max_size=4))
+def test_a_training_that_is_taken_has_numbers_of_the_right_kind_alone(values):
+    """Whatever the fields are given: refused by the name of one of them, or all are finite numbers of their kind."""
+    try:
+        config = TrainConfig(**values)
+    except StudyError as refused:
+        assert str(refused).partition("=")[0] in values and "\n" not in str(refused)
+        return
+    for name, value in vars(config).items():
+        assert type(value) in ((int,) if KINDS[name] is int else (int, float)) and math.isfinite(value) and value >= 0
+
+
+@pytest.mark.parametrize("name", ["draft_vocab_size", "draft_length"])
+@pytest.mark.parametrize("value", [True, 2.0, "8", None, math.nan])
+def test_what_else_notebooks_give_is_of_its_kind_too(name, value):
+    with pytest.raises(StudyError, match=f"{name}=.* must be a whole number"):
+        configurations({name: value})
 
 
 @pytest.mark.parametrize(

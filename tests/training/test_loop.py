@@ -158,8 +158,43 @@ def test_a_loss_that_is_not_finite_is_told_and_the_checkpoint_kept(tmp_path, und
         run(tmp_path, OFTEN, source=Broken(examples.live(), 3))
     assert torch.load(tmp_path / "checkpoint.pt")["progress"]["step"] == 2
     assert_same(run(tmp_path), undisturbed())
-    with pytest.raises(StudyError, match="not finite at optimiser step 1; no checkpoint was written before it"):
+    with pytest.raises(StudyError, match="not finite at optimiser step 1; no checkpoint was written before; try"):
         run(tmp_path / "first", source=Broken(examples.live(), 1))
+
+
+@pytest.mark.parametrize("variant", ["hidden", "kv_2", "hybrid"])
+def test_a_gradient_that_is_not_finite_stops_before_it_touches_a_weight_or_a_file(tmp_path, variant):
+    """A finite loss, and one gradient that is NaN from the third step on."""
+    drafter, seen = examples.drafter(variant), []
+
+    def broken(gradient):
+        seen.append(weights_of(drafter))
+        return gradient * math.nan if len(seen) > 2 else gradient
+
+    drafter.norm.weight.register_hook(broken)
+    with pytest.raises(StudyError, match="the gradient is not finite at optimiser step 3; the last good checkpoint is"):
+        train(drafter, examples.live(), examples.live(), OFTEN, tmp_path)
+    kept = torch.load(tmp_path / "checkpoint.pt")
+    assert kept["progress"]["step"] == 2 and len(seen) == 3
+    assert len(same(weights_of(drafter), seen[2])) == len(seen[2]), "a weight moved"
+    assert all(torch.equal(kept["drafter"][name], tensor) for name, tensor in seen[2].items())
+    states = [tensor for own in kept["optimiser"]["state"].values() for tensor in own.values()]
+    assert all(tensor.isfinite().all() for tensor in states)
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path, monkeypatch):
+    step = torch.optim.AdamW.step
+
+    def overflowing(optimiser, *given):
+        step(optimiser, *given)
+        if (number := optimiser.state[first := optimiser.param_groups[0]["params"][0]]["step"]) == 2:
+            first.data.fill_(math.inf)
+        return number
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
+    with pytest.raises(StudyError, match="weights are not finite at optimiser step 2; the last good checkpoint is"):
+        run(tmp_path, OFTEN)
+    assert torch.load(tmp_path / "checkpoint.pt")["progress"]["step"] == 1
 
 
 def other_set_ups():
@@ -279,6 +314,7 @@ def test_the_self_branch_and_the_gate_wait_for_the_warm_up_to_end(tmp_path):
     assert len(waiting) == 6 and steps[:4] == [waiting] * 4 and steps[4:] == [set()] * 5
     with pytest.raises(StudyError, match="branch_warmup_steps=9 must be below the 9 optimiser steps"):
         train(build(), source, source, replace(CURED, branch_warmup_steps=9), tmp_path / "other")
+
 
 ALL_CURES = replace(
     CURED, branch_warmup_steps=4, branch_loss_weight=0.5, branch_learning_rate_scale=3.0, kv_lag_augment_tokens=3
