@@ -1,61 +1,21 @@
 """The study's one command line: `python -m kvshot_lib VERB`, or `kvshot VERB`; `--help` lists the verbs.
 
-A verb is a function of the library: parameters before the ``*`` are arguments, others options, the docstring is the
-help. Its module is imported when it runs, so that every command starts at once. (typer and tyro would want annotations
-of their own at every parameter, and all modules at the start.)
+A verb imports what it calls when it runs, so that every command starts at once. (click, not typer: that can't take
+``-p NAME VALUE`` more than once, as papermill does.) Verbs that measure trained drafters are in `measurements`.
 """
 
-import ast
-import functools
-import importlib
-import inspect
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
 
 import click
 import yaml
+from click import argument, option
 
 from ..errors import StudyError
 from ..files import disk_trouble
-
-PACKAGE = __package__.partition(".")[0]
-VERBS = {
-    "figures": "study.pipeline:redraw",
-    "fingerprint": "study.fingerprints:covered_names",
-    "sweep": "study.sweep:sweep_profile",
-    "processes": "study.sweep:several_processes",
-    "generate": "text.generate:generate",
-    "collect": "metrics.collect:collect",
-    "thin": "metrics.collect:thin",
-    "record": "study.publish:record",
-    "convert": "study.publish:convert",
-    "compute": "study.compute:write_compute",
-    "bench": "study.scale:bench",
-    "dry-run": "study.scale:dry_run",
-    "publish": "study.publish:publish_runs",
-    "judge": "study.publish:judge_checkpoint",
-    "report": "study.site:build_report",
-    "notebook execute": "study.notebooks:execute_in_place",
-    "measure queries": "probes.queries:measure_queries",
-    "measure gradients": "probes.gradients:measure_gradients",
-    "measure shift": "probes.shift:measure_shift",
-    "decode speed": "decoding.timing:measure_speed",
-    "decode duel": "decoding.timing:duel",
-    "decode lossless": "decoding.lossless:verify_lossless",
-    "decode latency": "decoding.latency:measure_latency",
-    "eagle3 export": "study.publish:export",
-    "eagle3 import": "study.publish:measure_eagle3",
-}
-GROUPS = {
-    "notebook": "Run notebooks.",
-    "measure": "Diagnostics of trained drafters.",
-    "decode": "Real decoding: its speed, and that it changes no token.",
-    "eagle3": "Drafters in EAGLE-3's own form, as serving engines load them.",
-}
-STOPPED = "stopped early: the same command goes on from here"
+from .measurements import decode, eagle3, measure
+from .options import device, dtype, keep, options, profile, results, runs, several, tables, target, tell
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -72,104 +32,22 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-class Verb(click.Command):
-    """A function ``module:function`` of the library as a command; its module is imported when the command is called."""
-
-    def __init__(self, name: str, place: str):
-        super().__init__(name)
-        self.module, _, self.function = place.partition(":")
-
-    def get_short_help_str(self, limit: int = 0) -> str:
-        """First line of the function's docstring."""
-        tree = ast.parse((Path(__file__).parents[1] / f"{self.module.replace('.', '/')}.py").read_text())
-        named = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == self.function]
-        return (ast.get_docstring(named[0]) or "").partition("\n")[0]
-
-    def make_context(self, *arguments, **named) -> click.Context:
-        function: Callable = getattr(importlib.import_module(f"{PACKAGE}.{self.module}"), self.function)
-        docstring, signature = inspect.getdoc(function) or "", inspect.signature(function).parameters
-        hints, told = get_type_hints(function), parameter_help(docstring)
-        shown = [own for own in signature.values() if own.name != "fingerprint"]
-        self.help = docstring.partition("\n\n")[0]
-        self.params = [parameter(own, hints.get(own.name, str), told.get(own.name)) for own in shown]
-        self.callback = functools.partial(self.call, function, signature)
-        return super().make_context(*arguments, **named)
-
-    def call(self, function: Callable, signature: Mapping[str, inspect.Parameter], **given) -> None:
-        if "fingerprint" in signature:
-            from .fingerprints import fingerprint
-
-            given["fingerprint"] = fingerprint(self.module, {})
-        arguments = [given.pop(own.name) for own in signature.values() if is_argument(own)]
-        tell(function(*arguments, **given))
+@click.group()
+def cli() -> None:
+    """The KVShot study."""
 
 
-def is_argument(own: inspect.Parameter) -> bool:
-    return own.kind is own.POSITIONAL_OR_KEYWORD
+@cli.group()
+def notebook() -> None:
+    """Run notebooks."""
 
 
-def parameter(own: inspect.Parameter, kind: object, told: str | None) -> click.Parameter:
-    """A click argument or option for one parameter of a function."""
-    several, required = get_origin(kind) is Sequence, own.default is own.empty
-    word = next((known for known in (bool, int, float) if known in (kind, *get_args(kind))), str)
-    given = {} if required else {"default": own.default}  # a default of None would count as one
-    if is_argument(own):
-        return click.Argument([own.name], type=word, required=required, **({"nargs": -1} if several else given))
-    if several:
-        word, given = Several(word), {"default": ",".join(map(str, own.default)) or "none"}
-    flag = own.name.replace("_", "-")
-    flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
-    shown = given.get("default") not in ("", None)
-    return click.Option([flags], type=word, help=told, show_default=shown, required=required, **given)
-
-
-class Several(click.ParamType):
-    """Words or numbers with commas between them; none for ``none``."""
-
-    name = "a,b"
-
-    def __init__(self, word: type):
-        self.word = word
-
-    def convert(self, value: object, own: click.Parameter | None, context: click.Context | None) -> list:
-        if isinstance(value, list):
-            return value
-        try:
-            return [] if value == "none" else [self.word(word) for word in value.split(",")]
-        except ValueError:
-            raise StudyError(f"{own.opts[0]} {value!r}: give whole numbers with commas between them") from None
-
-
-def parameter_help(docstring: str) -> dict[str, str]:
-    """What the Parameters section of a docstring says of each name."""
-    section = docstring.partition("Parameters\n----------")[2].partition("\n\n")[0]
-    parts = re.split(r"(?:\.\s|\n)\s*((?:\w+, )*\w+) : ", section)
-    told = zip(parts[1::2], parts[2::2], strict=True)
-    return {name: " ".join(text.split()) for names, text in told for name in names.split(", ")}
-
-
-def tell(result: object) -> None:
-    """Print what a verb returned; a whole number is its exit status, and (result, False) was stopped early."""
-    if isinstance(result, tuple) and isinstance(result[-1], bool):
-        *result, done = result
-        result = [*result, *[STOPPED] * (not done)]
-    if isinstance(result, int):
-        sys.exit(int(result))
-    for line in result.values() if isinstance(result, dict) else result if isinstance(result, list) else [result]:
-        if line is not None:
-            print(line)
-
-
-cli = click.Group(help="The KVShot study.")
-for group, says in GROUPS.items():
-    cli.add_command(click.Group(group, help=says))
-for verb, place in VERBS.items():
-    group, _, name = verb.rpartition(" ")
-    (cli.commands[group] if group else cli).add_command(Verb(name, place))
+for group in (measure, decode, eagle3):
+    cli.add_command(group)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[PROFILE] [WORDS FOR SNAKEMAKE]...")
+@argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[PROFILE] [WORDS FOR SNAKEMAKE]...")
 def study(words: tuple[str, ...]) -> None:
     """Extract, train, measure, draw: notebooks/Snakefile for PROFILE (laptop). -n shows what would run."""
     from .pipeline import run_study
@@ -178,20 +56,204 @@ def study(words: tuple[str, ...]) -> None:
     sys.exit(run_study(words[0] if named else "laptop", list(words[named:])))
 
 
-@cli.commands["notebook"].command()
-@click.argument("source", metavar="IN")
-@click.argument("output", metavar="OUT")
-@click.option("-f", "--file", "files", multiple=True, help="YAML file of parameters")
-@click.option("-y", "--yaml", "texts", multiple=True, help="YAML text of parameters")
-@click.option("-p", "--parameter", "values", nargs=2, multiple=True, metavar="NAME VALUE")
-@click.option("--cwd", help="folder to run in (the notebook's)")
-@click.option("--owns", help="folder that this notebook alone writes")
-@click.option("--fingerprint", help="what the contents of that folder depend on")
-def run(source: str, output: str, files: tuple, texts: tuple, values: tuple, **options: str) -> None:
+@cli.command()
+@argument("profiles", nargs=-1)
+def figures(profiles: Sequence[str]) -> None:
+    """Draw figures/PROFILE anew from data/recorded/PROFILE, for all recorded profiles or those that are named."""
+    from .pipeline import redraw
+
+    redraw(profiles)
+
+
+@cli.command()
+@argument("step")
+def fingerprint(step: str) -> None:
+    """What makes the results of STEP (extract, train, … or a module, such as probes.shift) out of date."""
+    from .fingerprints import covered
+
+    tell(covered(step))
+
+
+@cli.command()
+@profile
+@runs
+@options("where they go (results/PROFILE by default)", results_dir="")
+@options("trainings side by side", workers=4)
+@options("then leave the rest for the next call", stop_after_s=1e8)
+def sweep(**given) -> None:
+    """Train a profile's runs side by side with the features in memory, on one large GPU. Status 1: some are left."""
+    from .sweep import sweep_profile
+
+    left = sweep_profile(**given)
+    print(f"{left} runs are left: the same command goes on with them" if left else "all runs are done")
+    sys.exit(left > 0)
+
+
+@cli.command()
+@profile
+@argument("what", metavar="extract|train")
+@runs
+@options("where they go (results/PROFILE by default)", results_dir="")
+def processes(**given) -> None:
+    """Extract or train over several processes: accelerate launch --multi_gpu -m kvshot_lib processes …"""
+    from .sweep import several_processes
+
+    several_processes(**given)
+
+
+@cli.command()
+@argument("out")
+@target
+@device
+@dtype
+@options("dialogues whose user turns are answered (default: self-generated)", user_turns="")
+@options("documents to write", train=0, validation=0, evaluation=0)
+@options(max_length_tokens=512, max_user_tokens=96, temperature=1.0, top_p=0.95, batch_size=32, seed=0, thinking=False)
+def generate(**given) -> None:
+    """Let the target write dialogues into the folder OUT; a killed run goes on where it was."""
+    from ..text.generate import generate
+
+    print(generate(**given))
+
+
+@cli.command()
+@results
+@runs
+@options("of the bootstrap", samples=2000, seed=0)
+@keep
+def collect(**given) -> None:
+    """Merge finished runs, all or some, into RESULTS_DIR/tables."""
+    from ..metrics.collect import collect
+
+    tell(collect(**given).values())
+
+
+@cli.command()
+@tables
+def thin(tables_dir: str) -> None:
+    """Leave of the largest recorded tables what is drawn of them."""
+    from ..metrics.collect import thin
+
+    tell(thin(tables_dir))
+
+
+@cli.command()
+@profile
+def record(profile: str) -> None:
+    """Copy tables and figures of results/PROFILE to data/recorded/PROFILE and figures/PROFILE, to be published."""
+    from .recorded import record
+
+    print(record(profile))
+
+
+@cli.command()
+@tables
+def convert(tables_dir: str) -> None:
+    """Bring tables of earlier versions into their present form, with present names."""
+    from .recorded import convert
+
+    tell(convert(tables_dir))
+
+
+@cli.command()
+@tables
+def compute(tables_dir: str) -> None:
+    """Count the FLOPs and bytes of the runs in these tables: TABLES_DIR/compute.csv."""
+    from .compute import write_compute
+
+    print(write_compute(tables_dir))
+
+
+@cli.command()
+@target
+@options(corpus="selfgen")
+@options("the longest of the corpus", documents=8)
+@options("timed training steps", steps=3)
+@options("draft_vocab_size", vocabulary=8192)
+@several("processes", "to train with, one number after the other", 1, 2, kind=int)
+@options("only this process's part of that", share=False)
+def bench(**given) -> None:
+    """Speed of extraction and training on this machine."""
+    from .scale import bench
+
+    bench(**given)
+
+
+@cli.command("dry-run")
+@profile
+@options("cut the target to so many (0: don't)", layers=0)
+@options("and to a width that a CPU can take", narrow=False)
+@options("of each training", steps=20)
+@options("tokens of a document (0: the profile's)", length=0)
+@several("drafters", "some of the profile's")
+@options("to extrapolate to; the paper's larger set by default", dialogues=280_000)
+@device
+@dtype
+def dry_run(**given) -> None:
+    """A profile's generation, extraction and trainings for a few steps with random weights: what will it take?"""
+    from .scale import dry_run
+
+    print(dry_run(**given))
+
+
+@cli.command()
+@results
+@runs
+@options("the folder that gets a folder a drafter", to="data/checkpoints")
+@options("of rounding, in standard deviations of a row", step=0.5)
+def publish(**given) -> None:
+    """Trained drafters made small and described, for data/checkpoints; tells what rounding changed."""
+    from .publish import publish_runs
+
+    publish_runs(**given)
+
+
+@cli.command()
+@results
+@argument("name")
+@options("what the run depends on; what another one left is removed", mark="")
+@options("draft steps that are judged", draft_length=7)
+def judge(**given) -> None:
+    """Judge the published drafter NAME in a study of one's own, as one variant more."""
+    from .publish import judge_checkpoint
+
+    print(judge_checkpoint(**given))
+
+
+@cli.command()
+@argument("profile", default="")
+@options(out="results/report")
+def report(profile: str, out: str) -> None:
+    """One web site of notebooks, figures, scorecard and runs: of what is committed, or of results/PROFILE."""
+    from .site import build_report
+
+    print(build_report(profile, Path(out)))
+
+
+@notebook.command()
+@argument("notebook", metavar="IN")
+@argument("output", metavar="OUT")
+@option("-f", "--file", "files", multiple=True, help="YAML file of parameters")
+@option("-y", "--yaml", "texts", multiple=True, help="YAML text of parameters")
+@option("-p", "--parameter", "values", nargs=2, multiple=True, metavar="NAME VALUE")
+@option("--cwd", help="folder to run in (the notebook's)")
+@option("--owns", help="folder that this notebook alone writes")
+@option("--fingerprint", help="what the contents of that folder depend on")
+def run(files: Sequence[str], texts: Sequence[str], values: Sequence[tuple[str, str]], **given) -> None:
     """Run one notebook with parameters of your own."""
     from .notebooks import run_notebook
 
     parameters = {}
     for text in [*(Path(file).read_text() for file in files), *texts]:
         parameters |= yaml.safe_load(text) or {}
-    run_notebook(source, output, parameters | {name: yaml.safe_load(value) for name, value in values}, **options)
+    parameters |= {name: yaml.safe_load(value) for name, value in values}
+    run_notebook(parameters=parameters, **given)
+
+
+@notebook.command()
+@argument("notebooks", nargs=-1)
+def execute(notebooks: Sequence[str]) -> None:
+    """Run notebooks in place at their own parameters, ready to be committed."""
+    from .notebooks import execute_in_place
+
+    execute_in_place(notebooks)

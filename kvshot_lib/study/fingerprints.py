@@ -31,23 +31,15 @@ def fingerprint(step: str, parameters: dict, *upstream: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def covered_names(step: str) -> list[str]:
-    """What makes the results of a step out of date: the notebook and modules that its fingerprint covers.
-
-    ``step`` is extract, train, … or a module, such as probes.shift.
-    """
-    if module_path(step) is None:
-        check_names([step], NOTEBOOKS, "the study")
-    return list(covered(step))
-
-
 def covered(step: str) -> dict[str, str]:
     """Code that the step's fingerprint covers: name of each notebook or module -> its code without comments and layout.
 
     Raises
     ------
-    StudyError : an import of kvshot_lib that leads nowhere.
+    StudyError : no such step, or an import of kvshot_lib that leads nowhere.
     """
+    if module_path(step) is None:
+        check_names([step], NOTEBOOKS, "the study")
     drawing = step in DRAWING
     if step in NOTEBOOKS:
         program = ast.parse(plain_python(NOTEBOOKS[step], figures=drawing))

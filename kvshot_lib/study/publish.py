@@ -1,12 +1,9 @@
-"""What goes out and comes in: published drafters, recorded tables and figures, EAGLE-3 checkpoints, old tables.
+"""Drafters that go out and come in: published ones, and EAGLE-3 checkpoints.
 
 A published drafter is a folder of data/checkpoints that `load_drafter` reads like any other: rounded weights,
 ``drafter.json`` (config, target, hash, what its run recorded), ``history.csv``, ``acceptance.csv``, and the card.
 """
 
-import csv
-import io
-import lzma
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +17,14 @@ from ..drafters.context import read_by
 from ..drafters.drafter import Drafter
 from ..drafters.eagle3 import export_eagle3, import_eagle3
 from ..drafters.runs import DESCRIPTION, training_command
-from ..drafters.variants import VARIANTS, current_name
+from ..drafters.variants import VARIANTS
 from ..errors import StudyError
 from ..features.live import LiveFeatures
 from ..features.store import StoredFeatures
 from ..files import sha256, write_atomically, write_csv, write_json
 from ..metrics import tables
 from ..metrics.acceptance import count_run
-from ..metrics.collect import read_record, thin
+from ..metrics.collect import read_record
 from ..metrics.resampling import Draws, draw
 from ..parts import claim
 from ..target.load import Target, load_target, resolve_dtype
@@ -47,12 +44,7 @@ METRICS = (
 
 
 def publish_runs(results_dir: str, runs: Sequence[str], *, to: str = str(CHECKPOINTS), step: float = STEP) -> None:
-    """Trained drafters made small and described, for data/checkpoints; prints what rounding changed.
-
-    Parameters
-    ----------
-    to : the folder that gets a folder a drafter. step : of rounding, in standard deviations of a row.
-    """
+    """Publish drafters (``VARIANT/seedN``) of a study, each in a folder of ``to``; prints what rounding changed."""
     evaluation = StoredFeatures(Path(results_dir) / "features" / "evaluation")
     target = load_target(evaluation.spec.target, device="cpu", dtype="float32")
     for run in runs:
@@ -157,10 +149,7 @@ def judge_checkpoint(results_dir: str, name: str, *, mark: str = "", draft_lengt
     """Judge a published drafter in a study of one's own, as one variant more: `kv_2` becomes `kv_2_checkpoint`.
 
     It leaves there what a training leaves, so that whatever reads runs reads it. Its training is the recorded one.
-
-    Parameters
-    ----------
-    name : a folder of data/checkpoints. mark : what the run depends on (`claim`).
+    ``mark`` says what the run depends on (`claim`).
 
     Raises
     ------
@@ -191,23 +180,13 @@ def judge_checkpoint(results_dir: str, name: str, *, mark: str = "", draft_lengt
 
 
 def export(run_folder: str, out: str, *, target: str = DEFAULT_TARGET, dtype: str = "bfloat16") -> Path:
-    """A trained `hidden` drafter as the folder of an EAGLE-3 checkpoint, which vLLM and SGLang load.
-
-    Parameters
-    ----------
-    target : a name of the study, a hub id or a model folder. dtype : float32, bfloat16 or float16.
-    """
+    """A trained `hidden` drafter as the folder of an EAGLE-3 checkpoint, which vLLM and SGLang load."""
     model = load_target(target, dtype="float32")
-    return export_eagle3(load_drafter(Path(run_folder), model), Path(out), dtype=getattr(torch, dtype))
+    return export_eagle3(load_drafter(Path(run_folder), model), model, Path(out), dtype=getattr(torch, dtype))
 
 
 def measure_eagle3(folder: str, *, target: str = DEFAULT_TARGET, corpus: str = "selfgen", documents: int = 64) -> str:
-    """Measure an EAGLE-3 checkpoint with the study's metrics, on evaluation answers of the target.
-
-    Parameters
-    ----------
-    target : a name of the study, a hub id or a model folder. corpus : whose evaluation answers are drafted.
-    """
+    """What the study's metrics say of an EAGLE-3 checkpoint, on evaluation answers of the target."""
     model = load_target(target, dtype="float32")
     drafter = import_eagle3(Path(folder), model)
     source = LiveFeatures(model, load_corpus(corpus, "evaluation").documents[:documents], drafter.spec)
@@ -216,58 +195,3 @@ def measure_eagle3(folder: str, *, target: str = DEFAULT_TARGET, corpus: str = "
     table = acceptance_by_step(counts).to_string(index=False, float_format="%.3f")
     told = f"measured MAT {1 + accepted:.3f} tokens per target forward, on {len(source)} answers of {model.name}"
     return f"{table}\n{told}"
-
-
-def record(profile: str) -> str:
-    """Copy tables and figures of results/PROFILE to data/recorded/PROFILE and figures/PROFILE, as they are published.
-
-    Raises
-    ------
-    StudyError : no tables there.
-    """
-    results, to, figures = Path("results") / profile, Path("data/recorded") / profile, Path("figures") / profile
-    names = [name for name in tables.SCHEMAS if tables.path_of(results / "tables", name).is_file()]
-    if not names:
-        raise StudyError(f"there are no tables in {results}/tables; make them with: make study PROFILE={profile}")
-    for name in names:
-        tables.write(to, name, tables.read(results / "tables", name))
-    thin(to)
-    figures.mkdir(parents=True, exist_ok=True)
-    for path in results.glob("figures/*"):
-        if not path.name.startswith("training_"):  # of one run each: training.png shows them together
-            shutil.copy(path, figures)
-    return f"{to}: {len(names)} tables; {figures}: {len(list(figures.glob('*.png')))} figures"
-
-
-def convert(tables_dir: str | Path) -> list[Path]:
-    """Bring tables of earlier versions into their present form, with present names; gives the files written.
-
-    Raises
-    ------
-    StudyError : no table of the study there.
-    """
-    written = []
-    for name, schema in tables.SCHEMAS.items():
-        old = [Path(tables_dir) / f"{name}.{form}" for form in (*tables.OLD_FORMS, "csv")]
-        path = next((path for path in old if path.is_file()), None)
-        if path is None:
-            continue
-        table = _read_old(path, {column: "str" for column, kind in schema.items() if kind == "str"})
-        for column in {"variant", "init_from"} & set(table):
-            table[column] = [name if pd.isna(name) else current_name(name) for name in table[column]]
-        written.append(tables.write(tables_dir, name, tables.check(table, name, path)))
-        if path != written[-1]:
-            path.unlink()
-    if not written:
-        raise StudyError(f"{tables_dir} holds no table of the study; nothing was converted")
-    return written
-
-
-def _read_old(path: Path, text: dict[str, str]) -> pd.DataFrame:
-    """A table as it was: CSV, its columns one a line (``.columns.xz``), or compressed CSV."""
-    if path.name.endswith(".columns.xz"):
-        lines = lzma.decompress(path.read_bytes()).decode()
-        columns = {name: values for name, *values in csv.reader(io.StringIO(lines))}
-        table = pd.DataFrame(columns, dtype="str").replace("", pd.NA)
-        return table.assign(**{name: pd.to_numeric(table[name]) for name in table if name not in text})
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])

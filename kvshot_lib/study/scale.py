@@ -53,14 +53,9 @@ def bench(
     *, target: str = DEFAULT_TARGET, corpus: str = "selfgen", documents: int = 8, steps: int = 3,
     vocabulary: int = 8192, processes: Sequence[int] = (1, 2), share: bool = False,
 ) -> None:  # fmt: skip
-    """Speed of extraction and training on this machine.
+    """Speed of extraction (beside the bare target forward) and of training, in tokens/s, over the longest documents.
 
-    Extraction is given as a ratio to the bare target forward, training in tokens/s over batches of four documents.
-
-    Parameters
-    ----------
-    documents : the longest of the corpus. steps : timed training steps. vocabulary : draft_vocab_size.
-    processes : numbers of processes to train with, one after the other. share : only this process's part of that.
+    Training is in batches of four, also in several processes; ``share`` is what each of these does.
     """
     if share:
         parallel.begin()
@@ -136,14 +131,7 @@ def dry_run(
     profile: str, *, layers: int = 0, narrow: bool = False, steps: int = 20, length: int = 0,
     drafters: Sequence[str] = (), dialogues: int = 280_000, device: str = "auto", dtype: str = "auto",
 ) -> str:  # fmt: skip
-    """A profile's generation, extraction and trainings for a few steps with random weights: what will it take?
-
-    Parameters
-    ----------
-    layers : cut the target to so many (0: don't). narrow : and to a width that a CPU can take.
-    steps : of each training. length : tokens of a document (0: the profile's). drafters : some of the profile's.
-    dialogues : to extrapolate to; the paper's larger set by default.
-    """
+    """A profile's generation, extraction and trainings for a few steps with random weights: what will it take?"""
     loaded = checked_profile(profile)
     check_names(drafters, loaded.drafters, f"profile {loaded.name}, drafters:")
     values = extract_values(loaded, loaded.results) | ({"max_length_tokens": length} if length else {})

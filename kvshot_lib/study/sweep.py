@@ -31,19 +31,7 @@ _shared: dict = {}  # of a worker process: features, profile, results_dir
 def sweep_profile(
     profile: str, runs: Sequence[str] = (), *, results_dir: str = "", workers: int = 4, stop_after_s: float = 1e8
 ) -> int:
-    """Train a profile's runs side by side with the features in memory: for one large GPU.
-
-    Parameters
-    ----------
-    runs : VARIANT/seedN, only these in this order (all by default).
-    results_dir : where they go (results/PROFILE by default).
-    workers : trainings side by side.
-    stop_after_s : then leave the rest for the next call.
-
-    Returns
-    -------
-    1 if runs are left, else 0.
-    """
+    """Train a profile's runs (all, or ``VARIANT/seedN`` in this order), so many at a time; returns how many are left."""
     loaded = profiles.checked_profile(profile)
     folder = Path(results_dir or loaded.results)
     jobs = named_runs(loaded, runs)
@@ -51,20 +39,14 @@ def sweep_profile(
     if left < len(jobs):
         done = [job for job in named_runs(loaded) if _done(folder, *job)]
         collect(folder, [f"{variant}/seed{seed}" for variant, seed in done])
-    print(f"{left} runs are left: the same command goes on with them" if left else "all runs are done")
-    return int(left > 0)
+    return left
 
 
 def several_processes(profile: str, what: str, runs: Sequence[str] = (), *, results_dir: str = "") -> None:
-    """Extract or train over several processes, one GPU each: accelerate launch --multi_gpu -m kvshot_lib processes …
+    """``what`` is extract or train: over several processes, one GPU each, it writes what `make study` would write.
 
-    It writes what `make study` would write. A batch is shared out, so that results are those of one process.
-    From a notebook: ``accelerate.notebook_launcher(several_processes, ("qwen3-8b", "extract"), num_processes=8)``.
-
-    Parameters
-    ----------
-    what : extract or train. runs : VARIANT/seedN, trainings in this order (all by default).
-    results_dir : where they go (results/PROFILE by default).
+    A batch is shared out, so that results are those of one process. From a notebook:
+    ``accelerate.notebook_launcher(several_processes, ("qwen3-8b", "extract"), num_processes=8)``.
     """
     parallel.begin()
     say = print if parallel.is_main() else lambda *_, **__: None

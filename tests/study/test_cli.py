@@ -1,89 +1,118 @@
-"""The command line: every verb is a function whose parameters it takes, what can be mended is one line, and it starts at once."""
+"""The command line: every verb says what it takes and calls what it names, what can be mended is one line, and it starts at once."""
 
+import importlib
+import inspect
 import subprocess
 import sys
-import types
-from collections.abc import Sequence
-from pathlib import Path
 
+import click
 import pytest
 
 from kvshot_lib.errors import StudyError
-from kvshot_lib.study import cli
-from kvshot_lib.study.cli import VERBS, Verb, main
+from kvshot_lib.study.cli import cli, main
 
 
-@pytest.mark.parametrize("verb", ["", *VERBS, "study", "notebook run", *cli.GROUPS])
+def verbs(group: click.Group, before: str = "") -> dict[str, click.Command]:
+    """Every command by its words, groups among them."""
+    found = {}
+    for name, command in group.commands.items():
+        found[f"{before}{name}"] = command
+        if isinstance(command, click.Group):
+            found |= verbs(command, f"{before}{name} ")
+    return found
+
+
+VERBS = verbs(cli)
+# Verbs that hand all that they are given to a function of the library.
+CALLED = {
+    "sweep": "study.sweep.sweep_profile",
+    "processes": "study.sweep.several_processes",
+    "generate": "text.generate.generate",
+    "collect": "metrics.collect.collect",
+    "bench": "study.scale.bench",
+    "dry-run": "study.scale.dry_run",
+    "publish": "study.publish.publish_runs",
+    "judge": "study.publish.judge_checkpoint",
+    "measure queries": "probes.queries.measure_queries",
+    "measure gradients": "probes.gradients.measure_gradients",
+    "measure shift": "probes.shift.measure_shift",
+    "decode speed": "decoding.timing.measure_speed",
+    "decode duel": "decoding.timing.duel",
+    "decode lossless": "decoding.lossless.verify_lossless",
+    "decode latency": "decoding.latency.measure_latency",
+    "eagle3 export": "study.publish.export",
+    "eagle3 import": "study.publish.measure_eagle3",
+}
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
 def test_every_verb_tells_what_it_takes(verb, capsys):
     assert main([*verb.split(), "--help"]) == 0
     told = capsys.readouterr().out
     assert told.startswith(f"Usage: kvshot {verb}".rstrip()) and len(told.splitlines()) > 4
 
 
-def measured(folder: str | Path, runs: Sequence[str] = (), *, fingerprint: str, count: int = 3, lengths: Sequence[int] = (1, 2),
-             fast: bool = False, keep: str | Path = ""):  # fmt: skip
-    """Measure something.
-
-    Parameters
-    ----------
-    count : how many. lengths, keep : of what, in
-        several lines.
-
-    Raises
-    ------
-    StudyError : never.
-    """
-    if count < 0:
-        raise StudyError("count starts\nat 0")
-    return [folder, list(runs), count, list(lengths), fast, keep, len(fingerprint)], count > 3
+def listed(value):
+    return list(value) if isinstance(value, list | tuple) else value
 
 
-@pytest.fixture
-def try_out(monkeypatch):
-    """`kvshot try`, which calls `measured`."""
-    monkeypatch.setitem(sys.modules, "kvshot_lib.tried", types.SimpleNamespace(measured=measured))
-    monkeypatch.setattr("kvshot_lib.study.fingerprints.fingerprint", lambda module, _: module)
-    monkeypatch.setitem(cli.cli.commands, "try", Verb("try", "tried:measured"))
+@pytest.mark.parametrize("verb", CALLED)
+def test_options_and_their_defaults_are_those_of_the_function(verb):
+    """By name; a default is said in both places, for a verb is told without importing what it calls."""
+    module, _, name = CALLED[verb].rpartition(".")
+    function = getattr(importlib.import_module(f"kvshot_lib.{module}"), name)
+    taken = {n: own for n, own in inspect.signature(function).parameters.items() if n != "fingerprint"}
+    command = VERBS[verb]
+    assert {own.name for own in command.params} == set(taken)
+    for own in command.params:
+        default, theirs = own.default, taken[own.name].default
+        if isinstance(own, click.Option) and theirs is not inspect.Parameter.empty:
+            given = own.type_cast_value(click.Context(command), default)
+            assert listed(given) == listed(theirs) and type(listed(given)) is type(listed(theirs)), own.name
+        assert (own.required and own.nargs == 1) == (theirs is inspect.Parameter.empty and own.nargs == 1), own.name
 
 
 @pytest.mark.parametrize(
     "words, told",
     [
-        ("there", "(['there', [], 3, [1, 2], False, '', 5], False)"),
-        ("there a/seed0 b/seed1 --count 4 --lengths 5 --fast", "(['there', ['a/seed0', 'b/seed1'], 4, [5], True, '', 5], True)"),
-        ("--lengths none there --keep x", "(['there', [], 3, [], False, 'x', 5], False)"),
+        ("there", {"runs": (), "documents": 8, "contexts": [128, 256, 512, 1024, 2048], "corpus": ""}),
+        (
+            "there a/seed0 b/seed1 --documents 4 --contexts 5",
+            {"runs": ("a/seed0", "b/seed1"), "documents": 4, "contexts": [5]},
+        ),
+        ("--contexts none there --keep x", {"runs": (), "contexts": [], "keep": "x"}),
     ],
 )
-def test_parameters_before_the_star_are_arguments_and_others_options(try_out, monkeypatch, capsys, words, told):
-    monkeypatch.setattr(cli, "tell", print)
-    assert main(["try", *words.split()]) == 0
-    assert capsys.readouterr().out.strip() == told
+def test_what_is_given_reaches_the_function_and_what_it_wrote_is_printed(monkeypatch, capsys, words, told):
+    given = {}
+    monkeypatch.setattr(
+        "kvshot_lib.probes.gradients.measure_gradients", lambda **own: given.update(own) or {"a": "b.csv"}
+    )
+    assert main(["measure", "gradients", *words.split()]) == 0
+    assert capsys.readouterr().out == "b.csv\n"
+    assert told.items() <= given.items() and given["results_dir"] == "there" and len(given["fingerprint"]) == 16
 
 
-def test_help_says_what_the_docstring_says_of_each(try_out, capsys):
-    assert main(["try", "--help"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "Measure something." in told and "--count INTEGER how many [default: 3]" in told
-    assert "--lengths A,B of what, in several lines. [default: 1,2]" in told
-    assert "fingerprint" not in told and "StudyError" not in told
+def test_what_can_be_mended_is_one_line(monkeypatch, capsys):
+    def complain(**_):
+        raise StudyError("count starts\nat 0")
 
-
-def test_what_can_be_mended_is_one_line(try_out, capsys):
-    for words, line in [("there --count -1", "count starts at 0"), ("there --lengths 1,x", "--lengths '1,x': give whole numbers")]:
-        assert main(["try", *words.split()]) == 1
+    monkeypatch.setattr("kvshot_lib.probes.gradients.measure_gradients", complain)
+    for words, line in [
+        ("there", "count starts at 0"),
+        ("there --contexts 1,x", "--contexts '1,x': give whole numbers"),
+    ]:
+        assert main(["measure", "gradients", *words.split()]) == 1
         told = capsys.readouterr().err
         assert told.startswith(f"error: {line}") and told.count("\n") == 1
-    assert main(["nothing"]) == 2 and main(["try"]) == 2
+    assert main(["nothing"]) == 2 and main(["measure", "gradients"]) == 2
 
 
-def test_results_are_printed_and_numbers_are_the_exit_status(capsys):
-    for result in ({"runs": Path("a.csv")}, ["b", None], (["c"], False), None, "d"):
-        cli.tell(result)
-    assert capsys.readouterr().out.splitlines() == ["a.csv", "b", "['c']", cli.STOPPED, "d"]
-    for status in (0, 1):
-        with pytest.raises(SystemExit) as stop:
-            cli.tell(status)
-        assert stop.value.code == status
+def test_what_a_measurement_returns_is_its_status(monkeypatch):
+    monkeypatch.setattr("kvshot_lib.decoding.lossless.verify_lossless", lambda **_: 1)
+    assert main(["decode", "lossless", "there"]) == 1
+    monkeypatch.setattr("kvshot_lib.study.sweep.sweep_profile", lambda **_: 3)
+    assert main(["sweep", "smoke"]) == 1
 
 
 def test_it_starts_at_once():

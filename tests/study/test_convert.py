@@ -9,7 +9,7 @@ import pytest
 
 from kvshot_lib.errors import StudyError
 from kvshot_lib.metrics import tables
-from kvshot_lib.study.publish import convert
+from kvshot_lib.study.recorded import convert
 
 OLD = pd.DataFrame(
     [["kv_1_none", 0, 3, 0, 9, 4, 9, 4], ["hidden_normed_post_norm", 1, 3, 0, 9, 5, 9, 5]],

