@@ -13,7 +13,7 @@ so every iteration adds a + 1 tokens. Prefix entries are made once each; the tar
 lies.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from ..drafters.attention import Entries
 from ..drafters.drafter import Drafter
 from ..drafters.layers import View
 from ..errors import StudyError
+from ..settings import check_value
 from ..target.capture import capture
 from ..target.load import Target
 from ..target.shared import check_length
@@ -78,21 +79,24 @@ def decode(
     ----------
     drafter : None is the target alone (as is ``Chain(0)``), through the same code.
     prompt : [n] token ids, chat template and all.
-    eos_token_ids : what ends the answer; by default the target's end-of-turn token. ``()`` never ends.
+    eos_token_ids : each of them ends the answer; by default all that end a turn of the target. ``()`` never ends.
     cache : an empty cache to use; it ends up with the entries of all tokens but the last.
 
     Raises
     ------
-    StudyError : a prompt that is empty, too long or not alone; a drafter of another target or with another document's
-        KV; a target or cache that can't be rolled back.
+    StudyError : a prompt that is empty, too long or not alone; an option of another type; a drafter of another target
+        or with another document's KV; a target or cache that can't be rolled back.
     """
-    prompt = check_prompt(target, prompt, max_new_tokens)
+    for name, value, kind in (("plan", plan, Chain | Tree), ("sampling", sampling, Sampling)):
+        check_value(name, value, kind)
+    prompt = check_prompt(target, prompt, check_value("max_new_tokens", max_new_tokens, int))
     cache = check_cache(target, cache)
-    eos = {target.eos_token_id} if eos_token_ids is None else set(eos_token_ids)
+    stops = target.stop_ids if eos_token_ids is None else eos_token_ids
+    stops = check_value("eos_token_ids", tuple(stops) if isinstance(stops, Iterable) else stops, tuple[int, ...])
     drafting = Drafting(check_drafter(target, drafter), plan, len(prompt) + max_new_tokens) if drafter else NoDrafting()
     with capture(target.model, hidden=drafting.hidden_layers) as taken:
         run = TargetRun(target, cache, taken, drafting.kv_layers)
-        return speculate(run, drafting, prompt, Chooser(sampling), max_new_tokens, eos)
+        return speculate(run, drafting, prompt, Chooser(sampling), max_new_tokens, set(stops))
 
 
 def speculate(run, drafting, prompt: list[int], chooser: Chooser, max_new_tokens: int, eos: set[int]) -> Decoded:
@@ -206,11 +210,15 @@ class NoDrafting:
 
 def check_prompt(target: Target, prompt: Sequence[int] | Tensor, max_new_tokens: int) -> list[int]:
     """The prompt as a list of ids, if it can be continued by ``max_new_tokens``."""
-    ids = torch.as_tensor(prompt)
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError):
+        raise StudyError("a prompt is a list of token ids; `encode_turn` makes one of text") from None
     ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
     if ids.dim() != 1 or not len(ids):
         raise StudyError(f"a prompt of shape {tuple(ids.shape)}: decoding takes one prompt of one token or more")
-    if ids.is_floating_point() or not 0 <= int(ids.min()) <= int(ids.max()) < target.vocab_size:
+    known = not ids.is_floating_point() and ids.dtype != torch.bool
+    if not known or not 0 <= int(ids.min()) <= int(ids.max()) < target.vocab_size:
         raise StudyError(f"the prompt has ids that target {target.name} doesn't know (0 … {target.vocab_size - 1})")
     if max_new_tokens < 1:
         raise StudyError(f"max_new_tokens={max_new_tokens} must be 1 or more")

@@ -28,6 +28,7 @@ from ..drafters.block import run_blocks
 from ..drafters.drafter import Drafter
 from ..drafters.layers import View
 from ..errors import StudyError
+from ..settings import check_settings
 from .clock import part
 
 
@@ -41,6 +42,7 @@ class Chain:
     length: int = 7
 
     def __post_init__(self):
+        check_settings(self)
         if self.length < 0:
             raise StudyError(f"a chain of {self.length} drafts makes no sense; give 0 (the target alone) or more")
 
@@ -62,6 +64,7 @@ class Tree:
     total: int = 60
 
     def __post_init__(self):
+        check_settings(self)
         if self.depth < 0 or self.top_k < 1 or self.total < 1:
             raise StudyError(
                 f"tree (depth, top_k, total) = ({self.depth}, {self.top_k}, {self.total}): "

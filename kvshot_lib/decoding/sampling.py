@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from ..errors import StudyError
+from ..settings import check_settings
+
+LEAST = 1e-6  # temperature: logits divided by less might not be finite
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise StudyError(
-                f"temperature={self.temperature} must be 0 (greedy) or above, top_p={self.top_p} above 0 and at most 1"
-            )
+        check_settings(self)
+        if self.temperature != 0 and self.temperature < LEAST:
+            raise StudyError(f"temperature={self.temperature} must be 0 (greedy), or {LEAST:g} and above")
+        if not 0 < self.top_p <= 1:
+            raise StudyError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.seed < 2**63:
+            raise StudyError(f"seed={self.seed} must be 0 or more, and below 2**63")
 
 
 GREEDY = Sampling()

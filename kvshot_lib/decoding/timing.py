@@ -1,7 +1,7 @@
 """Wall clock of decoding with trained drafters against the target alone, in the same run and through the same code.
 
 `measure_speed` times every drafter by chains of several lengths and a tree, on a few prompts of each
-category. `duel` times the fastest of those, and the pair that claim C14 is about, on all other prompts:
+category. `duel` times the two fastest of those, and the pair that claim C14 is about, on all other prompts:
 they were not chosen by these.
 
 Prompt by prompt and drafter by drafter; a turn's rows are on disk before the next one starts, so the same
@@ -26,8 +26,7 @@ from ..drafters.variants import in_study_order
 from ..errors import StudyError
 from ..files import read_json
 from ..metrics import tables
-from ..metrics.comparisons import comparable, fastest_chains
-from ..metrics.decoding import PEERS, decoding_table
+from ..metrics.decoding import PEERS, decoding_table, fastest, one_dtype
 from ..parts import Parts
 from ..provenance import device_name
 from ..target.load import Target, load_target
@@ -139,7 +138,7 @@ def duel(
     results_dir: str, *, tables_dir: str = "", new_tokens: int = 64, repeats: int = 3, prompts: str = "study",
     threads: int = 0, device: str = "auto", dtype: str = "auto", fingerprint: str = "",
 ) -> Path:  # fmt: skip
-    """Time the fastest drafter of either side and claim C14's pair on other prompts: decode_duel in RESULTS_DIR/tables.
+    """Time the two fastest drafters and claim C14's pair on other prompts: decode_duel in RESULTS_DIR/tables.
 
     Parameters
     ----------
@@ -172,15 +171,17 @@ def duel(
 
 
 def pairs(known: pd.DataFrame) -> dict[str, Plans]:
-    """``variant/seedN`` -> its plans, of B2's drafters and, if both are in ``known`` (`decode_prompts`), of C14's.
+    """``variant/seedN`` -> its plans: the two fastest chains of ``known`` (`decode_prompts`), and C14's pair if it is there.
 
-    B2's have the chains that `fastest_chains` names, C14's the longest chain and the tree.
+    C14's have the longest chain and the tree.
     """
-    rows = comparable(known)
-    best = fastest_chains(rows, sorted(rows["prompt"].unique()))
-    if lacking := [side for side, (variant, _) in best.items() if variant not in set(known["variant"])]:
-        raise StudyError(f"decode_prompts has no chain of a drafter over {lacking[0]}: run `kvshot decode speed`")
-    found = [(variant, "chain", plan) for variant, plan in best.values()]
+    best = fastest(decoding_table(one_dtype(known), 1))
+    chains = best[best["mode"] == "chain"].sort_values("speedup", ascending=False, kind="stable")[:2]
+    if len(chains) < 2:
+        raise StudyError(
+            f"decode_prompts has chains of {len(chains)} drafters, a duel takes two: run `kvshot decode speed`"
+        )
+    found = [(variant, "chain", plan) for variant, plan in zip(chains["variant"], chains["plan"])]
     for variant in C14 if {*C14} <= {*known["variant"]} else ():
         own = known[known["variant"] == variant]
         found.append((variant, "chain", max(own.loc[own["mode"] == "chain", "plan"], key=int)))

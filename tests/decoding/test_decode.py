@@ -6,6 +6,8 @@ import pytest
 import torch
 from examples import DRAFT_IDS, VARIANTS, drafter, live_of, target
 from greedy import NEW, alone, prompt, trained
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 
 from kvshot_lib.decoding.decode import Drafting, NoDrafting, decode, speculate
@@ -16,12 +18,13 @@ from kvshot_lib.drafters.drafter import DrafterConfig, build_drafter
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features.spec import feature_spec
 from kvshot_lib.target.capture import capture
-from kvshot_lib.target.load import load_target
+from kvshot_lib.target.load import Target, load_target
 from kvshot_lib.text.corpus import Document
 from kvshot_lib.training.anchors import find_anchors
 from kvshot_lib.training.judging import match_documents
 
 NAMES = ("tiny-llama", "tiny-qwen2", "tiny-qwen3")
+ANYTHING = st.one_of(st.integers(), st.floats(), st.booleans(), st.text(max_size=2), st.none(), st.lists(st.integers()))
 PLANS = (Chain(5), Tree(3, 4, 14))
 CASES = [(variant, "tiny-llama") for variant in VARIANTS]
 LARGEST = [
@@ -262,8 +265,8 @@ def test_no_drafts_is_the_target_alone(nothing):
 
 def test_one_token_is_prompt_enough_and_any_container_will_do():
     for built in (None, drafter("hybrid"), drafter("kv_2_lagged")):
-        for given in ([5], np.array([5]), torch.tensor([[5]])):
-            out = decode(target(), built, given, max_new_tokens=9, eos_token_ids=())
+        for tokens in ([5], np.array([5]), torch.tensor([[5]])):
+            out = decode(target(), built, tokens, max_new_tokens=9, eos_token_ids=())
             assert out.tokens == decode(target(), None, [5], max_new_tokens=9, eos_token_ids=()).tokens
 
 
@@ -304,7 +307,7 @@ def test_nothing_of_capture_stays_behind():
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    ("options", "message"),
     [
         ({"prompt": []}, "of one token or more"),
         ({"prompt": torch.ones(2, 3, dtype=torch.int64)}, "one prompt of one token or more"),
@@ -312,13 +315,43 @@ def test_nothing_of_capture_stays_behind():
         ({"prompt": [5, -1]}, "doesn't know"),
         ({"prompt": [0.5]}, "doesn't know"),
         ({"prompt": [5] * 500, "max_new_tokens": 13}, "don't fit into the target's context of 512"),
+        ({"prompt": [True]}, "doesn't know"),
+        ({"prompt": "Hello"}, "a list of token ids; `encode_turn` makes one of text"),
+        ({"prompt": None}, "a list of token ids"),
+        ({"prompt": [[5], [6, 7]]}, "a list of token ids"),
         ({"max_new_tokens": 0}, "1 or more"),
+        ({"max_new_tokens": True}, "max_new_tokens=True must be a whole number"),
+        ({"max_new_tokens": 8.0}, "max_new_tokens=8.0 must be a whole number"),
+        ({"plan": 7}, "plan=7 must be Chain or Tree"),
+        ({"sampling": 0.7}, "sampling=0.7 must be Sampling"),
+        ({"eos_token_ids": 2}, "eos_token_ids=2 must be a list, each of it a whole number"),
+        ({"eos_token_ids": ["2"]}, "eos_token_ids=.* must be a list, each of it a whole number"),
     ],
 )
-def test_bad_prompts_are_refused_in_one_line(given, message):
+def test_bad_prompts_and_options_are_refused_in_one_line(options, message):
     with pytest.raises(StudyError, match=message) as caught:
-        decode(target(), **{"drafter": None, "prompt": [5], **given})
+        decode(target(), **{"drafter": None, "prompt": [5], **options})
     assert "\n" not in str(caught.value)
+
+
+@given(st.sampled_from([(Chain, "length"), (Tree, "depth"), (Tree, "top_k"), (Tree, "total")]), ANYTHING)
+def test_plans_are_whole_numbers_or_refused(field, value):
+    plan, name = field
+    try:
+        assert type(getattr(plan(**{name: value}), name)) is int and value >= 0
+    except StudyError as refused:
+        assert "\n" not in str(refused)
+
+
+def test_every_id_that_ends_a_turn_of_the_target_ends_its_answer(monkeypatch):
+    whole = decode(target(), None, prompt(0), max_new_tokens=NEW, eos_token_ids=()).tokens
+    first = {token: whole.index(token) for token in whole}
+    one, other = sorted(first, key=first.get)[2:4]
+    for stops, last in (((one, other), one), ((other, one), one), ((600, other), other)):
+        monkeypatch.setattr(Target, "stop_ids", stops)
+        for plan in (Chain(0), *PLANS):
+            found = decode(target(), trained("hybrid"), prompt(0), plan, max_new_tokens=NEW).tokens
+            assert found == whole[: first[last] + 1]
 
 
 def test_a_prompt_that_just_fits():

@@ -2,6 +2,8 @@ from functools import cache
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, TemperatureLogitsWarper, TopPLogitsWarper
 
 from kvshot_lib.decoding.decode import Drafting, speculate
@@ -280,7 +282,28 @@ def test_greedy_takes_the_argmax_whatever_is_proposed():
     assert Chooser(GREEDY).choose(logits, [2, 0]) == (1, None)
 
 
-@pytest.mark.parametrize("given", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}])
+@pytest.mark.parametrize(
+    "given", [{"temperature": -1}, {"temperature": 1e-300}, {"top_p": 0}, {"top_p": 1.1}, {"seed": -1}, {"seed": 2**63}]
+)
 def test_impossible_settings_are_refused(given):
-    with pytest.raises(StudyError, match="top_p"):
+    with pytest.raises(StudyError, match=f"^{next(iter(given))}="):
         Sampling(**given)
+
+
+NUMBERS = st.one_of(st.integers(), st.floats(), st.floats(-0.5, 2))
+ANYTHING = st.one_of(NUMBERS, st.booleans(), st.text(max_size=2), st.none(), st.just("0.5"))
+
+
+@given(st.dictionaries(st.sampled_from(["temperature", "top_p", "seed"]), ANYTHING, min_size=1))
+def test_what_is_taken_gives_a_distribution(given):
+    """Random settings are refused by name, or every token is drawn from probabilities that sum to 1."""
+    try:
+        sampling = Sampling(**given)
+    except StudyError as refused:
+        assert str(refused).partition("=")[0] in given and "\n" not in str(refused)
+        return
+    assert not any(isinstance(value, bool | str) for value in vars(sampling).values())
+    token, place = Chooser(sampling).choose(torch.tensor([-1e4, 3.0, 2.9, 1e4]), [1])
+    assert token == 3 and place is None
+    if sampling.temperature:
+        assert float(distribution(torch.tensor([0.5, 3.0]), sampling).sum()) == pytest.approx(1)
