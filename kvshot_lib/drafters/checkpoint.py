@@ -11,6 +11,8 @@ biases) and token ids stay as they are.
 
 import hashlib
 import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,23 +47,18 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
 
     Raises
     ------
-    StudyError : no drafter there, altered weights, or another target.
+    StudyError : no drafter there, altered weights, or another target or tokenizer.
     """
-    description, tensors = _read(Path(folder))
-    spec = FeatureSpec.from_json(description["spec"])
-    if spec.target_hash != target.hash:
-        raise StudyError(
-            f"the drafter in {folder} was trained for {_target(spec)}, not for {target.name} ({target.hash[:8]}…); "
-            "load that target or train a drafter for this one"
-        )
-    drafter = build_drafter(DrafterConfig(**description["config"]), target, spec, tensors.pop("draft_ids"))
-    drafter.load_state_dict(tensors)
+    kept = _read(Path(folder))
+    check_target(vars(kept.spec), target, f"the drafter in {folder}")
+    drafter = build_drafter(kept.config, target, kept.spec, kept.draft_ids)
+    load_weights(drafter, kept.tensors, f"the drafter in {folder} is not what {DESCRIPTION} describes")
     return drafter.eval()
 
 
 def read_description(folder: str | Path) -> dict:
     """What a drafter's ``drafter.json`` says, its weights checked by their hash."""
-    return _read(Path(folder))[0]
+    return _read(Path(folder)).description
 
 
 def warm_start(drafter: Drafter, folder: str | Path) -> list[str]:
@@ -77,23 +74,41 @@ def warm_start(drafter: Drafter, folder: str | Path) -> list[str]:
         vocabulary.
     """
     draft_ids = drafter.draft_ids.cpu()
-    description, tensors = _read(Path(folder), draft_vocab_size=len(draft_ids))
-    theirs, ours = FeatureSpec.from_json(description["spec"]), drafter.spec
-    if theirs.target_hash != ours.target_hash:
+    kept = _read(Path(folder), draft_vocab_size=len(draft_ids))
+    check_target(vars(kept.spec), drafter.spec, f"can't start from {folder}: it")
+    if not torch.equal(kept.draft_ids, draft_ids):
         raise StudyError(
-            f"can't start from {folder}: it was trained for {_target(theirs)}, not for {ours.target} "
-            f"({ours.target_hash[:8]}…); train it for this target, in another results_dir"
-        )
-    their_ids = tensors.pop("draft_ids")
-    if not torch.equal(their_ids, draft_ids):
-        raise StudyError(
-            f"can't start from {folder}: it drafts from another vocabulary ({_named(their_ids)}, not "
+            f"can't start from {folder}: it drafts from another vocabulary ({_named(kept.draft_ids)}, not "
             f"{_named(draft_ids)}); train both with the same draft_vocab_size and features"
         )
     own = drafter.state_dict()
-    shared = {name: tensor for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
+    shared = {name: tensor for name, tensor in kept.tensors.items() if name in own and own[name].shape == tensor.shape}
     drafter.load_state_dict(shared, strict=False)
     return sorted(set(own) - set(shared))
+
+
+def check_target(origin: Mapping, target: Target | FeatureSpec, told: str) -> None:
+    """Refuse what was made for another target or tokenizer than this; ``origin`` names both as a `FeatureSpec` does."""
+    name, own = (target.target, target.target_hash) if isinstance(target, FeatureSpec) else (target.name, target.hash)
+    for what, theirs, ours in (
+        ("target", origin.get("target_hash"), own),
+        ("tokenizer of", origin.get("tokenizer_hash"), target.tokenizer_hash),
+    ):
+        if theirs != ours:
+            raise StudyError(
+                f"{told} was trained for {what} {origin.get('target')} ({theirs:.8}…), not for {name} ({ours:.8}…); "
+                "load that target or train a drafter for this one"
+            )
+
+
+def load_weights(drafter: Drafter, tensors: Mapping[str, torch.Tensor], told: str) -> None:
+    """Fill a drafter with weights that must be there, fit and be finite; ``told`` begins the line if they don't."""
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise StudyError(f"{told}: {', '.join(broken)} not finite; train or fetch it again")
+    try:
+        drafter.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise StudyError(f"{told} ({str(error).splitlines()[-1].strip()}); train or fetch it again") from error
 
 
 def draft_vocabulary(answer_token_counts: torch.Tensor, size: int) -> torch.Tensor:
@@ -107,17 +122,24 @@ def draft_vocabulary(answer_token_counts: torch.Tensor, size: int) -> torch.Tens
     return torch.argsort(answer_token_counts, descending=True, stable=True)[:size].sort().values
 
 
-def _target(spec: FeatureSpec) -> str:
-    return f"target {spec.target} ({spec.target_hash[:8]}…)"
-
-
 def _named(draft_ids: torch.Tensor) -> str:
     """Size and short hash of a draft vocabulary."""
     return f"{len(draft_ids)} tokens, {hashlib.sha256(draft_ids.numpy().tobytes()).hexdigest()[:8]}…"
 
 
-def _read(folder: Path, **parameters) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Checked description and tensors of a trained drafter; ``parameters`` are those of `how_to_train`."""
+@dataclass(frozen=True)
+class _Kept:
+    """A drafter as it stands in its folder."""
+
+    description: dict
+    spec: FeatureSpec
+    config: DrafterConfig
+    draft_ids: torch.Tensor
+    tensors: dict[str, torch.Tensor]
+
+
+def _read(folder: Path, **parameters) -> _Kept:
+    """A trained drafter, checked; ``parameters`` are those of `how_to_train`."""
     if not (folder / DESCRIPTION).exists():
         raise StudyError(how_to_train(folder, **parameters))
     remedy = "delete that folder and train the drafter again"
@@ -127,10 +149,14 @@ def _read(folder: Path, **parameters) -> tuple[dict, dict[str, torch.Tensor]]:
     if not (folder / WEIGHTS).exists() or sha256(folder / WEIGHTS) != description["weights_sha256"]:
         raise StudyError(f"the weights in {folder} are missing or altered; {remedy}")
     try:
-        read = load_rounded if "rounding_step" in description else load_file
-        return description, read(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise StudyError(f"the weights in {folder} can't be read ({error}); {remedy}") from error
+        tensors = (load_rounded if "rounding_step" in description else load_file)(folder / WEIGHTS)
+        spec, config = FeatureSpec.from_json(description["spec"]), DrafterConfig(**description["config"])
+        ids = tensors.pop("draft_ids")
+    except (SafetensorError, AttributeError, KeyError, TypeError, StudyError) as error:
+        raise StudyError(f"the drafter in {folder} can't be read ({error}); {remedy}") from error
+    if not torch.equal(ids, ids.unique()) or not 0 <= int(ids[0]) <= int(ids[-1]) < spec.vocab_size:
+        raise StudyError(f"the draft vocabulary in {folder} is not made of tokens of {spec.target}; {remedy}")
+    return _Kept(description, spec, config, ids, tensors)
 
 
 def round_rows(matrix: np.ndarray, step: float = STEP) -> tuple[np.ndarray, np.ndarray]:

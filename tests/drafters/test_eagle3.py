@@ -1,15 +1,22 @@
-"""`hidden` in EAGLE-3's format: the same drafts after a round trip, the same logits in speculators, foreign ones refused."""
+"""`hidden` in EAGLE-3's format: the same drafts after a round trip and from every writer's form; what isn't meant, refused."""
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import examples
 import pytest
 import torch
-from examples import STEPS
+from examples import DRAFT_IDS, STEPS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from kvshot_lib.drafters.eagle3 import CONFIG, WEIGHTS, export_eagle3, fused_layers, import_eagle3
+from kvshot_lib.drafters.config import DrafterConfig
+from kvshot_lib.drafters.context import drafter_spec
+from kvshot_lib.drafters.drafter import build_drafter
+from kvshot_lib.drafters.eagle3 import CONFIG, WEIGHTS, export_eagle3, import_eagle3
+from kvshot_lib.drafters.eagle3_format import FIXED, HARMLESS, fused_layers
 from kvshot_lib.errors import StudyError
 from kvshot_lib.training.anchors import find_anchors
 from kvshot_lib.training.judging import predict
@@ -19,36 +26,101 @@ SPECULATORS = importlib.util.find_spec("speculators") is not None
 NAMES = """d2t fc.weight lm_head.weight midlayer.hidden_norm.weight midlayer.input_layernorm.weight midlayer.mlp.down_proj.weight
 midlayer.mlp.gate_proj.weight midlayer.mlp.up_proj.weight midlayer.post_attention_layernorm.weight midlayer.self_attn.k_proj.weight
 midlayer.self_attn.o_proj.weight midlayer.self_attn.q_proj.weight midlayer.self_attn.v_proj.weight norm.weight t2d"""
+KINDS = {
+    "EAGLE-3": DrafterConfig("hidden"),
+    "EAGLE-3.1": DrafterConfig("hidden", feedback="post_norm", hidden_norm=True),
+    "fc_norm alone": DrafterConfig("hidden", hidden_norm=True),
+    "norm_output alone, three layers": DrafterConfig("hidden", 3, feedback="post_norm"),
+    "two layers, other states": DrafterConfig("hidden", 2, kv_layers=(0, 1, 3), state_layers="kv"),
+}
+
+
+def made(config, name="tiny-llama"):
+    target = examples.target(name)
+    drafter = build_drafter(config, target, drafter_spec(config, target), DRAFT_IDS, seed=1)
+    return examples.roughened(drafter)
 
 
 @pytest.fixture(params=["tiny-llama", "tiny-qwen3"])
 def exported(request, tmp_path):
-    drafter = examples.drafter("hidden", request.param)
-    return drafter, examples.target(request.param), export_eagle3(drafter, tmp_path / "eagle")
+    drafter, target = examples.drafter("hidden", request.param), examples.target(request.param)
+    return drafter, target, export_eagle3(drafter, target, tmp_path / "eagle")
 
 
-def drafts(drafter, name):
-    features = examples.features(name)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """One plain checkpoint that is read many times, as tensors and config."""
+    drafter = examples.drafter("hidden")
+    folder = export_eagle3(drafter, examples.target(), tmp_path_factory.mktemp("eagle"))
+    config = json.loads((folder / CONFIG).read_text())
+    return drafter, load_file(folder / WEIGHTS), {name: value for name, value in config.items() if name != "kvshot"}
+
+
+def left(folder, tensors, config, weights=WEIGHTS):
+    """A checkpoint of these."""
+    folder.mkdir(exist_ok=True)
+    if weights.endswith(".bin"):
+        torch.save(tensors, folder / weights)
+    else:
+        save_file(tensors, folder / weights)
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
+
+
+def drafts(drafter, name="tiny-llama"):
+    features = (
+        examples.live_of(*examples.DOCUMENTS, name=name).with_layers(None, drafter.spec.hidden_layers).batch(range(5))
+    )
     return predict(drafter, features, find_anchors(features.answer_mask, STEPS), STEPS)
+
+
+def same_drafter(one, other):
+    assert torch.equal(one.draft_ids, other.draft_ids) and torch.equal(one.head, other.head)
+    assert torch.equal(one.embedding, other.embedding) and one.spec.hidden_layers == other.spec.hidden_layers
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+    assert torch.equal(one.rotary.inv_freq, other.rotary.inv_freq)
+    assert torch.equal(drafts(one, one.spec.target), drafts(other, one.spec.target))
 
 
 def rewrite(folder, drop=(), config=(), **tensors):
     found = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if name not in drop}
-    save_file({**found, **tensors}, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps({**json.loads((folder / CONFIG).read_text()), **dict(config)}))
+    changed = {**json.loads((folder / CONFIG).read_text()), **dict(config)}
+    left(folder, {**found, **tensors}, changed)
 
 
-def test_export_and_import_draft_the_same_to_the_bit(exported):
-    drafter, target, folder = exported
-    again = import_eagle3(folder, target)
-    assert torch.equal(drafts(again, target.name), drafts(drafter, target.name))
-    assert torch.equal(again.draft_ids, drafter.draft_ids) and torch.equal(again.head, drafter.head)
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in drafter.state_dict().items())
-    assert again.spec.hidden_layers == drafter.spec.hidden_layers
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_and_import_draft_the_same_to_the_bit(tmp_path, kind, name):
+    drafter, target = made(KINDS[kind], name), examples.target(name)
+    again = import_eagle3(export_eagle3(drafter, target, tmp_path), target)
+    same_drafter(drafter, again)
+    named = {"state_layers": "eagle", "kv_layers": 3}  # the spec says which
+    assert again.config == replace(drafter.config, **named)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    ],
+)  # fmt: skip
+def test_scaled_rope_goes_round_too_though_a_shorter_length_is_told(tmp_path, rope):
+    drafter, target = made(KINDS["EAGLE-3"]), examples.target()
+    sizes = {**drafter.sizes.to_dict(), "rope_parameters": {"rope_theta": 5000.0, **rope}}
+    drafter = type(drafter)(
+        drafter.config, drafter.spec, type(drafter.sizes)(**sizes), drafter.draft_ids, drafter.embedding, drafter.head
+    )
+    again = import_eagle3(export_eagle3(drafter, target, tmp_path, trained_tokens=32), target)
+    same_drafter(drafter, again)
+    assert (
+        again.rotary.attention_scaling == drafter.rotary.attention_scaling and again.sizes.max_position_embeddings == 32
+    )
 
 
 def test_the_files_are_what_serving_engines_look_for(exported):
-    drafter, _, folder = exported
+    drafter, target, folder = exported
     tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
     assert sorted(tensors) == NAMES.split()
     assert tensors["midlayer.self_attn.q_proj.weight"].shape == (64, 128)  # reads [embedding; state]
@@ -59,17 +131,184 @@ def test_the_files_are_what_serving_engines_look_for(exported):
     assert config["eagle_aux_hidden_state_layer_ids"] == list(drafter.spec.hidden_layers) == [0, 2, 3]
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [-1, 1, 2]
     assert (config["hidden_size"], config["vocab_size"], config["rope_theta"]) == (64, 512, 10000.0)
+    assert (config["fc_norm"], config["norm_output"], config["max_position_embeddings"]) == (False, False, 512)
+    card = (folder / "README.md").read_text()
+    assert (
+        f"# EAGLE-3 drafter for {target.name}" in card and "texts of up to 512 tokens" in card and target.hash in card
+    )
+
+
+def test_eagle_31_is_the_fused_states_norm_three_times_and_a_switch(tmp_path):
+    """As vLLM 0.32 was found to read it: `fc_norm.{0,1,2}.weight`, `fc_norm` and `norm_output` true; later layers by number."""
+    drafter, target = made(replace(KINDS["EAGLE-3.1"], num_layers=2)), examples.target()
+    folder = export_eagle3(drafter, target, tmp_path, trained_tokens=256)
+    tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
+    for index in range(3):
+        assert torch.equal(tensors[f"fc_norm.{index}.weight"], drafter.hidden_norm.weight)
+    assert config["fc_norm"] is True and config["norm_output"] is True and config["num_hidden_layers"] == 2
+    assert torch.equal(tensors["layers.1.input_layernorm.weight"], drafter.layers[1].attention_norm.weight)
+    assert tensors["layers.1.self_attn.q_proj.weight"].shape == (64, 64) and config["max_position_embeddings"] == 256
+    assert "# EAGLE-3.1 drafter for tiny-llama" in (folder / "README.md").read_text()
+
+
+def test_norms_of_fused_states_that_differ_are_multiplied_into_fc(tmp_path):
+    """norm_i(f) times its own gains, then W: what vLLM computes, state by state."""
+    drafter, target = made(KINDS["EAGLE-3.1"]), examples.target()
+    folder = export_eagle3(drafter, target, tmp_path)
+    gains = [torch.rand(64, generator=torch.Generator().manual_seed(i)) + 0.5 for i in range(3)]
+    rewrite(folder, **{f"fc_norm.{i}.weight": gain for i, gain in enumerate(gains)})
+    again, states = import_eagle3(folder, target), 3 * torch.randn(5, 3, 64)
+    wanted = 0
+    for i, gain in enumerate(gains):
+        normed = torch.nn.functional.rms_norm(states[:, i], (64,), gain, target.config.rms_norm_eps)
+        wanted = wanted + normed @ drafter.fuse_hidden.weight[:, 64 * i : 64 * (i + 1)].T
+    assert torch.allclose(again.fuse_hidden(again.hidden_norm(states).flatten(1)), wanted, atol=1e-5)
+
+
+def test_an_embedding_that_is_not_the_targets_table_goes_along(tmp_path):
+    """Gemma scales its embeddings inside the module: engines read the table as it is."""
+    drafter, target = made(KINDS["EAGLE-3"]), examples.target()
+    drafter.embedding = 8 * drafter.embedding
+    folder = export_eagle3(drafter, target, tmp_path)
+    assert torch.equal(load_file(folder / WEIGHTS)["embed_tokens.weight"], drafter.embedding)
+    same_drafter(drafter, import_eagle3(folder, target))
 
 
 def test_layers_by_hand():
-    ids = "eagle_aux_hidden_state_layer_ids"
-    assert fused_layers({ids: [2, 16, 29]}, 32) == (2, 16, 29)
-    assert fused_layers({"eagle_config": {ids: [1, 15, 28]}}, 32) == (2, 16, 29)
-    assert fused_layers({"eagle_config": None}, 32) == (2, 16, 29)
+    inputs, outputs = "eagle_aux_hidden_state_layer_ids", "eagle_config.eagle_aux_hidden_state_layer_ids"
+    assert fused_layers({inputs: [2, 16, 29]}, 32) == (2, 16, 29)
+    assert fused_layers({outputs: [1, 15, 28]}, 32) == (2, 16, 29)
+    assert fused_layers({inputs: [2, 16, 29], outputs: [1, 15, 28]}, 32) == (2, 16, 29)
+    assert fused_layers({outputs: []}, 32) == (2, 16, 29)
+    with pytest.raises(StudyError, match=r"names inputs of layers \[2, 16, 29\] .* and of \[3, 17, 30\]"):
+        fused_layers({inputs: [2, 16, 29], outputs: [2, 16, 29]}, 32)
+
+
+# -- As others write them: config and tensors of the plain drafter in another form, and the very drafter must come out.
+
+
+def eagle(tensors, config):
+    """The authors' own: no RoPE base (10,000 then), no head size, half of the fields; weights pickled."""
+    kept = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "vocab_size",
+    )
+    own = {name: config[name] for name in (*kept, "draft_vocab_size", "num_hidden_layers")}
+    own |= {"architectures": ["LlamaForCausalLM"], "initializer_range": 0.02, "use_cache": True, "hidden_act": "silu"}
+    own |= {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [-1, 1, 2]}, "max_position_embeddings": 2048}
+    return tensors, own, "pytorch_model.bin"
+
+
+def specforge(tensors, config):
+    """A target's window, which the draft model doesn't use; layers one less, in eagle_config."""
+    own = config | {"sliding_window": 512, "use_sliding_window": False, "max_window_layers": 36}
+    own |= {"target_model_type": "gemma3_text", "attention_dropout": 0.0, "head_dim": 16}
+    del own["eagle_aux_hidden_state_layer_ids"]
+    return tensors, own, WEIGHTS
+
+
+def angelslim(tensors, config):
+    own = config | {
+        "architectures": ["Eagle3LlamaForCausalLM"],
+        "modal_type": "LLM",
+        "sliding_window": None,
+        "dtype": "bfloat16",
+    }
+    return (
+        {f"model.{name}" if "lm_head" not in name and "2" not in name else name: t for name, t in tensors.items()},
+        own,
+        WEIGHTS,
+    )
+
+
+def model_optimizer(tensors, config):
+    """Null for what isn't set, the layer by number, no head and no t2d."""
+    switches = {"use_input_layernorm_in_first_layer": True, "use_last_layernorm": True, "use_mtp_layernorm": False}
+    switches |= {"next_layer_regular": True, "parallel_draft_step": 1, "parallel_draft_heads_num_layers": 1}
+    own = config | {"bos_token_id": None, "rope_scaling": None, "mlp_bias": None, "initializer_range": 0.01}
+    own["eagle_config"] = config["eagle_config"] | switches
+    renamed = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in renamed.items() if name not in ("lm_head.weight", "t2d")}, own, WEIGHTS
+
+
+def speculators(tensors, config):
+    """The layer nested, norms and head of the verifier beside its own, the embedding too; rope_parameters."""
+    inner = (
+        "hidden_size",
+        "intermediate_size",
+        "head_dim",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rms_norm_eps",
+    )
+    layer = {name: config[name] for name in (*inner, "vocab_size", "num_hidden_layers", "hidden_act")}
+    layer |= {"model_type": "llama", "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+    layer |= {"layer_types": ["full_attention"], "max_position_embeddings": 8192}
+    own = {name: config[name] for name in ("draft_vocab_size", "eagle_aux_hidden_state_layer_ids")}
+    own |= {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "transformer_layer_config": layer,
+    }
+    own |= {
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        "embed_requires_grad": False,
+        "target_hidden_size": None,
+    }
+    verifier = {"name_or_path": "a/b", "architectures": ["LlamaForCausalLM"]}
+    own["speculators_config"] = {"algorithm": "eagle3", "proposal_methods": [], "verifier": verifier}
+    found = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+    found |= {"verifier_norm.weight": torch.ones(64), "verifier_lm_head.weight": torch.ones(410, 64)}
+    table = examples.target().model.get_input_embeddings().weight.detach()
+    return found | {"embed_tokens.weight": table}, own, WEIGHTS
+
+
+@pytest.mark.parametrize("form", [eagle, specforge, angelslim, model_optimizer, speculators])
+def test_a_checkpoint_is_read_as_others_write_it(tmp_path, plain, form):
+    drafter, tensors, config = plain
+    same_drafter(drafter, import_eagle3(left(tmp_path / "it", *form(tensors, config)), examples.target()))
+
+
+@pytest.mark.parametrize("dropped", ["t2d", "d2t", "lm_head.weight"])
+def test_a_map_or_head_that_is_left_out_is_made_again(tmp_path, plain, dropped):
+    drafter, tensors, config = plain
+    kept = {name: tensor for name, tensor in tensors.items() if name != dropped}
+    same_drafter(drafter, import_eagle3(left(tmp_path / "it", kept, config), examples.target()))
+
+
+def test_a_drafter_of_the_whole_vocabulary_needs_no_map(tmp_path, plain):
+    _, tensors, config = plain
+    kept = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d", "lm_head.weight")}
+    whole = {name: value for name, value in config.items() if name != "draft_vocab_size"}
+    target = examples.target()
+    drafter = import_eagle3(left(tmp_path / "it", kept, whole), target)
+    assert torch.equal(drafter.draft_ids, torch.arange(512))
+    assert torch.equal(drafter.head, target.model.get_output_embeddings().weight)
+    own = torch.randn(512, 64)
+    tied = left(tmp_path / "tied", kept | {"embed_tokens.weight": own}, whole | {"tie_word_embeddings": True})
+    assert torch.equal(import_eagle3(tied, target).head, own)
+
+
+def test_weights_in_several_files_are_joined(tmp_path, plain):
+    drafter, tensors, config = plain
+    half = sorted(tensors)[:7]
+    left(tmp_path, {name: tensors[name] for name in half}, config, "model-00001-of-00002.safetensors")
+    left(
+        tmp_path,
+        {name: t for name, t in tensors.items() if name not in half},
+        config,
+        "model-00002-of-00002.safetensors",
+    )
+    same_drafter(drafter, import_eagle3(tmp_path, examples.target()))
 
 
 def test_a_published_checkpoint_keeps_its_own_head_embedding_and_widths(exported):
-    """As they come: names of speculators, another MLP width and RoPE base, an LM head and an embedding of its own, half precision."""
+    """Another MLP width and RoPE base, an LM head and an embedding of its own, half precision, heads normed (Qwen3's layer)."""
     _, target, folder = exported
     generator = torch.Generator().manual_seed(0)
     own = {
@@ -78,27 +317,104 @@ def test_a_published_checkpoint_keeps_its_own_head_embedding_and_widths(exported
     }
     for name, shape in (("gate", (96, 64)), ("up", (96, 64)), ("down", (64, 96))):
         own[f"midlayer.mlp.{name}_proj.weight"] = torch.randn(shape, generator=generator)
+    own |= {f"midlayer.self_attn.{name}_norm.weight": torch.rand(16) + 0.5 for name in "qk"}
     rewrite(folder, config={"intermediate_size": 96, "rope_theta": 500.0}, **own)
-    renamed = {name.replace("midlayer.", "layers.0."): t for name, t in load_file(folder / WEIGHTS).items()}
-    save_file(renamed, folder / WEIGHTS)
     drafter = import_eagle3(folder, target)
     assert torch.equal(drafter.head, own["lm_head.weight"]) and drafter.layers[0].mlp.up_proj.weight.shape == (96, 64)
-    assert torch.equal(drafter.embedding, own["embed_tokens.weight"].float())
+    assert torch.equal(drafter.embedding, own["embed_tokens.weight"].float()) and drafter.config.qk_norm
+    assert torch.equal(drafter.layers[0].attention.q_norm.weight, own["midlayer.self_attn.q_norm.weight"])
     assert drafter.sizes.rope_parameters["rope_theta"] == 500.0
     assert drafts(drafter, target.name).shape[-1] == STEPS
+    with pytest.raises(StudyError, match="no place for a drafter with qk_norm=True"):
+        export_eagle3(drafter, target, folder)
+
+
+def test_fields_can_be_overridden(tmp_path, plain):
+    """The base that it was trained with, layers counted otherwise, feedback; in whatever place the config has it."""
+    _, tensors, config = plain
+    rope = {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
+    folder, target = left(tmp_path / "it", tensors, config | rope | {"norm_output": True}), examples.target()
+    assert import_eagle3(folder, target).sizes.rope_parameters["rope_theta"] == 1e6
+    changed = import_eagle3(
+        folder, target, rope_theta=10_000, norm_output=False, eagle_aux_hidden_state_layer_ids=(1, 2, 3)
+    )
+    assert changed.sizes.rope_parameters["rope_theta"] == 10_000 and changed.config.feedback == "pre_norm"
+    assert changed.spec.hidden_layers == (1, 2, 3)
+    for wrong, told in (
+        ({"rope_thta": 1}, "rope_thta: no field that is read"),
+        ({"rope_theta": "1e4"}, "must be a finite number"),
+    ):
+        with pytest.raises(StudyError, match=told):
+            import_eagle3(folder, target, **wrong)
+    left(folder, tensors, config | {"rope_theta": 1e4, "rope_scaling": {"rope_theta": 5e5, "type": "default"}})
+    with pytest.raises(StudyError, match="names two RoPE bases, 10000.0 and 500000.0; say which with rope_theta="):
+        import_eagle3(folder, target)
+
+
+def offsets(ids):
+    return torch.tensor(ids) - torch.arange(len(ids))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"config": {"norm_before_residual": True}}, "norm_before_residual=True: the study's 'hidden' has False"),
-        ({"config": {"num_hidden_layers": 2}}, "num_hidden_layers=2"),
-        ({"drop": ["fc.weight"]}, "lacks fc.weight: that is no EAGLE-3 drafter"),
-        ({"drop": ["lm_head.weight"]}, "lacks lm_head.weight"),
-        ({"midlayer.self_attn.q_norm.weight": torch.ones(16)}, "has midlayer.self_attn.q_norm.weight"),
-        ({"lm_head.weight": torch.ones(410, 32)}, "at width 32, target .* has 512 at width 64; load the target"),
-        ({"d2t": torch.arange(410)}, "drafts 410 tokens up to 818"),
+        ({"config": {"sliding_window": 4, "layer_types": ["sliding_attention"]}}, "has sliding_window=4, which"),
+        ({"config": {"layer_types": ["full_attention", "sliding_attention"]}}, "has layer_types=.*'sliding_attention'"),
+        ({"config": {"sliding_window": 4, "use_sliding_window": True}}, "has .*sliding_window="),
+        ({"config": {"attn_logit_softcapping": 50.0}}, "has attn_logit_softcapping=50.0, which is not read here"),
+        ({"config": {"final_logit_softcapping": 30.0}}, "has final_logit_softcapping=30.0, which is not read here"),
+        ({"config": {"quantization_config": {"quant_method": "fp8"}}}, "has quantization_config="),
+        (
+            {"config": {"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}},
+            "rope_scaling.mrope_section=",
+        ),
+        (
+            {"config": {"rope_scaling": {"type": "dynamic", "factor": 2.0}}},
+            "has RoPE of type 'dynamic'; .* does default",
+        ),
+        ({"config": {"rope_scaling": {"type": "llama3", "factor": 2.0}}}, "config.json describes no layer"),
+        ({"config": {"partial_rotary_factor": 0.5}}, "has partial_rotary_factor=0.5: the study's 'hidden' has 1"),
+        ({"config": {"eagle_config": {"parallel_draft_step": 4}}}, "has eagle_config.parallel_draft_step=4: .* has 1"),
+        ({"config": {"eagle_config": {"use_aux_hidden_state": False}}}, "has eagle_config.use_aux_hidden_state=False"),
+        ({"config": {"speculators_model_type": "dflash"}}, "has speculators_model_type='dflash': .* has 'eagle3'"),
+        ({"config": {"attention_bias": True}}, "has attention_bias=True: the study's 'hidden' has False"),
+        ({"config": {"fc_norm": "false"}}, "fc_norm='false' must be True or False"),
+        ({"config": {"hidden_size": "64"}}, "hidden_size='64' must be a whole number"),
+        ({"config": {"hidden_size": None}}, "config.json has no hidden_size"),
+        ({"config": {"num_attention_heads": 0}}, "has num_attention_heads=0"),
+        ({"config": {"vocab_size": 500}}, "has vocab_size=500, target .* 512; load the target that it was trained for"),
+        ({"config": {"target_hidden_size": 32}}, "has target_hidden_size=32, target .* 64"),
+        ({"config": {"num_hidden_layers": 2}}, "lacks layers.1.input_layernorm.weight, .* as its config.json says"),
+        ({"config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 7], "eagle_config": None}}, "7"),
+        ({"config": {"fc_norm": True}}, "lacks fc_norm.0.weight, fc_norm.1.weight, fc_norm.2.weight"),
         ({"config": {"intermediate_size": 99}}, "config.json and model.safetensors don't fit"),
+        ({"config": {"draft_vocab_size": 400}}, "maps 410 draft tokens, says 400"),
+        ({"drop": ["fc.weight"]}, "lacks fc.weight: that is no EAGLE-3 drafter"),
+        ({"drop": ["d2t", "t2d"]}, r"drafts 410 of 512 tokens and has no map to them \(d2t or t2d\)"),
+        ({"d2t": torch.zeros(410, dtype=torch.long)}, "d2t and t2d name different tokens"),
+        (
+            {"d2t": torch.zeros(410, dtype=torch.long), "drop": ["t2d"]},
+            "d2t is all zero, so no vocabulary map was written",
+        ),
+        ({"d2t": torch.arange(410)}, "d2t and t2d name different tokens"),
+        ({"d2t": torch.arange(410), "drop": ["t2d"]}, "d2t names tokens twice or outside 0 … 511"),
+        ({"d2t": offsets([5, *range(1, 410)]), "drop": ["t2d"]}, "d2t names tokens twice or outside"),
+        (
+            {"d2t": offsets(DRAFT_IDS.tolist()).bfloat16()},
+            "has a d2t of torch.bfloat16, 1-dimensional; offsets are whole",
+        ),
+        ({"midlayer.self_attn.q_norm.weight": torch.ones(16)}, "lacks midlayer.self_attn.k_norm.weight"),
+        ({"input_norm.weight": torch.ones(192)}, "has input_norm.weight, which the study's 'hidden' doesn't have"),
+        ({"midlayer.self_attn.q_proj.bias": torch.ones(64)}, "has midlayer.self_attn.q_proj.bias, which"),
+        ({"model.norm.weight": torch.ones(64)}, "has norm.weight twice"),
+        (
+            {"norm.weight": torch.ones(64).to(torch.float8_e4m3fn)},
+            "has norm.weight in torch.float8_e4m3fn; export it unq",
+        ),
+        ({"fc.weight": torch.full((64, 192), torch.nan)}, "fuse_hidden.weight not finite"),
+        ({"lm_head.weight": torch.ones(410, 32)}, r"has lm_head.weight \(410, 32\), .* that doesn't fit"),
+        ({"embed_tokens.weight": torch.ones(500, 64)}, r"embed_tokens.weight \(500, 64\); that doesn't fit"),
     ],
 )
 def test_what_is_no_drafter_of_this_target_is_refused(exported, change, message):
@@ -109,12 +425,76 @@ def test_what_is_no_drafter_of_this_target_is_refused(exported, change, message)
     assert "\n" not in str(error.value)
 
 
-def test_what_the_format_has_no_place_for_is_refused(tmp_path):
-    for variant in ("hidden_post_norm", "hidden_normed", "kv_1", "hybrid"):
-        with pytest.raises(StudyError, match="EAGLE-3 has no place for .*; export the study's 'hidden'"):
-            export_eagle3(examples.drafter(variant), tmp_path)
+def test_files_that_are_no_checkpoint_are_told(exported, tmp_path):
+    _, target, folder = exported
+    other = examples.target("tiny-qwen3" if target.name == "tiny-llama" else "tiny-llama")
+    with pytest.raises(StudyError, match=f"was trained for target {target.name} .*, not for {other.name} "):
+        import_eagle3(folder, other)
+    (folder / WEIGHTS).write_bytes(b"no tensors")
+    with pytest.raises(StudyError, match="model.safetensors can't be read .*; fetch it again"):
+        import_eagle3(folder, target)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(StudyError, match="no model.safetensors or pytorch_model.bin in"):
+        import_eagle3(folder, target)
+    (folder / "pytorch_model.bin").write_bytes(b"no tensors")
+    with pytest.raises(StudyError, match="pytorch_model.bin can't be read"):
+        import_eagle3(folder, target)
+    for text in ("[]", "{", "{}"):
+        (folder / CONFIG).write_text(text)
+        with pytest.raises(StudyError, match="give the folder of an EAGLE-3 checkpoint"):
+            import_eagle3(folder, target)
     with pytest.raises(StudyError, match="config.json can't be read .*; give the folder of an EAGLE-3 checkpoint"):
-        import_eagle3(tmp_path, examples.target())
+        import_eagle3(tmp_path / "nowhere", target)
+
+
+@given(
+    config=st.sets(st.sampled_from(sorted([*FIXED, *HARMLESS]))),
+    unknown=st.dictionaries(st.text("abcdefgh_", min_size=12, max_size=14), st.sampled_from([None, 0, 1.5, True, "x", [1]]), max_size=2),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_fields_that_change_nothing_are_taken_and_unknown_ones_told(plain, tmp_path, config, unknown):
+    drafter, tensors, written = plain
+    nested: dict = {"eagle_config": dict(written["eagle_config"]), "speculators_config": {}}
+    for name in config:
+        place, _, inner = name.rpartition(".")
+        (nested[place] if place else nested)[inner] = FIXED.get(name, "anything")
+    target, folder = examples.target(), left(tmp_path / "it", tensors, written | nested | unknown)
+    if told := [name for name, value in unknown.items() if value is not None]:
+        with pytest.raises(StudyError, match=f"has {told[0]}=.* which is not read here"):
+            import_eagle3(folder, target)
+    else:
+        again = import_eagle3(folder, target)
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in drafter.state_dict().items())
+
+
+@given(dropped=st.sets(st.sampled_from(NAMES.split())))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_keys_left_out_are_made_again_or_told(plain, tmp_path, dropped):
+    """Of the maps one is enough, the head may be the target's; every other tensor is needed."""
+    drafter, tensors, config = plain
+    folder = left(tmp_path / "it", {name: t for name, t in tensors.items() if name not in dropped}, config)
+    needed = dropped - {"d2t", "t2d", "lm_head.weight"}
+    if needed or {"d2t", "t2d"} <= dropped:
+        with pytest.raises(StudyError, match=min(needed) if needed and not {"d2t", "t2d"} <= dropped else "no map"):
+            import_eagle3(folder, examples.target())
+    else:
+        again = import_eagle3(folder, examples.target())
+        assert torch.equal(again.draft_ids, drafter.draft_ids) and torch.equal(again.head, drafter.head)
+
+
+def test_what_the_format_has_no_place_for_is_refused(tmp_path):
+    for variant in ("kv_1", "hybrid", "hidden_2_qk_norm"):
+        with pytest.raises(
+            StudyError, match="EAGLE-3 has no place for a drafter with .*; export one of the study's 'hidden'"
+        ):
+            export_eagle3(examples.drafter(variant), examples.target(), tmp_path / "it")
+    with pytest.raises(StudyError, match="was trained for target tiny-qwen3"):
+        export_eagle3(examples.drafter("hidden", "tiny-qwen3"), examples.target(), tmp_path / "it")
+    capped = examples.drafter("hidden")
+    capped.logit_cap = 30.0
+    with pytest.raises(StudyError, match=r"no place for a drafter with capped logits \(30\)"):
+        export_eagle3(capped, examples.target(), tmp_path / "it")
+    assert not (tmp_path / "it").exists()
 
 
 @torch.no_grad()
