@@ -25,11 +25,8 @@ def cards(card: pd.DataFrame) -> Figure:
 
     Right of the dashed line the claim holds; the plain value stands at the right.
 
-    Parameters
-    ----------
-    card
-        Rows of a scorecard: claim, statement, direction, threshold, value, low, high, verdict. Wholes of several
-        parts, which have no statistic of their own, are left out.
+    ``card`` holds rows of a scorecard: claim, statement, direction, threshold, value, low, high, verdict. Wholes of
+    several parts, which have no statistic of their own, are left out.
     """
     rows = card[card["direction"] != ""].reset_index(drop=True)
     found = [in_favour(Interval(r.value, r.low, r.high), r.direction, r.threshold) for r in rows.itertuples()]

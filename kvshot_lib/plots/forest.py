@@ -20,9 +20,6 @@ def forest(
     table: pd.DataFrame,
     *,
     label: str,
-    value: str = "value",
-    low: str = "low",
-    high: str = "high",
     group: str | None = None,
     zero: float | None = 0.0,
     told: str | None = None,
@@ -33,25 +30,19 @@ def forest(
 ) -> Figure:
     """A row for each row of the table: name, marker with interval, and the numbers at the right.
 
-    Thin lines are intervals, thick ones the range over seeds (``seed_low``, ``seed_high``) where the table has it.
-
     Parameters
     ----------
-    label
-        Column of the rows' names; a name may have several lines.
-    group
-        Column by which rows stand together, under its value in bold.
-    zero
-        Where the dashed line is; differences are written with their sign if it is 0. None: no line.
-    told
-        Column of what is written at the right, by default value and interval.
-    looks
-        (colour, marker) of a row; by default those of its ``variant``, and black without one.
+    table : ``value`` with its interval ``low`` to ``high`` (thin lines), and the range over seeds ``seed_low`` to
+        ``seed_high`` (thick ones) where it has it.
+    label : column of the rows' names; a name may have several lines.
+    group : column by which rows stand together, under its value in bold.
+    zero : where the dashed line is; differences are written with their sign if it is 0. None: no line.
+    told : column of what is written at the right, by default value and interval.
+    looks : (colour, marker) of a row; by default those of its ``variant``, and black without one.
 
     Raises
     ------
-    StudyError
-        If there is nothing to draw.
+    StudyError : nothing to draw.
     """
     if not len(table):
         raise StudyError("nothing to draw: the table is empty")
@@ -70,16 +61,16 @@ def forest(
         _write(axes, 0.012, at, head, weight="bold")
     for at, (_, row) in zip(rows, table.iterrows()):
         _write(axes, 0.03 if heads else 0.012, at, row[label])
-        if not np.isfinite(row[value]):
+        if not np.isfinite(row["value"]):
             _write(axes, right + 0.012, at, "not measured", color="#888888")
             continue
         colour, marker = looks(row)
         if "seed_low" in row and np.isfinite(row["seed_low"]):
             axes.hlines(at, row["seed_low"], row["seed_high"], color=colour, lw=8, alpha=0.3)
-        axes.hlines(at, row[low], row[high], color=colour, lw=1.8)
-        axes.plot(row[value], at, color=colour, marker=marker, ms=5.5)
+        axes.hlines(at, row["low"], row["high"], color=colour, lw=1.8)
+        axes.plot(row["value"], at, color=colour, marker=marker, ms=5.5)
         sign = "+" if zero == 0 else ""
-        numbers = f"{row[value]:{sign}.{digits}f} [{row[low]:.{digits}f}, {row[high]:.{digits}f}]"
+        numbers = f"{row['value']:{sign}.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
         _write(axes, right + 0.012, at, row[told] if told else numbers, color=colour if told else "black")
     if zero is not None:
         axes.axvline(zero, color="#222222", lw=1, ls=(0, (4, 3)), zorder=1)

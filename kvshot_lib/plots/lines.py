@@ -15,6 +15,7 @@ from .labels import name_ends
 from .style import STYLE, WIDTH, look
 
 MOST_LINES = 7  # more in one panel can't be told apart
+ACROSS = 4  # panels in a row
 SOLID, DASHED = ("-", None), ((0, (3, 2)), "white")  # dashes, and the marker's filling
 
 
@@ -27,8 +28,6 @@ def lines(
     by: str = "variant",
     panels: str | None = None,
     dashes: str | None = None,
-    low: str = "low",
-    high: str = "high",
     xlabel: str = "",
     ylabel: str = "",
     title: str | Mapping = "",
@@ -37,9 +36,7 @@ def lines(
     level: float | None = None,
     ylim: tuple[float | None, float | None] = (None, None),
     ticks: Sequence | None = None,
-    columns: int = 4,
     share_x: bool = True,
-    share_y: bool = True,
     legend: bool | None = None,
     looks: Callable[[str], tuple[str, str]] = look,
     height: float = 3.6,
@@ -48,32 +45,21 @@ def lines(
 
     Parameters
     ----------
-    table
-        One row a point, in the order of panels. Bands (``low``, ``high``) and bars (``seed_low``, ``seed_high``) are
+    table : a row a point, in the order of panels. Bands (``low``, ``high``) and bars (``seed_low``, ``seed_high``) are
         drawn where it has them.
-    x, y
-        Columns of the axes. An ``x`` of words (bins, say) is drawn in the order in which they stand in the table.
-    by
-        Column that has a line for each value, at most `MOST_LINES`; ``looks`` gives its (colour, marker).
-    panels
-        Column that has a panel for each value, ``columns`` a row; ``title`` may map values to titles.
-    dashes
-        Column whose first value is drawn solid and whose second is drawn dashed, with open markers.
-    level
-        A dashed level line: 0 for differences, 1 for ratios.
-    ticks
-        Values of the x axis that are written.
-    share_x, share_y
-        Whether all panels have the same axis.
-    legend
-        Names above the picture instead of at the lines' ends; by default where there are more than three panels.
-    height
-        Inches of one row of panels.
+    x, y : columns of the axes. An ``x`` of words (bins, say) is drawn in the order in which they stand in the table.
+    by : column that has a line for each value, at most `MOST_LINES`; ``looks`` gives its (colour, marker).
+    panels : column that has a panel for each value, `ACROSS` a row; ``title`` may map values to titles.
+    dashes : column whose first value is drawn solid and whose second is drawn dashed, with open markers.
+    level : a dashed level line: 0 for differences, 1 for ratios.
+    ticks : values of the x axis that are written.
+    share_x : whether all panels have the same x axis.
+    legend : names above the picture, not at the lines' ends; by default where there are more than three panels.
+    height : inches of one row of panels.
 
     Raises
     ------
-    StudyError
-        If there is nothing to draw or there are too many lines.
+    StudyError : nothing to draw, or too many lines.
     """
     if not len(table):
         raise StudyError("nothing to draw: the table is empty")
@@ -82,9 +68,9 @@ def lines(
         raise StudyError(f"{len(names)} lines can't be told apart: choose at most {MOST_LINES}")
     words = list(dict.fromkeys(table[x])) if not pd.api.types.is_numeric_dtype(table[x]) else []
     values = list(dict.fromkeys(table[panels])) if panels else [None]
-    rows, across = -(-len(values) // columns), min(columns, len(values))
+    rows, across = -(-len(values) // ACROSS), min(ACROSS, len(values))
     figure = Figure(figsize=(WIDTH, 0.4 + height * rows), layout="constrained")
-    grid = figure.subplots(rows, across, sharex=share_x, sharey=share_y, squeeze=False)
+    grid = figure.subplots(rows, across, sharex=share_x, sharey=True, squeeze=False)
     styles = dict(zip(dict.fromkeys(table[dashes]) if dashes else [None], (SOLID, DASHED)))
     ends: dict[Axes, list] = {}
     for axes, value in zip(grid.flat, values):
@@ -96,7 +82,7 @@ def lines(
                 line = line.dropna(subset=[y])
                 if len(line):
                     at = [words.index(word) for word in line[x]] if words else line[x].to_numpy(float)
-                    _line(axes, np.asarray(at), line, y, low, high, looks(str(name)), style)
+                    _line(axes, np.asarray(at), line, y, looks(str(name)), style)
                     ends[axes].append((at[-1], line[y].iloc[-1], str(name), looks(str(name))[0]))
     for axes in list(grid.flat)[len(values) :]:
         axes.set_axis_off()
@@ -126,13 +112,13 @@ def lines(
     return figure
 
 
-def _line(axes: Axes, at: np.ndarray, line: pd.DataFrame, y, low, high, look_, style) -> None:
+def _line(axes: Axes, at: np.ndarray, line: pd.DataFrame, y: str, look_: tuple[str, str], style: tuple) -> None:
     """One line with its band, its bars over seeds and its markers."""
     (colour, marker), (dash, face) = look_, style
-    if {low, high} <= set(line) and line[low].notna().any():
-        axes.fill_between(at, line[low].to_numpy(float), line[high].to_numpy(float), color=colour, alpha=0.15, lw=0)
+    if {"low", "high"} <= set(line) and line["low"].notna().any():
+        axes.fill_between(at, line["low"].to_numpy(float), line["high"].to_numpy(float), color=colour, alpha=0.15, lw=0)
         if len(at) == 1:
-            axes.vlines(at, line[low], line[high], color=colour, lw=1.8)
+            axes.vlines(at, line["low"], line["high"], color=colour, lw=1.8)
     if {"seed_low", "seed_high"} <= set(line):
         axes.vlines(at, line["seed_low"], line["seed_high"], color=colour, lw=5, alpha=0.35)
     axes.plot(at, line[y], color=colour, ls=dash, marker=marker, ms=5, mfc=face or colour, clip_on=False)

@@ -23,8 +23,6 @@ def plane(
     y: str = "value",
     *,
     label: str = "variant",
-    low: str = "low",
-    high: str = "high",
     reference: str = "speedup",
     xlabel: str = "",
     ylabel: str = "",
@@ -37,17 +35,13 @@ def plane(
 
     Parameters
     ----------
-    x, y
-        Columns of the axes: drafting cost (in target forwards) and tokens per target forward, say.
-    reference
-        "speedup": lines of equal speedup = y / (1 + x); "equal": the line y = x; "": none.
-    named
-        Values of ``label`` that are written, at most `MOST_NAMES`; all by default. Others are small and pale.
+    x, y : columns of the axes: drafting cost (in target forwards) and tokens per target forward, say.
+    reference : "speedup": lines of equal speedup = y / (1 + x); "equal": the line y = x; "": none.
+    named : values of ``label`` that are written, at most `MOST_NAMES`; all by default. Others are small and pale.
 
     Raises
     ------
-    StudyError
-        If there is nothing to draw or too many points are to be named.
+    StudyError : nothing to draw, or too many points to be named.
     """
     table = table.dropna(subset=[x, y])
     named = list(dict.fromkeys(table[label])) if named is None else [n for n in named if n in set(table[label])]
@@ -60,8 +54,8 @@ def plane(
     axes = figure.subplots()
     for _, row in table.iterrows():
         (colour, marker), pale = looks(row[label]), row[label] not in named
-        if low in row and np.isfinite(row[low]):
-            axes.vlines(row[x], row[low], row[high], color=colour, lw=1.6, alpha=0.2 if pale else 0.7)
+        if "low" in row and np.isfinite(row["low"]):
+            axes.vlines(row[x], row["low"], row["high"], color=colour, lw=1.6, alpha=0.2 if pale else 0.7)
         axes.plot(row[x], row[y], color=colour, marker=marker, ms=4 if pale else 7, alpha=0.3 if pale else 1, zorder=3)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.grid(visible=False)

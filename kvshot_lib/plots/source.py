@@ -4,15 +4,15 @@ import ast
 import textwrap
 from pathlib import Path
 
-from IPython.display import Code
+from IPython.display import Markdown
 
 LIBRARY = Path(__file__).parents[1]
 
 
-def source(name: str) -> Code:
+def source(name: str) -> Markdown:
     """A function, class or method, ``room.module.function``, as text: nothing is imported, so no torch is loaded.
 
-    >>> source("metrics.acceptance.axis_steps").data.splitlines()[0]
+    >>> source("metrics.acceptance.axis_steps").data.splitlines()[1]
     'def axis_steps(draft_length: int) -> list[int]:'
     """
     room, module, *names = name.split(".")
@@ -20,4 +20,4 @@ def source(name: str) -> Code:
     node: ast.AST = ast.parse(text)
     for part in names:
         node = next(inner for inner in ast.iter_child_nodes(node) if getattr(inner, "name", "") == part)
-    return Code(textwrap.dedent(ast.get_source_segment(text, node, padded=True)), language="python")
+    return Markdown(f"```python\n{textwrap.dedent(ast.get_source_segment(text, node, padded=True))}\n```")

@@ -9,6 +9,6 @@ from kvshot_lib.plots.source import source
 
 
 def test_functions_and_methods_are_those_of_the_module():
-    assert source("metrics.acceptance.axis_steps").data == inspect.getsource(axis_steps).rstrip()
-    method = textwrap.dedent(inspect.getsource(HybridLayer.mix)).rstrip()
-    assert source("drafters.layers.HybridLayer.mix").data == method
+    assert source("metrics.acceptance.axis_steps").data == f"```python\n{inspect.getsource(axis_steps)}```"
+    method = textwrap.dedent(inspect.getsource(HybridLayer.mix))
+    assert source("drafters.layers.HybridLayer.mix").data == f"```python\n{method}```"
