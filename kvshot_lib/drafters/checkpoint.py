@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from ..errors import StudyError
 from ..features.spec import FeatureSpec
 from ..files import read_json, sha256, write_atomically, write_json
+from ..target.capture import check_layers
 from ..target.load import Target
 from .drafter import Drafter, DrafterConfig, build_drafter
 from .runs import DESCRIPTION, how_to_train
@@ -51,8 +52,13 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     """
     kept = _read(Path(folder))
     check_target(vars(kept.spec), target, f"the drafter in {folder}")
-    drafter = build_drafter(kept.config, target, kept.spec, kept.draft_ids)
-    load_weights(drafter, kept.tensors, f"the drafter in {folder} is not what {DESCRIPTION} describes")
+    told = f"the drafter in {folder} is not what {DESCRIPTION} describes"
+    try:
+        check_layers(target.model, kept.spec.hidden_layers, kept.spec.kv_layers)
+        drafter = build_drafter(kept.config, target, kept.spec, kept.draft_ids)
+    except StudyError as error:
+        raise StudyError(f"{told}, or for another target: {error}") from error
+    load_weights(drafter, kept.tensors, told)
     return drafter.eval()
 
 
@@ -154,7 +160,7 @@ def _read(folder: Path, **parameters) -> _Kept:
         ids = tensors.pop("draft_ids")
     except (SafetensorError, AttributeError, KeyError, TypeError, StudyError) as error:
         raise StudyError(f"the drafter in {folder} can't be read ({error}); {remedy}") from error
-    if not torch.equal(ids, ids.unique()) or not 0 <= int(ids[0]) <= int(ids[-1]) < spec.vocab_size:
+    if not len(ids) or not torch.equal(ids, ids.unique()) or not 0 <= int(ids[0]) <= int(ids[-1]) < spec.vocab_size:
         raise StudyError(f"the draft vocabulary in {folder} is not made of tokens of {spec.target}; {remedy}")
     return _Kept(description, spec, config, ids, tensors)
 

@@ -7,6 +7,7 @@ import examples
 import pytest
 import torch
 from examples import STEPS, VARIANTS
+from safetensors.torch import load_file, save_file
 
 from kvshot_lib.drafters.checkpoint import (
     WEIGHTS,
@@ -18,7 +19,7 @@ from kvshot_lib.drafters.checkpoint import (
 from kvshot_lib.drafters.config import DrafterConfig
 from kvshot_lib.drafters.runs import DESCRIPTION
 from kvshot_lib.errors import StudyError
-from kvshot_lib.files import write_json
+from kvshot_lib.files import sha256, write_json
 from kvshot_lib.training.anchors import find_anchors
 from kvshot_lib.training.judging import predict
 
@@ -43,7 +44,9 @@ def test_a_drafter_is_the_same_after_a_round_trip(tmp_path, variant):
 def test_a_description_from_before_a_parameter_existed_is_read(tmp_path):
     drafter = examples.drafter("kv_2")
     save_drafter(drafter, tmp_path)
-    described = {key: value for key, value in json.loads((tmp_path / DESCRIPTION).read_text()).items() if key != "sha256"}
+    described = {
+        key: value for key, value in json.loads((tmp_path / DESCRIPTION).read_text()).items() if key != "sha256"
+    }
     newer = {"kv_norm", "state_layers", "qk_norm"}
     described["config"] = {name: value for name, value in asdict(drafter.config).items() if name not in newer}
     write_json(tmp_path / DESCRIPTION, described)
@@ -67,6 +70,57 @@ def test_a_missing_altered_or_foreign_drafter_is_refused(tmp_path):
     (tmp_path / WEIGHTS).unlink()
     with pytest.raises(StudyError, match="missing or altered"):
         load_drafter(tmp_path, examples.target())
+
+
+def changed(folder, tensors=(), **described):
+    """The drafter in ``folder`` with other tensors or another description, whole by its hashes."""
+    found = load_file(folder / WEIGHTS) | dict(tensors)
+    save_file({name: tensor for name, tensor in found.items() if tensor is not None}, folder / WEIGHTS)
+    read = {
+        key: value
+        for key, value in json.loads((folder / DESCRIPTION).read_text()).items()
+        if key != "sha256_of_the_rest"
+    }
+    parts = {key: read[key] | value for key, value in described.items()}
+    write_json(folder / DESCRIPTION, read | parts | {"weights_sha256": sha256(folder / WEIGHTS)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tensors": {"norm.weight": torch.full((64,), torch.nan)}}, "norm.weight not finite"),
+        ({"tensors": {"norm.weight": None}}, "is not what drafter.json describes .*norm.weight"),
+        ({"tensors": {"norm.weight": torch.ones(65)}}, "is not what drafter.json describes"),
+        ({"tensors": {"other.weight": torch.ones(65)}}, "is not what drafter.json describes .*other.weight"),
+        ({"tensors": {"draft_ids": None}}, "can't be read .'draft_ids'.; delete that folder"),
+        (
+            {"tensors": {"draft_ids": torch.tensor([3, 3])}},
+            "draft vocabulary in .* is not made of tokens of tiny-llama",
+        ),
+        ({"tensors": {"draft_ids": torch.tensor([3, 512])}}, "draft vocabulary in .* is not made of tokens"),
+        ({"tensors": {"draft_ids": torch.tensor([-1, 3])}}, "draft vocabulary in .* is not made of tokens"),
+        (
+            {"tensors": {"draft_ids": torch.tensor([], dtype=torch.long)}},
+            "draft vocabulary in .* is not made of tokens",
+        ),
+        ({"config": {"depth": 2}}, "can't be read .*'depth'"),
+        ({"config": {"hidden_norm": "False"}}, "can't be read .hidden_norm='False' must be True or False"),
+        ({"config": {"num_layers": 2}}, "is not what drafter.json describes"),
+        ({"spec": {"layers": [1]}}, "can't be read .*'layers'"),
+        ({"spec": {"hidden_layers": [0, 2, 9]}}, "not what drafter.json describes.*layer 9 is out of range"),
+        (
+            {"spec": {"tokenizer_hash": "f" * 64}},
+            r"was trained for tokenizer of tiny-llama \(ffffffff…\), not for tiny-llama",
+        ),
+        ({"spec": {"target_hash": "f" * 64}}, r"was trained for target tiny-llama \(ffffffff…\), not for tiny-llama"),
+    ],
+)
+def test_what_does_not_belong_together_is_one_line(tmp_path, change, message):
+    save_drafter(examples.drafter("hidden"), tmp_path)
+    changed(tmp_path, **change)
+    with pytest.raises(StudyError, match=message) as refused:
+        load_drafter(tmp_path, examples.target())
+    assert "\n" not in str(refused.value)
 
 
 def test_a_damaged_description_is_refused(tmp_path):
