@@ -1,10 +1,13 @@
 """What verifying and drafting cost at the paper's scale: the Qwen3-8B *architecture* with random weights, on a GPU.
 
-A latency does not depend on the weights' values, so none are loaded: 36 layers, width 4,096, 32 heads, 8 KV
-heads of size 128, 151,936 tokens, in bfloat16. Each forward is captured as a CUDA graph and replayed, and
-small operations are fused by torch.compile, so that launching kernels from Python does not decide; column
-``method`` says what was done. Drafters are the study's own at these sizes, with a draft vocabulary of
-32,000 tokens. Rows of ``step_latency``, by ``what``:
+A latency does not depend on the weights' values, so none are loaded: 36 layers, width 4,096, 32 heads, 8 KV heads of
+size 128, 151,936 tokens, in bfloat16. A decoder layer of the target has the arithmetic of a drafter's plain layer, so
+the target's forward is a draft step through 36 of those and the whole LM head (a test holds it to transformers' own
+model): verifying and drafting are timed through the same code. Each forward is captured as a CUDA graph and replayed,
+and small operations are fused by torch.compile, so that launching kernels from Python does not decide; column
+``method`` says what was done. Drafters are the study's own at these sizes, with a draft vocabulary of 32,000 tokens.
+(The table recorded for `full` was measured with a forward of the target that fused the attention to new tokens too.)
+Rows of ``step_latency``, by ``what``:
 
     verify            one target forward over ``tokens`` new tokens, LM head included: 1 is the target alone, 61 a tree
     draft VARIANT     one draft step, LM head and argmax included, the mean over a chain of 7 (1 token), or over 7
@@ -23,7 +26,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..drafters import attention
 from ..drafters.config import DrafterConfig
@@ -75,11 +78,11 @@ def measure_latency(
         raise StudyError(f"architecture={architecture!r}: there are {', '.join(ARCHITECTURES)}")
     if where.type != "cuda" and architecture != "tiny":
         raise StudyError(f"{architecture} needs a GPU, and there is none here; --architecture tiny tries it out")
-    target, rows = random_target(architecture, where), []
+    build, rows = Built(architecture, vocabulary, where), []
     labels = {"method": "CUDA graph, compiled" if where.type == "cuda" else "eager", "device": device_name(where)}
-    labels |= {"dtype": str(target.dtype).removeprefix("torch."), "architecture": architecture}
+    labels |= {"dtype": str(build.dtype).removeprefix("torch."), "architecture": architecture}
     with unmasked_attention():
-        for what, tokens, prefix, work, parts in cases(target, drafters, prefixes, vocabulary):
+        for what, tokens, prefix, work, parts in cases(build, drafters, prefixes):
             found = [each / parts for each in milliseconds(work, where)]
             row = {"what": what, "tokens": tokens, "prefix_tokens": prefix, "milliseconds": median(found)}
             row |= {"fastest_ms": min(found), "slowest_ms": max(found), "replays": len(found)}
@@ -99,100 +102,77 @@ def milliseconds(work: Callable[[], object], device: torch.device) -> list[float
     return [1000 * timer.timeit(1).mean for _ in range(10)]
 
 
+class Built:
+    """Untrained stacks of layers at the sizes of an architecture, on a device; nothing of the target is loaded."""
+
+    def __init__(self, architecture: str, vocabulary: int, device: torch.device):
+        self.device, self.dtype = device, torch.bfloat16 if device.type == "cuda" else torch.float32
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **ARCHITECTURES[architecture]))
+        self.target = Target(f"{architecture} architecture, random weights", model, None, "random", "none")
+        self.embedding, self.head = (
+            torch.randn(self.target.vocab_size, self.target.config.hidden_size, device=device, dtype=self.dtype)
+            for _ in range(2)
+        )
+        self.draft_ids = torch.arange(min(vocabulary, self.target.vocab_size), device=device)
+
+    def layers(self) -> Drafter:
+        """The target's own layers, norm and whole LM head, run like a drafter's."""
+        config = DrafterConfig("kv", self.target.num_layers, kv_control="none", qk_norm=True)
+        return self.stack(config, torch.arange(self.target.vocab_size, device=self.device))
+
+    def drafter(self, variant: str) -> Drafter:
+        """The study's drafter of that name."""
+        if not (own := parameters_of(variant)):
+            raise StudyError(f"there is no variant {variant!r}")
+        return self.stack(DrafterConfig.of(own), self.draft_ids)
+
+    def stack(self, config: DrafterConfig, draft_ids: Tensor) -> Drafter:
+        spec = drafter_spec(config, self.target)
+        sizes, frozen = drafter_sizes(self.target.config, spec), (self.embedding, self.head[draft_ids])
+        with torch.device(self.device):
+            made = in_dtype(Drafter(config, spec, sizes, draft_ids, *frozen), self.dtype)
+        return made.compile_steps() if self.device.type == "cuda" else made
+
+
 def cases(
-    target: Target, drafters: Sequence[str], prefixes: Sequence[int], vocabulary: int
+    build: Built, drafters: Sequence[str], prefixes: Sequence[int]
 ) -> Iterator[tuple[str, int, int, Callable, int]]:
     """(what, tokens, prefix, what to time, parts that its time is divided into), prepared one after the other."""
-    compiled = target.device.type == "cuda"
+    target = build.layers()
+    features = accepted_features(target, ACCEPTED)
     for prefix in prefixes:
+        frontier = after_prefix(target, features, prefix)
         for tokens in VERIFIED:
-            yield "verify", tokens, prefix, verify_call(target, tokens, prefix, compiled), 1
-    draft_ids = torch.arange(min(vocabulary, target.vocab_size), device=target.device)
+            yield "verify", tokens, prefix, partial(steps, target, frontier, tokens, 1), 1
+    del target
     for variant in drafters:
-        drafter = random_drafter(variant, target, draft_ids)
-        if compiled:
-            drafter.compile_steps()
-        features = accepted_features(target, drafter, ACCEPTED)
+        drafter = build.drafter(variant)
+        features = accepted_features(drafter, ACCEPTED)
         yield f"project {variant}", ACCEPTED, 0, partial(drafter.prefix, features), 1
         for prefix in prefixes:
-            for (kind, tokens), (work, parts) in draft_calls(drafter, features, prefix).items():
-                yield f"{kind} {variant}", tokens, prefix, work, parts
+            frontier = after_prefix(drafter, features, prefix)
+            if drafter.config.paradigm == "block":
+                slots = drafter.config.block_size - 1
+                make = lambda: slot_logits(drafter, frontier(1), slots).argmax(-1)  # noqa: B023 - called before the next
+                yield f"block {variant}", slots, prefix, make, 1
+            else:
+                for width in (1, LEVEL):
+                    yield f"draft {variant}", width, prefix, partial(steps, drafter, frontier, width, CHAIN), CHAIN
 
 
-def random_target(architecture: str, device: torch.device) -> Target:
-    """A target of that architecture, its random weights made on the device."""
-    config = AutoConfig.for_model("qwen3", **ARCHITECTURES[architecture])
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="kvshot_grouped")
-    model.eval().requires_grad_(False)
-    return Target(f"{architecture} architecture, random weights", model, None, "random", "none")
-
-
-def random_drafter(variant: str, target: Target, draft_ids: Tensor) -> Drafter:
-    """The study's drafter of that name for this target, untrained, on its device and in its dtype."""
-    if not (own := parameters_of(variant)):
-        raise StudyError(f"there is no variant {variant!r}")
-    config = DrafterConfig.of(own)
-    spec, model = drafter_spec(config, target), target.model
-    frozen = model.get_input_embeddings().weight, model.get_output_embeddings().weight[draft_ids]
-    with torch.device(target.device):
-        drafter = Drafter(config, spec, drafter_sizes(target.config, spec), draft_ids, *frozen)
-    return in_dtype(drafter.to(target.device), target.dtype).eval().requires_grad_(False)
-
-
-def verify_call(target: Target, tokens: int, prefix: int, compiled: bool) -> Callable[[], Tensor]:
-    """One verification after ``prefix`` random entries. Every token sees all others: what sees what takes no time."""
-    device, config = target.device, target.config
-    shape = (1, config.num_key_value_heads, prefix + tokens, config.head_dim)
-    cache = Room(target.num_layers, shape, device, target.dtype)
-    given = {"input_ids": torch.randint(target.vocab_size, (1, tokens), device=device), "past_key_values": cache}
-    given |= {"position_ids": prefix + torch.arange(tokens, device=device)[None], "use_cache": True}
-    forward = torch.compile(target.model) if compiled else target.model
-    return lambda: forward(**given, attention_mask={"full_attention": None}).logits.argmax(-1)
-
-
-class Room:
-    """A cache of one size, as transformers' models use one: random entries, new ones are written over the last."""
-
-    def __init__(self, layers: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
-        entries = lambda: torch.randn(shape, device=device, dtype=dtype)
-        self.entries = [(entries(), entries()) for _ in range(layers)]
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
-        for kept, new in zip(self.entries[layer], (keys, values), strict=True):
-            kept[:, :, -new.shape[2] :] = new
-        return self.entries[layer]
-
-    def get_seq_length(self, *_) -> int:
-        return self.entries[0][0].shape[2]
-
-
-def grouped(module, query: Tensor, keys: Tensor, values: Tensor, mask, **_) -> tuple[Tensor, None]:
-    """Attention without a mask, [1, H, T, D] over [1, G, N, D]: the query heads of a KV head are rows of one product.
-
-    So a kernel reads the cache once, whatever T is. Returns [1, T, H, D].
-    """
-    rows = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-    out, *_ = over_prefix(rows, keys, values)
-    return out.unflatten(2, (-1, query.shape[2])).flatten(1, 2).transpose(1, 2), None
-
-
-AttentionInterface.register("kvshot_grouped", grouped)
-
-
-def accepted_features(target: Target, drafter: Drafter, tokens: int) -> Features:
+def accepted_features(drafter: Drafter, tokens: int) -> Features:
     """Random target state of ``tokens`` positions, and one token more: what prefix entries are made from."""
-    spec, device = drafter.spec, target.device
+    spec, frozen = drafter.spec, drafter.embedding
     kv = (1, tokens, len(spec.kv_layers), spec.num_kv_heads, spec.head_dim)
     shapes = {"hidden_states": (1, tokens, len(spec.hidden_layers), spec.hidden_size), "keys": kv, "values": kv}
-    state = {name: torch.randn(shapes[name], device=device, dtype=target.dtype) for name in drafter.reads}
-    ids = torch.randint(target.vocab_size, (1, tokens + 1), device=device)
+    state = {name: torch.randn(shapes[name], device=frozen.device, dtype=frozen.dtype) for name in drafter.reads}
+    ids = torch.randint(len(frozen), (1, tokens + 1), device=frozen.device)
     return Features(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 0], **state)
 
 
-def draft_calls(drafter: Drafter, features: Features, prefix: int) -> dict[tuple[str, int], tuple[Callable, int]]:
-    """(kind, tokens) -> what to time after ``prefix`` random entries, and how many draft steps it takes."""
+def after_prefix(drafter: Drafter, features: Features, prefix: int) -> Callable[[int], Frontier]:
+    """What makes a frontier of so many tokens after ``prefix`` random entries."""
     (made, fused), ids = drafter.prefix(features), features.tokens[0]
     room = lambda like: torch.randn(1, like.shape[1], prefix, like.shape[3], device=like.device, dtype=like.dtype)
     entries = [{name: tuple(map(room, pair)) for name, pair in layer.items()} for layer in made]
@@ -202,16 +182,15 @@ def draft_calls(drafter: Drafter, features: Features, prefix: int) -> dict[tuple
         state = None if fused is None else fused[:, -1:].expand(-1, width, -1)
         return Frontier(ids[:1].expand(width), prefix, state, [View(layer, mask, {}, True) for layer in entries])
 
-    def steps(width: int) -> Tensor:
-        front = frontier(width)
-        for _ in range(CHAIN):
-            front.tokens = drafter.draft_ids[run_frontier(drafter, front).argmax(-1)]
-        return front.tokens
+    return frontier
 
-    if drafter.config.paradigm == "block":
-        slots = drafter.config.block_size - 1
-        return {("block", slots): (lambda: slot_logits(drafter, frontier(1), slots).argmax(-1), 1)}
-    return {("draft", width): (partial(steps, width), CHAIN) for width in (1, LEVEL)}
+
+def steps(drafter: Drafter, frontier: Callable[[int], Frontier], width: int, count: int) -> Tensor:
+    """The tokens [width] after ``count`` steps of as many nodes, each on what the last one found most likely."""
+    front = frontier(width)
+    for _ in range(count):
+        front.tokens = drafter.draft_ids[run_frontier(drafter, front).argmax(-1)]
+    return front.tokens
 
 
 def unmasked_attention():
