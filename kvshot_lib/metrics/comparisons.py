@@ -8,22 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from ..drafters.variants import VARIANTS, in_study_order, parameters_of
+from ..drafters.variants import VARIANTS
 from ..errors import StudyError
-from .decoding import prompt_sums, ratios
-from .history import validation_mat
-from .resampling import Draws, Interval, interval, resample_weights
+from .resampling import Draws, Interval, interval
 
 FAMILY = ["id", "a", "b", "metric", "draft_step"]
 FAMILY += ["value", "low", "high", "p", "holm", "smallest_visible", "seeds", "verdict"]
 TYPES = dict.fromkeys(("value", "low", "high", "p", "holm", "smallest_visible"), "float64")
 TYPES |= dict.fromkeys(("draft_step", "seeds"), "Int64")
+IN_SHORT = {"above": "more", "below": "less", "not distinguishable from": "open"}  # verdicts, in tables
 POWER = (1.96 + 0.84) / (2 * 1.96)  # of the normal distribution: 5% two-sided, 80% power; over the width of an interval
-
-
-def compare(draws: Draws, a: str, b: str, metric: str = "measured_mat", *draft_step: int) -> Interval:
-    """a's metric minus b's, mean over seeds, with its interval over documents and seeds."""
-    return draws.contrast((1, a, metric, *draft_step), (-1, b, metric, *draft_step))
 
 
 def registered_pairs(variants: Iterable[str]) -> list[tuple[str, str]]:
@@ -35,21 +29,22 @@ def registered_pairs(variants: Iterable[str]) -> list[tuple[str, str]]:
 def comparison_table(
     draws: Draws, pairs: Sequence[tuple[str, str]] | None = None, metrics: Sequence[str] = ("measured_mat",)
 ) -> pd.DataFrame:
-    """`compare` for each pair (variant, against), metric and draft step; without numbers where a run is missing.
+    """The metrics of each pair (variant, against), at every draft step; pairs that lack a run are left out.
 
     Returns
     -------
     Columns variant, against, metric, draft_step, value, low, high, p (two-sided, of this comparison alone), seeds (the
-    fewest of the two) and verdict: above, below, not distinguishable from, or not run.
+    fewest of the two), verdict (above, below, not distinguishable from) and minus, the pair in words.
     """
     rows = []
     for a, b in registered_pairs(draws.variants) if pairs is None else pairs:
         for metric in metrics:
             steps = draws.keys.loc[draws.keys["metric"] == metric, "draft_step"].dropna().unique()
-            for step in sorted(steps) or [None]:
-                rows.append({"variant": a, "against": b, **_compared(draws, a, b, metric, step)})
+            rows += [{"variant": a, "against": b, **_compared(draws, a, b, metric, k)} for k in sorted(steps) or [None]]
     columns = ["variant", "against", "metric", "draft_step", "value", "low", "high", "p", "seeds", "verdict"]
-    return pd.DataFrame(rows, columns=columns).astype({name: TYPES[name] for name in columns if name in TYPES})
+    table = pd.DataFrame(rows, columns=columns).astype({name: TYPES[name] for name in columns if name in TYPES})
+    table = table[table["verdict"] != "not run"].reset_index(drop=True)
+    return table.assign(minus=table["variant"] + " − " + table["against"])
 
 
 def family(draws: Draws, questions: Sequence[Mapping]) -> pd.DataFrame:
@@ -120,113 +115,3 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 def smallest_visible(found: Interval) -> float:
     """The smallest true difference that would have been seen in four of five such studies, by the interval's width."""
     return POWER * (found.high - found.low)
-
-
-# The best of each side: what reuses the target's cache against what reads its hidden states alone. They are chosen on
-# other data than they are judged on, so that the choice can't flatter the result.
-
-ALIKE = 0.02  # token counts that differ by less are equal: other seeds draw other documents
-
-
-def reads(variant: str) -> str:
-    """``kv`` if a drafter reuses the target's cache as it is, ``hidden`` if it reads hidden states alone, ``neither``.
-
-    Controls (zeros, another document's KV, older KV, no target state) are neither, and so are drafters of others.
-    """
-    own = parameters_of(variant)
-    control, paradigm = own.get("kv_control", ""), own.get("paradigm", "")
-    if paradigm == "hidden" or control == "from_hidden" or own.get("block_context") == "hidden":
-        return "hidden"
-    return "kv" if paradigm and not control else "neither"
-
-
-def contenders(runs: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
-    """Every drafter that may be chosen: variant, reads, tokens (of its start included), validation_mat; best first."""
-    own = runs.groupby("variant")["trained_tokens"].mean()
-    starts = runs.groupby("variant")["init_from"].first().fillna("") if "init_from" in runs else own.map(lambda _: "")
-    ends = validation_mat(history)
-    ends = ends[ends["step"] == ends.groupby(["variant", "seed"])["step"].transform("max")]
-    mat = ends.groupby("variant")["value"].mean()
-    before = starts.map(lambda start: own.get(start, np.nan) if start else 0)
-    rows = [
-        [variant, reads(variant), own[variant] + before[variant], mat[variant]]
-        for variant in in_study_order(own.index)
-        if variant in mat and reads(variant) != "neither"
-    ]
-    table = pd.DataFrame(rows, columns=["variant", "reads", "tokens", "validation_mat"]).dropna()
-    return table.sort_values("validation_mat", ascending=False, kind="stable").reset_index(drop=True)
-
-
-def best_pair(table: pd.DataFrame) -> tuple[str, str, str]:
-    """Of `contenders` the best that reuses KV, and of equal tokens the best hidden-only one and plain `hidden`.
-
-    Named where there is none, too, so that a scorecard says what is missing.
-    """
-    kv = table[table["reads"] == "kv"]
-    if kv.empty:
-        return "kv_4", "hidden", "hidden"
-    rivals = table[(table["reads"] == "hidden") & ((table["tokens"] / kv["tokens"].iloc[0] - 1).abs() < ALIKE)]
-    plain = [variant for variant in ("hidden", "hidden_continued") if variant in set(rivals["variant"])]
-    return kv["variant"].iloc[0], *([*rivals["variant"], "hidden"][:1]), *([*plain, "hidden"][:1])
-
-
-def comparable(prompts: pd.DataFrame) -> pd.DataFrame:
-    """Rows of ``decode_prompts`` of either side, on the device and in the number format with the most drafters."""
-    rows = prompts[prompts["variant"].map(reads) != "neither"]
-    if rows.empty:
-        return rows
-    counted = rows.groupby(["device", "dtype"])["variant"].nunique().sort_values(ascending=False, kind="stable")
-    device, dtype = counted.index[0]
-    return rows[(rows["device"] == device) & (rows["dtype"] == dtype)]
-
-
-def fastest_chains(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """(variant, chain length) of the fastest chain on some prompts of `comparable` rows, by side: kv and hidden."""
-    best = {"kv": (-np.inf, "kv_4", "7"), "hidden": (-np.inf, "hidden", "7")}  # named where nothing was timed
-    chains, once = rows[rows["mode"] == "chain"], np.ones((1, len(names)))
-    for (variant, plan), own in chains.groupby(["variant", "plan"], sort=True):
-        fast = np.mean([_speed(rows, variant, run, plan, names, once)[0] for run in sorted(own["seed"].unique())])
-        best[reads(variant)] = max(best[reads(variant)], (fast, variant, plan))
-    return {side: found[1:] for side, found in best.items()}
-
-
-def speed_draws(
-    prompts: pd.DataFrame, duel: pd.DataFrame, samples: int = 2000, seed: int = 0
-) -> tuple[dict[str, tuple[str, str]], Draws]:
-    """`fastest_chains` and their ``speedup`` over the target alone, on prompts that they were not chosen on.
-
-    Chosen on all prompts of ``decode_prompts``, judged on those that only ``decode_duel`` has of both; without such
-    prompts chosen on every second prompt, in the order of their names, and judged on the others.
-    """
-    rows = comparable(prompts)
-    names = sorted(rows["prompt"].unique())
-    best, judged = fastest_chains(rows, names), duel
-    judging = sorted(set.intersection(*(_timed(judged, *found) for found in best.values())) - {*names})
-    if not judging:
-        best, judged, judging = fastest_chains(rows, names[::2]), rows, names[1::2]
-    weights = resample_weights(max(1, len(judging)), samples, seed).astype(float)
-    keys, values = [], []
-    for variant, plan in best.values():
-        chains = judged[(judged["variant"] == variant) & (judged["mode"] == "chain")]
-        for run in sorted(chains["seed"].unique()) if judging else ():
-            keys.append([variant, run, "speedup", pd.NA, len(judging)])
-            values.append(_speed(judged, variant, run, plan, judging, weights))
-    table = pd.DataFrame(keys, columns=["variant", "seed", "metric", "draft_step", "documents"])
-    stacked = np.stack(values) if values else np.zeros((0, 1 + samples))
-    return best, Draws(table.astype({"draft_step": "Int64"}), stacked, seed)
-
-
-def _timed(rows: pd.DataFrame, variant: str, plan: str) -> set[str]:
-    """Prompts on which that chain was timed."""
-    return {*rows.loc[(rows["variant"] == variant) & (rows["mode"] == "chain") & (rows["plan"] == plan), "prompt"]}
-
-
-def _speed(
-    rows: pd.DataFrame, variant: str, seed: int, plan: str, names: Sequence[str], weights: np.ndarray
-) -> np.ndarray:
-    """Tokens/s of a chain over those of the target alone, same run and turns, on weighted prompts: float [weights]."""
-    own = rows[(rows["variant"] == variant) & (rows["seed"] == seed)]
-    alone, chain = own[own["mode"] == "alone"], own[(own["mode"] == "chain") & (own["plan"] == plan)]
-    both = chain[["prompt", "turn"]].merge(alone[["prompt", "turn"]])
-    sums, base = (weights @ prompt_sums(part.merge(both), list(names)) for part in (chain, alone))
-    return ratios(sums, base)["speedup"]

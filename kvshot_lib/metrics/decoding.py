@@ -1,4 +1,4 @@
-"""Decoding's results from rows of single answers: tokens per forward, speed, the cost model, claim C14 (no torch).
+"""Decoding's results from rows of single answers: tokens per forward, speed, the cost model, claims C14 and B2 (no torch).
 
 Everything is a ratio of sums over prompts, so an interval resamples prompts; the turns of a dialogue stay
 together.
@@ -24,8 +24,8 @@ import pandas as pd
 
 from ..drafters.variants import in_study_order
 from ..errors import StudyError
-from .claims import DECODE_CLAIMS
-from .resampling import Draws, interval, resample_weights
+from .claims import stated
+from .resampling import Draws, drawn_as, interval, resample_weights
 
 RUN = ["variant", "seed", "dtype", "device"]
 PLAN = ["mode", "plan"]
@@ -34,7 +34,6 @@ PEERS = "transformers"  # the name under which `generate` stands among the varia
 PARTS = ("prefill", "verify", "draft", "project", "bookkeeping", "sampling", "rest")
 PART_COLUMNS = tuple(f"{part}_s" for part in PARTS)
 SUMS = ["new_tokens", "extra_tokens", "forwards", "drafted", "seconds", *PART_COLUMNS]
-MODEL = ("draft_cost", "verify_cost", "other_cost", "predicted", "predicted_whole", "draft_step_s")
 
 
 def prompt_sums(rows: pd.DataFrame, prompts: list) -> np.ndarray:
@@ -103,20 +102,6 @@ def decoding_table(prompts: pd.DataFrame, samples: int = 2000, seed: int = 0) ->
     return pd.DataFrame(found)
 
 
-def model_table(prompts: pd.DataFrame, samples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """The cost model of each run and plan over all prompts: `MODEL`, decoded_mat, speedup, with 95% intervals.
-
-    Columns: variant, seed, mode, plan, metric, value, low, high. Peers, whose parts can't be seen from
-    outside, are left out.
-    """
-    found = []
-    for (variant, run, _, _, mode, plan), part, _, ratio in drawn(prompts, samples, seed):
-        if part["verify_s"].notna().all() and mode != "alone":
-            for metric in ("decoded_mat", "speedup", *MODEL):
-                found.append([variant, run, mode, plan, metric, *vars(interval(ratio[metric])).values()])
-    return pd.DataFrame(found, columns=["variant", "seed", "mode", "plan", "metric", "value", "low", "high"])
-
-
 def one_dtype(table: pd.DataFrame, dtype: str = "") -> pd.DataFrame:
     """Rows of one number format; by default of the first by name (bfloat16 before float32).
 
@@ -159,34 +144,25 @@ def passes(variant: str, mode: str, plan: str) -> int:
     return int(plan) if mode == "chain" else int(plan.split("/")[0]) + 1
 
 
-def break_even(model: pd.DataFrame) -> pd.DataFrame:
+def break_even(prompts: pd.DataFrame) -> pd.DataFrame:
     """What a pass of the drafter may cost, in verifications, and what it did cost: a row a drafter and plan.
 
     With speedup = decoded_mat / (1 + draft_time / verify_time) a chain of L, whose steps cost c
     verifications each, is faster than the target alone if c < (decoded_mat - 1) / L. A block drafts
-    everything in one pass: c < decoded_mat - 1. ``model`` is a `model_table`. Added are passes,
-    ``affordable`` by the model, ``affordable_here`` with the measured price of verifying several tokens at
-    once, and the measured ``cost``, prefix entries included.
+    everything in one pass: c < decoded_mat - 1. Columns variant, mode, plan, decoded_mat, draft_cost, verify_cost,
+    passes, ``affordable`` by the model, ``affordable_here`` with the measured price of verifying several tokens at
+    once, and the measured ``cost``, prefix entries included. Peers, whose parts can't be seen from outside, are left
+    out.
     """
-    wide = model.pivot_table(index=["variant", *PLAN], columns="metric", values="value", sort=False)
-    wide = wide.reindex(columns=["decoded_mat", "draft_cost", "verify_cost"]).reset_index()
-    runs = np.array([passes(*row) for row in wide[["variant", *PLAN]].itertuples(index=False)], float)
-    here = (wide["decoded_mat"] / wide["verify_cost"] - 1) / runs
-    affordable = (wide["decoded_mat"] - 1) / runs
-    return wide.assign(passes=runs, affordable=affordable, affordable_here=here, cost=wide["draft_cost"] / runs)
-
-
-def break_even_curves(table: pd.DataFrame, points: int = 81) -> pd.DataFrame:
-    """The cost model's speedup against the cost of a pass, of each drafter at its best measured chain for that cost.
-
-    ``table`` is that of `break_even`. Columns: variant, cost, speedup.
-    """
-    costs, rows = np.geomspace(0.005, 2.0, points), []
-    for variant in in_study_order(table["variant"]):
-        own = table[(table["variant"] == variant) & (table["mode"] == "chain")]
-        speedups = own["decoded_mat"].to_numpy()[:, None] / (1 + own["passes"].to_numpy()[:, None] * costs)
-        rows += [[variant, cost, speedup] for cost, speedup in zip(costs, speedups.max(0))]
-    return pd.DataFrame(rows, columns=["variant", "cost", "speedup"])
+    names, rows = ["decoded_mat", "draft_cost", "verify_cost"], []
+    for (variant, *_, mode, plan), part, _, ratio in drawn(prompts, 1, 0):
+        if part["verify_s"].notna().all() and mode != "alone":
+            rows.append([variant, mode, plan, *(ratio[name][0] for name in names), passes(variant, mode, plan)])
+    table = pd.DataFrame(rows, columns=["variant", *PLAN, *names, "passes"])
+    table = table.groupby(["variant", *PLAN], sort=False).mean().reset_index()
+    runs, mat = table["passes"], table["decoded_mat"]
+    here = (mat / table["verify_cost"] - 1) / runs
+    return table.assign(affordable=(mat - 1) / runs, affordable_here=here, cost=table["draft_cost"] / runs)
 
 
 def paper_scale(latency: pd.DataFrame, drafts: int = 7) -> pd.DataFrame:
@@ -209,25 +185,33 @@ def paper_scale(latency: pd.DataFrame, drafts: int = 7) -> pd.DataFrame:
     return table.assign(break_even_mat=table["verify"] + table["draft"] + table["project"])
 
 
-def c14_draws(prompts: pd.DataFrame, samples: int = 2000, seed: int = 0, dtype: str = "") -> Draws:
-    """What claim C14 is about, each part of it on the prompts that all its drafters answered.
+STATISTICS = {  # of a claim about decoded answers: by what mode, of which ratio
+    "tree_decoded_mat": ("tree", "decoded_mat"),
+    "chain_decoded_mat": ("chain", "decoded_mat"),
+    "log_draft_step_s": ("chain", "draft_step_s"),
+    "speedup": ("chain", "speedup"),
+}
+
+
+def decode_draws(prompts: pd.DataFrame, duel: pd.DataFrame, samples: int = 2000, seed: int = 0) -> Draws:
+    """What claims C14 and B2 are about, each on the prompts that all its drafters answered.
 
     tree_decoded_mat, chain_decoded_mat : tokens per target forward, by the tree, and by the longest chain that all had.
     log_draft_step_s : natural log of the seconds of one draft step of that chain: a difference is the log of a ratio.
+    speedup : of chains of 2 over the target alone, on the prompts of ``decode_duel``: the others chose the chains.
     """
-    prompts, keys, values = one_dtype(prompts, dtype), [], [np.zeros((0, 1 + samples))]
-    for claim in DECODE_CLAIMS:
-        own, wanted = prompts[prompts["variant"].isin(claim.variants)], [term[2] for term in claim.terms]
+    keys, values = [], []
+    for claim in stated("C14", "B2"):
+        metric = claim.terms[0][2]
+        (wanted, name), rows = STATISTICS[metric], duel if metric == "speedup" else pd.concat([prompts, duel])
+        own = one_dtype(rows[rows["variant"].isin(claim.variants)])
         answered = own.groupby("variant")["prompt"].agg(set)
         own = own[own["prompt"].isin(set.intersection(*answered) if len(answered) else ())]
         chains = own[own["mode"] == "chain"].groupby("variant")["plan"].agg(set)
         longest = max(set.intersection(*chains) if len(chains) else (), key=int, default=None)
-        for (variant, run, _, _, mode, plan), part, _, ratio in drawn(own, samples, seed):
-            if mode == "tree" or (mode == "chain" and plan == longest):
-                found = {f"{mode}_decoded_mat": ratio["decoded_mat"]}
-                found |= {"log_draft_step_s": np.log(ratio["draft_step_s"])} if mode == "chain" else {}
-                for metric in (name for name in found if name in wanted):
-                    keys.append([variant, run, metric, pd.NA, part["forwards"].sum(), part["prompt"].nunique()])
-                    values.append(found[metric][None])
-    table = pd.DataFrame(keys, columns=["variant", "seed", "metric", "draft_step", "anchors", "documents"])
-    return Draws(table.astype({"draft_step": "Int64"}), np.concatenate(values), seed)
+        chain = "2" if metric == "speedup" else longest
+        for (variant, run, _, _, mode, plan), _, _, ratio in drawn(own, samples, seed):
+            if mode == wanted and (mode == "tree" or plan == chain):
+                keys.append([variant, run, metric, None])
+                values.append(np.log(ratio[name]) if metric.startswith("log") else ratio[name])
+    return drawn_as(keys, values, samples, seed)

@@ -1,89 +1,27 @@
-"""What the diagnostics measured (`probes`), as numbers with 95% intervals over documents (no torch).
+"""What the diagnostics measured (`probes`), as statistics of each run with draws over documents (no torch).
 
 A document is here an evaluation document, a sequence of ``gradient_flow``, or a validation document of the
 gate's record.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 
 from ..drafters.variants import QUERY_ARMS, parameters_of
-from .acceptance import COUNTS, metrics_of
-from .resampling import Draws, interval, resample_weights
+from .resampling import Draws, draw, draw_ratios, drawn_as
 
 CONTEXT = 512  # the longest context that drafters are trained on
 CLAIM_AT = 0.1  # C17 is about the gate after this share of the training
 RATIOS = {"key_gradient": ("k_proj", "q_proj"), "value_gradient": ("v_proj", "o_proj")}
 
 
-def bootstrapped(
-    table: pd.DataFrame, by: Sequence[str], samples: int = 2000, seed: int = 0, *, root: bool = False
-) -> tuple[pd.DataFrame, np.ndarray]:
-    """Σ top / Σ bottom over documents for each (``by``, seed), on the documents and on resamples of them.
-
-    ``table`` has ``seed``, ``document``, ``top`` and ``bottom``; ``root`` takes the square root.
-
-    Returns
-    -------
-    keys (``by`` and seed), and values float [rows, 1 + samples]; column i used the same documents in every row.
-    """
-    documents = np.unique(table["document"])
-    weights = resample_weights(max(1, len(documents)), samples, seed).astype(float)
-    keys, values = [], []
-    for key, group in table.groupby([*by, "seed"], sort=False, dropna=False):
-        sums = group.groupby("document")[["top", "bottom"]].sum().reindex(documents, fill_value=0).to_numpy(float)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            top, bottom = (weights @ sums).T
-            values.append(np.sqrt(top / bottom) if root else top / bottom)
-        keys.append(key)
-    return pd.DataFrame(keys, columns=[*by, "seed"]), np.array(values).reshape(len(keys), 1 + samples)
-
-
-def intervals(keys: pd.DataFrame, values: np.ndarray) -> pd.DataFrame:
-    """Mean over seeds of `bootstrapped` rows: columns value, low, high, seeds in place of seed."""
-    by, rows = [name for name in keys.columns if name != "seed"], []
-    for key, group in keys.groupby(by, sort=False, dropna=False):
-        rows.append([*key, *vars(interval(values[group.index].mean(0))).values(), len(group)])
-    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "seeds"])
-
-
-def ratios(
-    table: pd.DataFrame, by: Sequence[str], samples: int = 2000, seed: int = 0, *, root: bool = False
-) -> pd.DataFrame:
-    """`intervals` of `bootstrapped`: Σ top / Σ bottom of each ``by``, mean over seeds, with value, low, high, seeds."""
-    return intervals(*bootstrapped(table, by, samples, seed, root=root))
-
-
-def draws_of(rows: Sequence[tuple[str, int, str, np.ndarray]], samples: int, seed: int) -> Draws:
-    """(variant, seed, metric, draws [1 + samples]) each, as `Draws`."""
-    keys = pd.DataFrame([row[:3] for row in rows], columns=["variant", "seed", "metric"]).assign(draft_step=pd.NA)
-    values = np.array([row[3] for row in rows]).reshape(len(rows), 1 + samples)
-    return Draws(keys.astype({"draft_step": "Int64"}), values, seed)
-
-
-def oracle_metrics(oracle: pd.DataFrame, samples: int = 2000, seed: int = 0) -> dict[tuple, dict[str, np.ndarray]]:
-    """(variant, seed, arm) -> `acceptance.metrics_of` on the documents and their resamples, [1 + samples, …]."""
-    documents = np.unique(oracle["document"])
-    weights, found = resample_weights(max(1, len(documents)), samples, seed).astype(float), {}
-    for key, own in oracle.groupby(["variant", "seed", "arm"], sort=False):
-        steps = own["draft_step"].nunique()
-        counts = own.sort_values(["document", "draft_step"])[COUNTS].to_numpy(float).reshape(len(documents), -1)
-        summed = (weights @ counts).reshape(len(weights), steps, len(COUNTS))
-        found[key] = metrics_of(summed, np.zeros((len(weights), 2)))
-    return found
-
-
-def arm_table(oracle: pd.DataFrame, samples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Every arm's step acceptance, mean over seeds: variant, arm, draft_step, value, low, high, seeds."""
-    keys, values = [], []
-    for (variant, run, arm), found in oracle_metrics(oracle, samples, seed).items():
-        for step, row in enumerate(found["step_acceptance"].T):
-            keys.append([variant, arm, step, run])
-            values.append(row)
-    columns = ["variant", "arm", "draft_step", "seed"]
-    return intervals(pd.DataFrame(keys, columns=columns), np.array(values).reshape(len(keys), -1))
+def oracle_draws(oracle: pd.DataFrame, samples: int = 2000, seed: int = 0) -> Draws:
+    """`resampling.draw` of every arm, named as a variant: ``kv_1 own``, ``kv_1 oracle`` and so on."""
+    if oracle.empty:
+        return drawn_as([], [], samples, seed)
+    named = oracle.assign(variant=oracle["variant"] + " " + oracle["arm"])
+    unknown = named[["variant", "seed", "document"]].drop_duplicates().assign(anchors=0, accepted=0)  # run lengths
+    return draw(named, unknown, samples, seed)
 
 
 def query_draws(overlap: pd.DataFrame, oracle: pd.DataFrame, samples: int = 2000, seed: int = 0) -> Draws:
@@ -97,16 +35,23 @@ def query_draws(overlap: pd.DataFrame, oracle: pd.DataFrame, samples: int = 2000
     """
     rows = overlap[(overlap["source"] == "drafter") & overlap["recall"].notna()]
     rows = rows[rows["layer"] == rows.groupby("variant")["layer"].transform("max")]
-    rows = rows.assign(top=rows["recall"] * rows["anchors"], bottom=rows["anchors"])
-    keys, values = bootstrapped(rows, ["variant"], samples, seed)
-    made = [(v, s, "overlap_recall", row) for (v, s), row in zip(keys.itertuples(index=False, name=None), values)]
-    arms = {key: found["expected_mat"] for key, found in oracle_metrics(oracle, samples, seed).items()}
-    for variant, run in dict.fromkeys((v, s) for v, s, _ in arms):
-        mat = {arm: arms[variant, run, arm] for arm in QUERY_ARMS if (variant, run, arm) in arms}
-        made.append((variant, run, "mat_as_trained", mat["as_trained"]))
+    recall = draw_ratios(rows.assign(top=rows["recall"] * rows["anchors"], bottom=rows["anchors"]), (), samples, seed)
+    keys, values = [[*run, "overlap_recall", None] for run in _runs(recall.keys)], [*recall.values]
+    arms = oracle_draws(oracle, samples, seed)
+    for variant, run in _runs(oracle):
+        one = Draws(arms.keys[arms.keys["seed"] == run], arms.values[arms.keys["seed"] == run])
+        mat = {a: one.rows(f"{variant} {a}", "expected_mat")[0] for a in QUERY_ARMS if f"{variant} {a}" in one.variants}
+        found = {"mat_as_trained": mat["as_trained"]}
         for arm in list(mat)[1:]:
-            made.append((variant, run, f"{arm}_gain", mat[arm] - mat["as_trained" if arm == "own" else "own"]))
-    return draws_of(made, samples, seed)
+            found[f"{arm}_gain"] = mat[arm] - mat["as_trained" if arm == "own" else "own"]
+        keys += [[variant, run, metric, None] for metric in found]
+        values += found.values()
+    return drawn_as(keys, values, samples, seed)
+
+
+def _runs(table: pd.DataFrame) -> list[tuple[str, int]]:
+    """(variant, seed) of every run in a table, in order of first appearance."""
+    return list(dict.fromkeys(table[["variant", "seed"]].itertuples(index=False, name=None)))
 
 
 def nearest_context(flow: pd.DataFrame, context: int = CONTEXT) -> int:
@@ -115,42 +60,35 @@ def nearest_context(flow: pd.DataFrame, context: int = CONTEXT) -> int:
     return int(max([c for c in measured if c <= context], default=measured[0]))
 
 
-def norm_rows(flow: pd.DataFrame) -> pd.DataFrame:
-    """Squared gradient norms ‖∂L/∂W‖² as ``top`` and W's parameters as ``bottom``, at `nearest_context`.
-
-    The root of their `ratios` is a gradient per parameter, a root mean square over documents and layers.
-    """
-    key = ["variant", "seed", "document", "layer", "branch", "matrix", "side"]
-    if flow.empty:
-        return pd.DataFrame(columns=[*key, "top", "bottom"])
-    flow = flow[flow["draft_step"].isna() & (flow["context_length_tokens"] == nearest_context(flow))]
-    wide = flow.pivot(index=key, columns="quantity", values="value").reset_index().dropna(subset=["grad_norm"])
-    return wide.assign(top=wide["grad_norm"] ** 2, bottom=wide["numel"])[[*key, "top", "bottom"]]
-
-
 def flow_draws(flow: pd.DataFrame, samples: int = 2000, seed: int = 0) -> Draws:
     """C16's statistics of each run: draft-side ``key_gradient`` and ``value_gradient``, all per parameter.
 
     The first is the draft-side part of ∂L/∂W_k over ∂L/∂W_q, the second that of ∂L/∂W_v over ∂L/∂W_o, in the branch
-    that reads the target's KV (in `hidden`, its only one), at the longest context that training knew. A hybrid has
-    those of its self branch too, ``self_key_gradient`` and so on, and ``cross_over_self_k_proj`` of each matrix.
+    that reads the target's KV (in `hidden`, its only one), at the longest context that training knew. A gradient per
+    parameter is √(Σ ‖∂L/∂W‖² / Σ parameters) over documents and layers. A hybrid has those of its self branch too,
+    ``self_key_gradient`` and so on, and ``cross_over_self_k_proj`` of each matrix.
     """
-    rows = norm_rows(flow)
-    rows = rows[rows["side"] == "draft"]
-    keys, values = bootstrapped(rows, ["variant", "branch", "matrix"], samples, seed, root=True)
-    found = {key: row for key, row in zip(keys.itertuples(index=False, name=None), values, strict=True)}
-    made = []
-    for variant, branch, run in dict.fromkeys((v, b, s) for v, b, _, s in found):
-        both = (variant, "cross", "q_proj", run) in found and (variant, "self", "q_proj", run) in found
-        prefix = "self_" if both and branch == "self" else ""
+    if flow.empty:
+        return drawn_as([], [], samples, seed)
+    at = flow["context_length_tokens"] == nearest_context(flow)
+    rows = flow[at & (flow["side"] == "draft") & flow["draft_step"].isna()]
+    key = ["variant", "seed", "document", "layer", "branch", "matrix"]
+    wide = rows.pivot(index=key, columns="quantity", values="value").reset_index().dropna(subset=["grad_norm"])
+    wide = wide.assign(top=wide["grad_norm"] ** 2, bottom=wide["numel"])
+    drawn = draw_ratios(wide, ["branch", "matrix"], samples, seed, root=True)
+    names = drawn.keys[["variant", "seed", "branch", "matrix"]].itertuples(index=False, name=None)
+    found, made = dict(zip(names, drawn.values, strict=True)), {}
+    for variant, run, branch in dict.fromkeys(name[:3] for name in found):
+        own = {matrix: row for (*at, matrix), row in found.items() if at == [variant, run, branch]}
+        beside = {matrix: found.get((variant, run, "self", matrix)) for matrix in own}
+        both = branch == "cross" and beside.get("q_proj") is not None
+        prefix = "self_" if branch == "self" and (variant, run, "cross", "q_proj") in found else ""
         for metric, (part, against) in RATIOS.items():
-            if (variant, branch, part, run) in found:
-                ratio = found[variant, branch, part, run] / found[variant, branch, against, run]
-                made.append((variant, run, prefix + metric, ratio))
-        for part in ("q_proj", "k_proj", "v_proj", "o_proj") if both and branch == "cross" else ():
-            ratio = found[variant, "cross", part, run] / found[variant, "self", part, run]
-            made.append((variant, run, f"cross_over_self_{part}", ratio))
-    return draws_of(made, samples, seed)
+            if part in own:
+                made[variant, run, prefix + metric, None] = own[part] / own[against]
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj") if both else ():
+            made[variant, run, f"cross_over_self_{part}", None] = own[part] / beside[part]
+    return drawn_as(list(made), list(made.values()), samples, seed)
 
 
 def acting_gate(gradients: pd.DataFrame) -> pd.DataFrame:
@@ -170,11 +108,12 @@ def gate_draws(gradients: pd.DataFrame, samples: int = 2000, seed: int = 0) -> D
     The first is that at the first record that has a tenth of the training's steps behind it.
     """
     rows = acting_gate(gradients)
-    keys, values = bootstrapped(rows.assign(top=rows["value"], bottom=1.0), ["variant", "step"], samples, seed)
-    made = []
-    for (variant, run), own in keys.groupby(["variant", "seed"], sort=False):
+    drawn = draw_ratios(rows.assign(top=rows["value"], bottom=1.0), ["step"], samples, seed)
+    made = {}
+    for run, own in drawn.keys.groupby(["variant", "seed"], sort=False):
         own = own.sort_values("step")
-        gates, late = values[own.index], (own["step"] >= CLAIM_AT * own["step"].max()).to_numpy()
-        found = {"after_a_tenth": gates[late][0], "least": gates.min(0), "at_the_end": gates[-1]}
-        made += [(variant, run, f"gate_{name}", row) for name, row in found.items()]
-    return draws_of(made, samples, seed)
+        gates, late = drawn.values[own.index], (own["step"] >= CLAIM_AT * own["step"].max()).to_numpy()
+        made[(*run, "gate_after_a_tenth", None)] = gates[late][0]
+        made[(*run, "gate_least", None)] = gates.min(0)
+        made[(*run, "gate_at_the_end", None)] = gates[-1]
+    return drawn_as(list(made), list(made.values()), samples, seed)

@@ -13,9 +13,8 @@ every run. A resample's slopes are one Newton step from the fit, with that resam
 import numpy as np
 import pandas as pd
 
-from ..drafters.variants import in_study_order
 from ..errors import StudyError
-from .resampling import Draws, resample_weights
+from .resampling import KEYS, Draws, drawn_as, resample_weights
 
 SHIFT_BINS, ENTROPY_BINS = 5, 4
 LEAST_MATCHES = 50  # fewer matches (or misses) can't carry three coefficients and their resamples: no slope
@@ -66,36 +65,29 @@ def _by_document(rows: np.ndarray, document: np.ndarray, documents: int) -> np.n
 
 
 def join_matches(shift: pd.DataFrame, matches: pd.DataFrame) -> dict[tuple[str, int], np.ndarray]:
-    """Each run's matches [rows of ``shift``] as int8, runs in the order of the study.
+    """Each run's matches [rows of ``shift``] as int8.
 
     Raises
     ------
     StudyError : a run whose matches are not those of the anchors in ``shift``, one by one.
     """
-    sizes = shift.groupby(["document", "draft_step"], sort=True).size()
-    order = np.argsort(shift["document"].to_numpy() * 1000 + shift["draft_step"].to_numpy(), kind="stable")
-    found, runs = {}, matches.groupby(["variant", "seed"])
-    for variant in in_study_order(matches["variant"]):
-        for seed in sorted(matches.loc[matches["variant"] == variant, "seed"].unique()):
-            texts = runs.get_group((variant, seed)).set_index(["document", "draft_step"])["matches"].sort_index()
-            if not texts.str.len().rename(None).equals(sizes.rename(None)):
-                raise StudyError(
-                    f"attention_matches has other anchors for {variant} seed {seed} than attention_shift: run "
-                    "`kvshot measure shift RESULTS_DIR` again"
-                )
-            bits = np.frombuffer("".join(texts).encode(), dtype=np.uint8) - ord("0")
-            found[variant, seed] = np.empty(len(shift), dtype=np.int8)
-            found[variant, seed][order] = bits
+    sizes = shift.groupby(["document", "draft_step"]).size()
+    order = np.lexsort([shift["draft_step"], shift["document"]])
+    found = {}
+    for (variant, seed), own in matches.groupby(["variant", "seed"]):
+        texts = own.set_index(["document", "draft_step"])["matches"].sort_index()
+        if not texts.str.len().rename(None).equals(sizes):
+            raise StudyError(
+                f"attention_matches has other anchors for {variant} seed {seed} than attention_shift: run "
+                "`kvshot measure shift RESULTS_DIR` again"
+            )
+        found[variant, seed] = np.empty(len(shift), dtype=np.int8)
+        found[variant, seed][order] = np.frombuffer("".join(texts).encode(), dtype=np.uint8) - ord("0")
     return found
 
 
 def shift_draws(
-    shift: pd.DataFrame,
-    matches: pd.DataFrame,
-    documents: int,
-    measure: str = "shift",
-    samples: int = 2000,
-    seed: int = 0,
+    shift: pd.DataFrame, matches: pd.DataFrame, measure: str = "shift", samples: int = 2000, seed: int = 0
 ) -> Draws:
     """Slopes of every run at every draft step, and its acceptance by fifths of shift at an equal mix of entropies.
 
@@ -104,20 +96,18 @@ def shift_draws(
     fifth_1 … fifth_5 : acceptance where the shift is smallest … largest (`standardised`).
     standardised_fall : fifth_1 minus fifth_5.
 
-    Parameters
-    ----------
-    documents : how many evaluation documents there are; with the same number and seed, column i here and in
-        `resampling.draw` used the same ones.
-    measure : which column of ``shift`` is the shift.
+    ``measure`` says which column of ``shift`` is the shift; the documents resampled are those that ``shift`` has.
     """
-    weights, runs = resample_weights(documents, samples, seed), join_matches(shift, matches)
+    documents, places = np.unique(shift["document"], return_inverse=True)
+    weights, runs = resample_weights(max(1, len(documents)), samples, seed), join_matches(shift, matches)
     keys, values = [], []
-    for step in sorted(shift["draft_step"].unique()):
+    for step in np.unique(shift["draft_step"]):
         used = ((shift["draft_step"] == step) & shift[measure].notna()).to_numpy()
-        rows = shift[used]
+        rows, document = shift[used], places[used]
         x = np.column_stack([np.ones(len(rows)), _in_deviations(rows[measure]), _in_deviations(rows["entropy"])])
-        document, cells = rows["document"].to_numpy(), bin_cells(rows, measure)
-        for (variant, run_seed), match in runs.items():
+        bins = quantile_bin(rows[measure], SHIFT_BINS), quantile_bin(rows["entropy"], ENTROPY_BINS)
+        cells = np.stack(bins, axis=1)
+        for run, match in runs.items():
             slopes = np.full((len(weights), 3), np.nan)
             if LEAST_MATCHES <= match[used].sum() <= len(rows) - LEAST_MATCHES:
                 slopes = slope_draws(x, match[used].astype(float), document, weights)
@@ -125,11 +115,9 @@ def shift_draws(
             found = {"shift_slope": slopes[:, 1], "entropy_slope": slopes[:, 2]}
             found |= {f"fifth_{place}": row for place, row in enumerate(fifths.T, start=1)}
             found["standardised_fall"] = fifths[:, 0] - fifths[:, -1]
-            for metric, row in found.items():
-                keys.append([variant, run_seed, metric, step, len(rows), rows["document"].nunique()])
-                values.append(row)
-    keys = pd.DataFrame(keys, columns=["variant", "seed", "metric", "draft_step", "anchors", "documents"])
-    return Draws(keys.astype({"draft_step": "Int64"}), np.stack(values), seed)
+            keys += [[*run, metric, step, len(rows)] for metric in found]
+            values += found.values()
+    return drawn_as(keys, values, samples, seed, [*KEYS, "anchors"])
 
 
 def _in_deviations(column: pd.Series) -> np.ndarray:
@@ -145,11 +133,6 @@ def quantile_bin(column: pd.Series, bins: int) -> np.ndarray:
     """
     edges = np.quantile(column, np.arange(1, bins) / bins)
     return np.searchsorted(edges, column, side="right")
-
-
-def bin_cells(rows: pd.DataFrame, measure: str) -> np.ndarray:
-    """Shift bin and entropy bin of each row, int [n, 2], over the anchors of one draft step."""
-    return np.stack([quantile_bin(rows[measure], SHIFT_BINS), quantile_bin(rows["entropy"], ENTROPY_BINS)], axis=1)
 
 
 def cell_rates(cells: np.ndarray, match: np.ndarray, document: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from ..drafters.variants import first_name
 from ..errors import StudyError
 from .acceptance import COUNTS, METRICS, RUNS, metrics_of
 
-AXIS_CELL = ["axis", "bin_low", "draft_step"]
+KEYS = ["variant", "seed", "metric", "draft_step"]
 
 
 def resample_weights(documents: int, samples: int, seed: int) -> np.ndarray:
@@ -38,17 +38,6 @@ def seed_weights(seeds: int, samples: int, generator: np.random.Generator) -> np
     if seeds > 1:
         drawn = generator.multinomial(seeds - 1, np.full(seeds, 1 / seeds), size=samples) / (seeds - 1)
     return np.concatenate([np.full((1, seeds), 1 / seeds), drawn])
-
-
-def hierarchical(documents: int, seeds: int, samples: int, seed: int) -> np.ndarray:
-    """Weights of documents and seeds resampled together: float [1 + samples, seeds, documents], row 0 all ones.
-
-    All seeds were judged on the same documents, so a resample draws documents and, apart from them, seeds, and a pair
-    weighs their product (the pigeonhole bootstrap, Owen 2007). Counts [seeds, documents, …] are summed by
-    ``np.tensordot(weights, counts, 2)``; variants whose seeds share data and start take the same weights.
-    """
-    drawn = seeds * seed_weights(seeds, samples, np.random.default_rng([seed, seeds]))
-    return drawn[:, :, None] * resample_weights(documents, samples, seed)[:, None, :]
 
 
 @dataclass(frozen=True)
@@ -84,8 +73,9 @@ def interval(draws: np.ndarray) -> Interval:
 class Draws:
     """Metrics of every run, on the documents themselves and on resamples of them.
 
-    keys : one row per (variant, seed, metric, draft_step) with ``anchors`` (the metric's denominator) and ``documents``
-        (those that have such anchors); ``draft_step`` is missing for scalars.
+    keys : one row per (variant, seed, metric, draft_step), or other ``by`` in place of the last two; ``draft_step`` is
+        missing for scalars. Where they are known ``anchors`` (the metric's denominator) and ``documents`` (those that
+        have such anchors) stand beside them.
     values : float [rows, 1 + samples]; column 0 is the measured value, the others are resamples. Column i used the same
         documents in every row, so the difference of two rows has an interval of its own (a paired comparison).
     seed : of the bootstrap.
@@ -99,9 +89,10 @@ class Draws:
     def variants(self) -> list[str]:
         return list(self.keys["variant"].unique())
 
-    def seeds(self, variant: str) -> int:
-        """How many trainings of ``variant`` there are."""
-        return int(self.keys.loc[self.keys["variant"].eq(variant), "seed"].nunique())
+    def seeds(self, variant: str, metric: str | None = None) -> int:
+        """How many trainings of ``variant`` there are (that have the metric)."""
+        own = self.keys["variant"].eq(variant) & (self.keys["metric"].eq(metric) if metric else True)
+        return int(self.keys.loc[own, "seed"].nunique())
 
     def has(self, variant: str, metric: str, draft_step: int | None = None) -> bool:
         """Whether that was measured."""
@@ -131,13 +122,16 @@ class Draws:
 
     def contrast_draws(self, *terms: tuple) -> np.ndarray:
         """Draws of a `contrast`, float [1 + samples]; seeds are drawn for each variant, alike for all its metrics."""
-        parts = [weight * (self.weights_of(term[0]) * self.rows(*term)).sum(0) for weight, *term in terms]
+        parts = []
+        for weight, variant, *which in terms:
+            rows = self.rows(variant, *which)
+            parts.append(weight * (self.weights_of(variant, len(rows)) * rows).sum(0))
         return np.sum(parts, axis=0)
 
-    def weights_of(self, variant: str) -> np.ndarray:
-        """`seed_weights` of a variant: float [seeds, 1 + samples]."""
+    def weights_of(self, variant: str, seeds: int | None = None) -> np.ndarray:
+        """`seed_weights` of a variant's seeds (all of them by default): float [seeds, 1 + samples]."""
         generator = np.random.default_rng([self.seed, *first_name(variant).encode()])  # a new name moves no interval
-        return seed_weights(self.seeds(variant), self.values.shape[1] - 1, generator).T
+        return seed_weights(seeds or self.seeds(variant), self.values.shape[1] - 1, generator).T
 
     def _places(self, variant: str, metric: str, draft_step: int | None) -> np.ndarray:
         """Which rows are of this metric: bool [rows]."""
@@ -146,13 +140,27 @@ class Draws:
         return (self.keys["variant"].eq(variant) & self.keys["metric"].eq(metric) & same_step).to_numpy(dtype=bool)
 
 
+def drawn_as(keys: Sequence[Sequence], values: Sequence[np.ndarray], samples: int, seed: int, columns=KEYS) -> Draws:
+    """Draws from a row of keys and of values [1 + samples] each; of nothing, too."""
+    table = pd.DataFrame(keys, columns=columns)
+    table = table.astype({"draft_step": "Int64"}) if "draft_step" in columns else table
+    return Draws(table, np.array(values, dtype=float).reshape(len(keys), 1 + samples), seed)
+
+
+def joined(parts: Sequence[Draws]) -> Draws:
+    """Draws of several tables as one; they must have the same number of samples."""
+    return Draws(
+        pd.concat([p.keys for p in parts], ignore_index=True), np.concatenate([p.values for p in parts]), parts[0].seed
+    )
+
+
 def draw(counts: pd.DataFrame, run_lengths: pd.DataFrame, samples: int = 2000, seed: int = 0) -> Draws:
     """Compute every metric on the evaluation documents and on ``samples`` bootstrap resamples of them."""
     runs, stacked, lengths = stack_counts(counts, run_lengths)
     weights = resample_weights(stacked.shape[1], samples, seed)
     values = metrics_of(_resampled(weights, stacked), _resampled(weights, lengths))
     keys, rows = [], []
-    for r, (variant, run_seed) in enumerate(runs.itertuples(index=False, name=None)):
+    for r, run in enumerate(runs.itertuples(index=False, name=None)):
         for metric in METRICS:
             for step in range(stacked.shape[2]) if values[metric].ndim == 3 else [None]:
                 if metric == "measured_mat":
@@ -160,10 +168,37 @@ def draw(counts: pd.DataFrame, run_lengths: pd.DataFrame, samples: int = 2000, s
                 else:  # a scalar divides by that of its last, rarest step
                     name = "reached" if metric.startswith("chain") else "anchors"
                     denominator = stacked[r, :, -1 if step is None else step, COUNTS.index(name)]
-                keys.append([variant, run_seed, metric, step, denominator.sum(), (denominator > 0).sum()])
+                keys.append([*run, metric, step, denominator.sum(), (denominator > 0).sum()])
                 rows.append(values[metric][r] if step is None else values[metric][r, :, step])
-    keys = pd.DataFrame(keys, columns=["variant", "seed", "metric", "draft_step", "anchors", "documents"])
-    return Draws(keys.astype({"draft_step": "Int64"}), np.stack(rows), seed)
+    return drawn_as(keys, rows, samples, seed, [*KEYS, "anchors", "documents"])
+
+
+def draw_ratios(
+    table: pd.DataFrame, by: Sequence[str] = (), samples: int = 2000, seed: int = 0, *, root: bool = False
+) -> Draws:
+    """Σ top / Σ bottom over documents of every run and ``by``, on the table's documents and on resamples of them.
+
+    Of two documents with 0 of 5 and 6 of 6 it is 6 / 11, on resamples 0, 6 / 11 or 1.
+
+    Parameters
+    ----------
+    table : with variant, seed, document, ``by``, top and bottom; several rows of one document are summed.
+    root : take the square root.
+
+    Returns
+    -------
+    Draws with keys variant, seed, ``by``, anchors (Σ bottom) and documents.
+    """
+    documents = np.unique(table["document"])
+    weights = resample_weights(max(1, len(documents)), samples, seed).astype(float)
+    keys, values = [], []
+    for key, cell in table.groupby(["variant", "seed", *by], sort=False, dropna=False):
+        sums = cell.groupby("document")[["top", "bottom"]].sum()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            top, bottom = (weights @ sums.reindex(documents, fill_value=0).to_numpy(float)).T
+            values.append(np.sqrt(top / bottom) if root else top / bottom)
+        keys.append([*key, cell["bottom"].sum(), len(sums)])
+    return drawn_as(keys, values, samples, seed, ["variant", "seed", *by, "anchors", "documents"])
 
 
 def _resampled(weights: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -233,25 +268,5 @@ def summary_table(draws: Draws, by: Sequence[str] = ("variant", "metric", "draft
         edges = [mean.value, mean.low, mean.high, measured.min(), measured.max(), len(values)]
         rows.append([*key, *edges, *group[["anchors", "documents"]].min()])
     numbers = ["value", "low", "high", "seed_low", "seed_high", "seeds", "anchors", "documents"]
-    return pd.DataFrame(rows, columns=[*by, *numbers]).astype({"draft_step": "Int64", "anchors": int, "documents": int})
-
-
-def axis_draws(axes: pd.DataFrame, documents: int, samples: int = 2000, seed: int = 0) -> Draws:
-    """Step acceptance of every run in each bin of each axis: keys variant, seed, `AXIS_CELL`, anchors, documents.
-
-    Parameters
-    ----------
-    axes : the table ``axes``
-    documents : the number of evaluation documents, those without any anchor too
-    """
-    weights = resample_weights(documents, samples, seed).astype(np.float64)
-    keys, values = [], []
-    for key, cell in axes.groupby(["variant", "seed", *AXIS_CELL], sort=False):
-        counts = np.zeros((documents, 2))
-        counts[cell["document"]] = cell[["anchors", "matches"]]
-        anchors, matches = (weights @ counts).T
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values.append(matches / anchors)
-        keys.append([*key, cell["anchors"].sum(), len(cell)])
-    columns = ["variant", "seed", *AXIS_CELL, "anchors", "documents"]
-    return Draws(pd.DataFrame(keys, columns=columns), np.stack(values), seed)
+    types = {"draft_step": "Int64", "documents": int} if "draft_step" in by else {"documents": int}
+    return pd.DataFrame(rows, columns=[*by, *numbers]).astype(types)

@@ -1,10 +1,9 @@
-"""Verdicts: every claim, control, hypothesis and goal judged on the table that it is about, and the paper's numbers.
+"""Verdicts: every claim, control, hypothesis and goal judged on the tables that it is about, and the paper's numbers.
 
 The paper's target is Qwen3-8B, trained on 70,000 dialogues; another target has other absolute values. What can be
 compared is the *ordering*: the sign of a variant's difference from the baseline that the paper compares it with.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,19 +13,14 @@ import pandas as pd
 from ..errors import StudyError
 from . import tables
 from .acceptance import SCALAR_METRICS
-from .claims import (
-    CLAIMS, DECODE_CLAIMS, FLOW_CLAIMS, GATE_CLAIMS, KINDS, LAST, Claim, combine, query_claims, shift_claim, verdict,
-)  # fmt: skip
-from .comparisons import best_pair, contenders, speed_draws
-from .decoding import c14_draws
+from .claims import CLAIMS, LAST, Claim, combine, verdict
+from .decoding import decode_draws
 from .diagnostics import flow_draws, gate_draws, query_draws
 from .interaction import shift_draws
-from .resampling import Draws, Interval, draw
+from .resampling import Draws, Interval, draw, joined
 
 PAPER = Path(__file__).parents[2] / "data/paper/results.csv"
 PAPER_METRICS = {"decoded_mat_tree": "tree_decoded_mat", "gate_mean_late": "gate_at_the_end"}  # theirs, and ours
-GAIN = 1.1  # ten per cent more, the study's own goal
-NOTHING = Draws(pd.DataFrame(columns=["variant", "seed", "metric", "draft_step"]), np.zeros((0, 1)))
 
 
 def read_paper(path: str | Path = PAPER) -> pd.DataFrame:
@@ -62,41 +56,37 @@ def paper_value(
 
 
 def compare_with_paper(draws: Draws, paper: pd.DataFrame) -> pd.DataFrame:
-    """The paper's numbers on metrics of ``draws``, ours beside them, and whether signs against the baseline agree.
+    """Differences from the paper's baselines in metrics of ``draws``, the paper's and ours, and whether signs agree.
 
-    Intervals are over documents and seeds. ``ordering`` is yes or no where our whole interval of the difference lies on
-    one side of 0, else "not distinguishable"; "baseline" for the baseline itself, "not run" and "paper value not known"
-    where one side is missing.
+    Intervals are over documents and seeds. ``ordering`` is yes or no where our whole interval lies on one side of 0,
+    else "not distinguishable"; "not run" where we have no such run. Where the paper has no number there is no row.
     """
     rows = []
     paper = paper[(paper["study_variant"] != "") & paper["metric"].isin(set(draws.keys["metric"]))]
-    for row in paper.itertuples():
+    for row in paper[paper["baseline"] != ""].itertuples():
         step = None if pd.isna(row.draft_step) else int(row.draft_step)
+        theirs = row.value - paper_value(paper, row.baseline, row.metric, step, name="variant")
         ours, base = ((name, row.metric, step) for name in (row.study_variant, row.study_baseline))
-        found, gap = Interval(*[np.nan] * 3), Interval(*[np.nan] * 3)
-        if draws.has(*ours):
-            found = draws.contrast((1, *ours))
-            if draws.has(*base):
-                gap = draws.contrast((1, *ours), (-1, *base))
-        paper_gap = row.value - paper_value(paper, row.baseline, row.metric, step, name="variant")
-        told = "baseline" if not row.baseline else ordering(paper_gap, gap)
-        record = [row.study_variant, row.metric, row.draft_step, row.value, found.value, found.low, found.high]
-        rows.append([*record, row.study_baseline, paper_gap, gap.value, gap.low, gap.high, told])
-    columns = ["variant", "metric", "draft_step", "paper_value", "value", "low", "high"]
-    columns += ["baseline", "paper_difference", "difference", "difference_low", "difference_high", "ordering"]
-    return pd.DataFrame(rows, columns=columns).astype({"draft_step": "Int64"})
-
-
-def ordering(paper_gap: float, gap: Interval) -> str:
-    """Does our difference have the sign of the paper's?"""
-    if np.isnan(paper_gap):
-        return "paper value not known"
-    if np.isnan(gap.value):
-        return "not run"
-    told = gap.verdict(0)
-    if told == "not distinguishable from" or paper_gap == 0:
-        return "not distinguishable"
-    return "yes" if (told == "above") == (paper_gap > 0) else "no"
+        found, told = Interval(*[np.nan] * 3), "not run"
+        if draws.has(*ours) and draws.has(*base):
+            found = draws.contrast((1, *ours), (-1, *base))
+            sign = {"above": 1, "below": -1}.get(found.verdict(0), 0) * theirs
+            told = "yes" if sign > 0 else "no" if sign < 0 else "not distinguishable"
+        rows.append(
+            [row.study_variant, row.metric, row.draft_step, row.study_baseline, theirs, *vars(found).values(), told]
+        )
+    columns = [
+        "variant",
+        "metric",
+        "draft_step",
+        "baseline",
+        "paper_difference",
+        "difference",
+        "low",
+        "high",
+        "ordering",
+    ]
+    return pd.DataFrame(rows, columns=columns).astype({"draft_step": "Int64"}).dropna(subset="paper_difference")
 
 
 def scorecard(draws: Draws, paper: pd.DataFrame, claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
@@ -122,17 +112,17 @@ def scorecard(draws: Draws, paper: pd.DataFrame, claims: Sequence[Claim] = CLAIM
 def _row(claim: Claim, draws: Draws, paper: pd.DataFrame, last: int) -> dict:
     """The row of one claim."""
     told = ("claim", "kind", "statement", "statistic", "direction", "threshold", "note")
+    terms, measured = _at_last(claim, last), claim.measured()
     row = {name: getattr(claim, name) for name in told}
-    row["paper_value"] = sum(weight * paper_value(paper, *term) for weight, *term in _at_last(claim.terms, last))
-    missing = [variant for variant in claim.variants if variant not in draws.variants]
-    measured = claim.measured()
-    row |= {"measured_verdict": "", "missing": " ".join(missing)}
-    if missing:
+    row["paper_value"] = sum(weight * paper_value(paper, *which) for weight, *which in terms)
+    row["missing"] = " ".join(dict.fromkeys(variant for _, variant, *which in terms if not draws.has(variant, *which)))
+    if row["missing"]:
         return row | {"verdict": "not run", "measured_verdict": "not run" if measured else ""}
-    found = draws.contrast(*_at_last(claim.terms, last))
-    row |= {**vars(found), "verdict": verdict(found, claim), "seeds": min(map(draws.seeds, claim.variants))}
+    found = draws.contrast(*terms)
+    seeds = min(draws.seeds(variant, metric) for _, variant, metric, *_ in terms)
+    row |= {**vars(found), "verdict": verdict(found, claim), "measured_verdict": "", "seeds": seeds}
     if measured:
-        found = draws.contrast(*_at_last(measured.terms, last))
+        found = draws.contrast(*_at_last(measured, last))
         row |= {f"measured_{name}": number for name, number in vars(found).items()}
         row["measured_verdict"] = verdict(found, measured)
     return row
@@ -156,61 +146,20 @@ def _combined(whole: str, parts: list[dict]) -> dict:
     }
 
 
-def _at_last(terms: tuple[tuple, ...], last: int) -> list[tuple]:
-    """Terms with the number of the last draft step in place of ``LAST``."""
-    return [(*term[:3], *(last if step == LAST else step for step in term[3:])) for term in terms]
+def _at_last(claim: Claim, last: int) -> list[tuple]:
+    """A claim's terms with the number of the last draft step in place of ``LAST``."""
+    return [(*term[:3], *(last if step == LAST else step for step in term[3:])) for term in claim.terms]
 
 
-def acceptance_goals(runs: pd.DataFrame, history: pd.DataFrame) -> tuple[Claim, ...]:
-    """B1: the best over the cache, by validation, has a tenth more MAT than drafters of equal tokens without."""
-    best, rival, plain = best_pair(contenders(runs, history))
-    told = f"`{best}`, best with KV, has a tenth more MAT than"
-    return (
-        Claim("B1a", f"{told} `{plain}`, equal tokens", _tenth_more(best, plain, "measured_mat")),
-        Claim("B1b", f"{told} `{rival}`, best without", _tenth_more(best, rival, "measured_mat")),
-    )
+def all_draws(tables_dir: str | Path, samples: int = 2000, seed: int = 0) -> Draws:
+    """Every statistic that claims are about, from the tables of a folder; of tables that are not there, none."""
 
+    def read(*names: str) -> list[pd.DataFrame]:
+        return [tables.read(tables_dir, name) for name in names]
 
-def speed_goal(best: dict[str, tuple[str, str]]) -> Claim:
-    """B2 about the chains that `speed_draws` names."""
-    (a, chain_a), (b, chain_b) = best["kv"], best["hidden"]
-    statement = f"`{a}`, chains of {chain_a}, gives a tenth more tokens/s than `{b}`, chains of {chain_b}"
-    return Claim("B2", statement, _tenth_more(a, b, "speedup"))
-
-
-def _tenth_more(a: str, b: str, metric: str) -> tuple[tuple, ...]:
-    return (1, a, metric), (-GAIN, b, metric)
-
-
-def whole_scorecard(
-    tables_dir: str | Path, paper: pd.DataFrame, samples: int = 2000, seed: int = 0
-) -> tuple[pd.DataFrame, tuple[Claim, ...]]:
-    """Rows of `scorecard` for all that is stated, and the claims as stated; *not run* without their tables."""
-
-    def read(name: str) -> pd.DataFrame:
-        return tables.read(tables_dir, name)
-
-    how = {"samples": samples, "seed": seed}
-    counts, shift, matches = read("counts"), read("attention_shift"), read("attention_matches")
-    prompts, duel = read("decode_prompts"), read("decode_duel")
-    queries = query_draws(read("attention_overlap"), read("query_oracle"), **how)
-    shifts = shift_draws(shift, matches, counts["document"].nunique(), **how) if len(shift) else NOTHING
-    best, speeds = speed_draws(prompts, duel, **how)
-    judged = [
-        (draw(counts, read("run_lengths"), **how), (*CLAIMS, *acceptance_goals(read("runs"), read("history")))),
-        (c14_draws(pd.concat([prompts, duel]), **how), DECODE_CLAIMS),
-        (queries, query_claims(queries.variants)),
-        (flow_draws(read("gradient_flow"), **how), FLOW_CLAIMS),
-        (gate_draws(read("gradients"), **how), GATE_CLAIMS),
-        (shifts, (shift_claim(set(matches["variant"])),)),
-        (speeds, (speed_goal(best),)),
-    ]
-    card = pd.concat([scorecard(draws, paper, claims) for draws, claims in judged], ignore_index=True)
-    card = card.iloc[sorted(range(len(card)), key=lambda row: _place(card["claim"][row]))].reset_index(drop=True)
-    return card, tuple(sorted((c for _, claims in judged for c in claims), key=lambda claim: _place(claim.claim)))
-
-
-def _place(claim: str) -> tuple[int, int, str]:
-    """Where a claim stands: by kind, then C9a after C9 and before C10."""
-    kind, number, part = re.fullmatch(r"([A-Z])(\d+)([a-z]?)", claim).groups()
-    return [*KINDS].index(kind), int(number), part
+    how, shifts = {"samples": samples, "seed": seed}, read("attention_shift", "attention_matches")
+    parts = [draw(*read("counts", "run_lengths"), **how), decode_draws(*read("decode_prompts", "decode_duel"), **how)]
+    parts += [query_draws(*read("attention_overlap", "query_oracle"), **how)]
+    parts += [flow_draws(*read("gradient_flow"), **how), gate_draws(*read("gradients"), **how)]
+    parts += [shift_draws(*shifts, **how)] if len(shifts[0]) else []
+    return joined([part for part in parts if len(part.keys)])

@@ -9,9 +9,9 @@ from decoded import PARTS, alone, answer, answers, latency_rows
 
 from kvshot_lib.errors import StudyError
 from kvshot_lib.metrics import tables
-from kvshot_lib.metrics.claims import DECODE_CLAIMS
+from kvshot_lib.metrics.claims import stated
 from kvshot_lib.metrics.decoding import (
-    ALL, break_even, break_even_curves, c14_draws, decoding_table, fastest, model_table, one_dtype, paper_scale, parts_table,
+    ALL, break_even, decode_draws, decoding_table, drawn, fastest, one_dtype, paper_scale, parts_table,
 )  # fmt: skip
 from kvshot_lib.metrics.scorecard import read_paper, scorecard
 
@@ -91,12 +91,11 @@ def test_the_cost_model_by_hand():
         drafted=16,
     )
     table = tables.check(pd.DataFrame([alone(tokens=13, verify_s=12 * 0.08), row]), "decode_prompts", "here")
-    found = model_table(table, samples=50).set_index("metric")["value"]
+    found = next({name: row[0] for name, row in ratio.items()} for *_, ratio in drawn(table[::-1], 5, 0))
     assert found["decoded_mat"] == pytest.approx(3) and found["draft_cost"] == pytest.approx(0.5)
     assert found["verify_cost"] == pytest.approx(1.5) and found["other_cost"] == pytest.approx(0.25)
     assert found["predicted"] == pytest.approx(2) and found["predicted_whole"] == pytest.approx(3 / 1.5 / 1.75)
     assert found["draft_step_s"] == pytest.approx(0.20 / 16)
-    assert model_table(tables.empty("decode_prompts")).empty
 
 
 def test_the_fastest_chain_is_chosen_and_peers_are_no_drafters():
@@ -128,17 +127,16 @@ def test_one_dtype_and_one_seed():
 def test_what_a_pass_may_cost_by_hand():
     """Two tokens a forward: a chain of 4 may cost 1/4 a pass, a tree of 9 levels 1/9, a block 1; with verifications of 1.25,
     0.6 / 4 and so on."""
-    metrics = {"decoded_mat": 2.0, "draft_cost": 0.4, "verify_cost": 1.25}
     plans = (("v", "chain", "4"), ("v", "tree", "8/10/60"), ("block_kv_1", "chain", "7"))
-    rows = [[v, 0, mode, plan, metric, value, 0.0, 0.0] for v, mode, plan in plans for metric, value in metrics.items()]
-    columns = ["variant", "seed", "mode", "plan", "metric", "value", "low", "high"]
-    found = break_even(pd.DataFrame(rows, columns=columns))
+    cost = {"tokens": 9, "forwards": 4, "verify_s": 4 * 1.25 * 0.1, "draft_s": 0.2, "drafted": 1}
+    rows = [alone(variant=variant, tokens=9, verify_s=8 * 0.1) for variant in ("v", "block_kv_1")]
+    rows += [answer(variant=variant, mode=mode, plan=plan, **cost) for variant, mode, plan in plans]
+    rows += [row | {"variant": "transformers"} | dict.fromkeys(PARTS) for row in (alone(), answer())]
+    found = break_even(tables.check(pd.DataFrame(rows), "decode_prompts", "here"))
+    assert found["passes"].tolist() == [4, 9, 1] and break_even(tables.empty("decode_prompts")).empty
     assert found["affordable"].tolist() == pytest.approx([1 / 4, 1 / 9, 1])
     assert found["affordable_here"].tolist() == pytest.approx([0.6 / 4, 0.6 / 9, 0.6])
     assert found["cost"].tolist() == pytest.approx([0.1, 0.4 / 9, 0.4])
-    curves = break_even_curves(found)
-    limit = curves["variant"].map({"v": 0.25, "block_kv_1": 1.0})
-    assert ((curves["speedup"] > 1) == (curves["cost"] < limit)).all()
 
 
 def test_costs_at_the_papers_scale_by_hand():
@@ -149,9 +147,13 @@ def test_costs_at_the_papers_scale_by_hand():
     assert found["kind"].tolist() == ["draft", "draft", "block"] and (found["alone_ms"] == 10).all()
 
 
-def c14(rows) -> pd.DataFrame:
-    table = tables.check(pd.DataFrame(rows), "decode_prompts", "here") if len(rows) else tables.empty("decode_prompts")
-    return scorecard(c14_draws(table, samples=50), read_paper(), DECODE_CLAIMS).set_index("claim")
+def judged(rows, claim="C14", duel=()) -> pd.DataFrame:
+    """The scorecard of C14 or B2 from rows of decode_prompts and of decode_duel."""
+    made = [
+        tables.check(pd.DataFrame(part), name, "here") if len(part) else tables.empty(name)
+        for name, part in (("decode_prompts", rows), ("decode_duel", duel))
+    ]
+    return scorecard(decode_draws(*made, samples=50), read_paper(), stated(claim)).set_index("claim")
 
 
 def test_c14_by_hand():
@@ -164,16 +166,30 @@ def test_c14_by_hand():
                 more = {"draft_s": draft, "forwards": forwards if plan != "2" else 8}
                 row = answer(prompt=prompt, variant=variant, mode=mode, plan=plan, verify_s=1.0, drafted=10, **more)
                 rows.append(row)
-    card = c14(rows)
+    card = judged(rows)
     assert card.loc["C14a", "value"] == card.loc["C14b", "value"] == pytest.approx(2)
     assert card.loc["C14c", "value"] == pytest.approx(math.log(4 / 3))
     assert card["verdict"].tolist() == ["not reproduced", "reproduced", "reproduced", "not reproduced"]
     assert card.loc["C14a", "paper_value"] == pytest.approx(5.04 - 5.01)
     more = {"verify_s": 1.0, "drafted": 10, "draft_s": 9.0, "forwards": 2}
     slow = answer(prompt="c", variant="hybrid_warm", mode="chain", plan="8", **more)
-    wider = c14([*rows, alone("c", variant="hybrid_warm"), slow, alone("c", variant="hidden_continued")])
+    wider = judged([*rows, alone("c", variant="hybrid_warm"), slow, alone("c", variant="hidden_continued")])
     assert wider.loc["C14c", "value"] == card.loc["C14c", "value"]  # `hidden` did not answer c
-    without = c14([row for row in rows if row["variant"] != "hidden_continued"])
+    without = judged([row for row in rows if row["variant"] != "hidden_continued"])
     assert without.loc[["C14a", "C14b"], "verdict"].tolist() == ["not run"] * 2
     assert without.loc["C14a", "missing"] == "hidden_continued"
-    assert c14([])["verdict"].tolist() == ["not run"] * 4
+    assert judged([])["verdict"].tolist() == ["not run"] * 4
+
+
+def test_b2_is_judged_on_the_duels_prompts_alone():
+    """Chains of 2 there: 3 and 2 times the target's speed; on the prompts that chose them the other way round."""
+
+    def timed(prompt, hybrid, hidden):
+        for variant, speed in (("hybrid_warm_31", hybrid), ("hidden_31_continued", hidden)):
+            yield alone(prompt, variant=variant, seconds=6.0)
+            yield answer(prompt=prompt, variant=variant, plan="2", seconds=6.0 / speed)
+            yield answer(prompt=prompt, variant=variant, plan="8", seconds=0.1)
+
+    row = judged([*timed("a", 1.0, 5.0)], "B2", [*timed("b", 3.0, 2.0), *timed("c", 3.0, 2.0)]).loc["B2"]
+    assert row["value"] == pytest.approx(3 - 1.1 * 2) and row["verdict"] == "reached"
+    assert judged([*timed("a", 1.0, 5.0)], "B2").loc["B2", "verdict"] == "not run"

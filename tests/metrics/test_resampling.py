@@ -204,38 +204,23 @@ def test_a_variants_new_name_moves_no_interval():
     assert np.array_equal(old.weights_of("kv_1_none"), new.weights_of("none_1"))
 
 
-def test_documents_and_seeds_resampled_together():
-    """One seed: the documents' weights. Three: seeds are 0, 1.5 or 3 times there, documents alike in each."""
-    documents = bootstrap.resample_weights(4, 200, 7)
-    assert np.array_equal(bootstrap.hierarchical(4, 1, 200, 7)[:, 0], documents)
-    weights = bootstrap.hierarchical(4, 3, 200, 7)
-    assert weights.shape == (201, 3, 4) and (weights[0] == 1).all()
-    assert weights.sum((1, 2)) == pytest.approx(12) and set(np.unique(weights[1:].sum(2) / 4)) == {0, 1.5, 3}
-    assert np.array_equal(weights.sum(1) / 3, documents)
-
-
-def test_hierarchical_means_vary_as_documents_and_seeds_do():
-    """Documents at 0 and 1 by turns, ten of each, seeds at ±.5: variances .25 / 20 and (1/2) / 2, and they add."""
-    counts = np.array([[-0.5], [0.5]]) + np.tile([0.0, 1.0], 10)
-    means = np.tensordot(bootstrap.hierarchical(20, 2, 20_000, 0), counts, 2)[1:] / 40
-    assert means.var() == pytest.approx(0.25 / 20 + 0.5 / 2, rel=0.03)
-
-
 # Along the text
 
 
-def cells(*rows, documents, samples=200):
+BY = ["bin_low", "draft_step"]
+
+
+def cells(*rows, samples=200):
     """Summary of rows (variant, seed, document, bin_low, anchors, matches) of ``axes``, at draft step 0 of one axis."""
-    table = pd.DataFrame(rows, columns=["variant", "seed", "document", "bin_low", "anchors", "matches"])
-    drawn = bootstrap.axis_draws(table.assign(axis="generated_offset", draft_step=0), documents, samples)
-    return bootstrap.summary_table(drawn, ["variant", *bootstrap.AXIS_CELL])
+    table = pd.DataFrame(rows, columns=["variant", "seed", "document", "bin_low", "bottom", "top"])
+    return bootstrap.summary_table(bootstrap.draw_ratios(table.assign(draft_step=0), BY, samples), ["variant", *BY])
 
 
 def test_counts_along_an_axis_are_summed_before_they_are_divided():
     """8 of 10 and 1 of 2 make 9 of 12; the other seed 6 of 12; their mean is .625."""
     rows = [("kv_2", 0, 0, 0, 10, 8), ("kv_2", 0, 2, 0, 2, 1), ("kv_2", 1, 0, 0, 10, 5), ("kv_2", 1, 2, 0, 2, 1)]
-    found = cells(*rows, documents=3)
-    wanted = {"variant": "kv_2", "axis": "generated_offset", "bin_low": 0, "draft_step": 0, "value": 0.625}
+    found = cells(*rows, ("kv_2", 0, 1, 16, 10, 8), ("kv_2", 1, 1, 16, 10, 8))[:1]  # a third document has other bins
+    wanted = {"variant": "kv_2", "bin_low": 0, "draft_step": 0, "value": 0.625}
     wanted |= {"seed_low": 0.5, "seed_high": 0.75, "seeds": 2, "anchors": 12, "documents": 2}
     pd.testing.assert_frame_equal(found.drop(columns=["low", "high"]), pd.DataFrame([wanted]), check_dtype=False)
     # One resample in 27 holds neither document and is undefined; the others lie between the two documents' own shares.
@@ -245,7 +230,7 @@ def test_counts_along_an_axis_are_summed_before_they_are_divided():
 def test_documents_are_drawn_along_an_axis_too():
     """100 documents, half of which match throughout: .5 +- 1.96 sqrt(.25 / 100), however many anchors they have."""
     rows = [("kv_2", 0, document, 16, 30, 30 * (document % 2)) for document in range(100)]
-    (row,) = cells(*rows, documents=100, samples=4000).itertuples()
+    (row,) = cells(*rows, samples=4000).itertuples()
     assert (row.value, row.low, row.high) == pytest.approx((0.5, 0.402, 0.598), abs=0.011)
 
 
@@ -253,9 +238,33 @@ def test_all_bins_together_give_step_acceptance():
     match = np.random.default_rng(0).random((4, 40, 7)) < 0.4
     judged = [(m, np.ones_like(m)) for m in match]
     places = np.stack([np.arange(40), np.arange(40) + 7], axis=1)
-    drawn = bootstrap.axis_draws(metrics.count_axes("kv_2", 0, judged, [places] * 4), 4, samples=5)
-    found = bootstrap.summary_table(drawn, ["variant", *bootstrap.AXIS_CELL])
+    axes = metrics.count_axes("kv_2", 0, judged, [places] * 4).rename(columns={"anchors": "bottom", "matches": "top"})
+    drawn = bootstrap.draw_ratios(axes, ["axis", *BY], samples=5)
+    found = bootstrap.summary_table(drawn, ["variant", "axis", *BY])
     found["matches"] = found["value"] * found["anchors"]
     total = found.groupby(["axis", "draft_step"])[["matches", "anchors"]].sum()
     for (_, step), row in total.iterrows():
         assert row["matches"] / row["anchors"] == pytest.approx(match[:, :, step].mean())
+
+
+def test_ratios_sum_before_dividing():
+    """Two documents with 0 of 5 and 6 of 6: 6 / 11, and of a root √(6 / 11); two seeds of one variant are averaged."""
+    table = pd.DataFrame({"variant": "kv_1", "seed": 0, "document": [0, 1], "top": [0, 6], "bottom": [5, 6]})
+
+    def of(rows, **how):
+        return bootstrap.summary_table(bootstrap.draw_ratios(rows, samples=50, **how), ["variant"]).iloc[0]
+
+    found = of(table)
+    assert (found["value"], found["low"], found["high"], found["seeds"]) == pytest.approx((6 / 11, 0, 1, 1))
+    assert of(table, root=True)["value"] == pytest.approx((6 / 11) ** 0.5)
+    assert of(pd.concat([table, table.assign(seed=1, top=[5, 6])]))["value"] == pytest.approx((6 / 11 + 1) / 2)
+
+
+def test_draws_of_several_tables_as_one():
+    """Seeds are those that a metric has: m was measured of one of two trainings."""
+    both = bootstrap.draw(*flat_run("kv_1", 20, 40), samples=9)
+    other = bootstrap.drawn_as([["kv_1", 0, "m", None]], [np.arange(10.0)], 9, 0)
+    joint = bootstrap.joined([both, other])
+    assert joint.contrast((1, "kv_1", *ALPHA)) == both.contrast((1, "kv_1", *ALPHA))
+    assert joint.contrast_draws((1, "kv_1", "m")).tolist() == list(range(10))
+    assert (joint.seeds("kv_1"), joint.seeds("kv_1", "m")) == (2, 1)

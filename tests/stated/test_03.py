@@ -4,7 +4,7 @@ import pytest
 from recorded import minus, table
 from stated import unstated, wrong
 
-from kvshot_lib.metrics.history import training_table
+from kvshot_lib.metrics.acceptance import training_table
 
 NOTEBOOK = "notebooks/03_train_drafter.ipynb"
 

@@ -13,8 +13,7 @@ NOTEBOOK = "notebooks/06_information_in_the_prefix.ipynb"
 
 @cache
 def draws(measure="shift"):
-    documents = int(table("attention_shift_facts")["documents"].iloc[0])
-    return shift_draws(table("attention_shift"), table("attention_matches"), documents, measure)
+    return shift_draws(table("attention_shift"), table("attention_matches"), measure)
 
 
 def minus(a, b="hidden", step=6, measure="shift"):

@@ -42,12 +42,14 @@ def loss(numbers):
 
 @cache
 def model():
-    wide = decoding.model_table(table("decode_prompts"), 2).pivot_table(index=["variant", "mode", "plan"], columns="metric", values="value")
+    found = {(key[0], *key[-2:]): ratio for key, _, _, ratio in decoding.drawn(table("decode_prompts"), 2, 0)}
+    wide = pd.DataFrame({key: {name: row[0] for name, row in ratio.items()} for key, ratio in found.items()}).T
+    wide = wide.rename_axis(["variant", "mode", "plan"]).query("mode != 'alone' and variant != @decoding.PEERS")
     return wide.assign(plain=wide["predicted"] / wide["speedup"] - 1, whole=wide["predicted_whole"] / wide["speedup"] - 1)
 
 
 def costs(variant, plan, column="cost"):
-    found = decoding.break_even(decoding.model_table(table("decode_prompts"), 2)).set_index(["variant", "plan"])
+    found = decoding.break_even(table("decode_prompts")).set_index(["variant", "plan"])
     return found.loc[(variant, plan), column]
 
 

@@ -10,7 +10,7 @@ from recorded import draws, minus, table, turned
 from stated import text_of, unstated, wrong
 
 from kvshot_lib.metrics.diagnostics import flow_draws, gate_draws
-from kvshot_lib.metrics.scorecard import compare_with_paper, paper_value, read_paper, whole_scorecard
+from kvshot_lib.metrics.scorecard import all_draws, compare_with_paper, paper_value, read_paper, scorecard
 
 NOTEBOOK = "notebooks/08_paper_scorecard.ipynb"
 EXPECTED, STEP, TREE = "expected_mat", "step_acceptance", "tree_decoded_mat"
@@ -18,7 +18,7 @@ EXPECTED, STEP, TREE = "expected_mat", "step_acceptance", "tree_decoded_mat"
 
 @cache
 def card():
-    return whole_scorecard(ROOT / "data/recorded/full", read_paper())[0].set_index("claim")
+    return scorecard(all_draws(ROOT / "data/recorded/full"), read_paper()).set_index("claim")
 
 
 @cache
@@ -49,12 +49,16 @@ def paper(metric, *variants):
 
 
 def orderings():
-    told = compare_with_paper(draws(), read_paper()).query("baseline != ''")["ordering"].value_counts()
+    told = compare_with_paper(draws(), read_paper())["ordering"].value_counts()
     assert told["not distinguishable"] == 2
     return told[["yes", "no", "not distinguishable"]].sum(), told["yes"], told["no"]
 
 
 STATED = [
+    ("K6: so it does at the last draft step | −.006", lambda: (6, minus("kv_1", "none_1", "step_acceptance", 6)[0])),
+    ("+.011 [.007, .015], as expected", lambda: minus("kv_1", "none_1", "step_acceptance", 6, profile="sources")),
+    ("+.173 [.161, .186], reproduced", lambda: minus("kv_1", "none_1", profile="sources")),
+    ("+.067 [.048, .089], not reproduced", lambda: minus("states_2", "kv_2", profile="sources")),
     (
         "157 trainings of 59 drafters on SmolLM2-135M-Instruct, 15 million tokens each, judged on 508 greedy answers",
         lambda: [*trained(), table("counts")["document"].nunique()],

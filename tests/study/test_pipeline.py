@@ -19,7 +19,7 @@ from notebook_checks import ROOT, write_notebook
 from kvshot_lib.drafters.variants import VARIANTS
 from kvshot_lib.errors import StudyError
 from kvshot_lib.metrics import tables
-from kvshot_lib.metrics.scorecard import read_paper, whole_scorecard
+from kvshot_lib.metrics.scorecard import all_draws, read_paper, scorecard
 from kvshot_lib.parts import claim
 from kvshot_lib.study import pipeline
 from kvshot_lib.study.cli import main
@@ -361,7 +361,7 @@ def test_smoke_study_from_end_to_end(tmp_path, capfd):
     assert len(list(results.glob("notebooks/03*.ipynb"))) == len(drafters)
     assert list(results.glob("figures/*.png")) and list(results.glob("figures/*.csv"))
     card = pd.read_csv(results / "figures/scorecard.csv")
-    again, _ = whole_scorecard(results / "tables", read_paper(ROOT / "data/paper/results.csv"), samples=20)
+    again = scorecard(all_draws(results / "tables", samples=20), read_paper(ROOT / "data/paper/results.csv"))
     assert card["claim"].tolist() == again["claim"].tolist(), "the scorecard saw every table that the study makes"
     assert ((card["verdict"] == "not run") == (again["verdict"] == "not run")).all()
     run(tmp_path, "smoke", "--dry-run")
