@@ -9,26 +9,24 @@ import difflib
 import json
 import logging
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import StudyError
 from ..files import disk_trouble
 from ..parts import claim
 
-STRIPPED = "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution"
+STRIPPED = ["metadata.papermill", "metadata.language_info", "cell.metadata.papermill", "cell.metadata.execution"]
 
 
-@dataclass(frozen=True)
-class CodeCell:
+class CodeCell(NamedTuple):
     """A code cell's source and tags."""
 
     source: str
-    tags: tuple[str, ...]
+    tags: list[str]
 
 
 def read_code_cells(notebook: str | Path) -> list[CodeCell]:
@@ -41,7 +39,7 @@ def read_code_cells(notebook: str | Path) -> list[CodeCell]:
     try:
         cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
         code = [cell for cell in cells if cell["cell_type"] == "code"]
-        return [CodeCell("".join(cell["source"]), tuple(cell["metadata"].get("tags", ()))) for cell in code]
+        return [CodeCell("".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in code]
     except FileNotFoundError as error:
         raise StudyError(f"there is no notebook {notebook}; the study's are in notebooks/") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -51,7 +49,7 @@ def read_code_cells(notebook: str | Path) -> list[CodeCell]:
 def parameter_defaults(notebook: str | Path) -> dict:
     """Names and values in the notebook's ``parameters`` cell, in their order; plain values, no expressions.
 
-    (`papermill.inspect_notebook` takes three seconds to import, in every job of a study, and gives source texts.)
+    (`papermill.inspect_notebook` gives source texts, of one line each, and is imported for three seconds.)
 
     Raises
     ------
@@ -102,11 +100,9 @@ def run_notebook(
 ) -> None:  # fmt: skip
     """Execute ``notebook`` with ``parameters`` and write it to ``output`` when it has run to its end.
 
-    Parameters
-    ----------
-    cwd : the folder that the notebook runs in; by default its own.
-    owns, fingerprint : a folder that only this notebook writes, and what its contents depend on. Work that another
-        fingerprint left there is removed first; work of the same fingerprint stays, for the notebook to resume.
+    It runs in the folder ``cwd`` (by default its own), in this Python, whatever kernel an editor has saved in it. Of
+    ``owns``, a folder that only this notebook writes, what another ``fingerprint`` left is removed first; work of the
+    same one stays, for the notebook to resume.
 
     Raises
     ------
@@ -122,13 +118,12 @@ def run_notebook(
         print(f"{output.stem}: started", file=sys.stderr, flush=True)
         started_at = time.monotonic()
         execute(notebook, unfinished, parameters, Path(cwd or notebook.parent), Progress(output.stem))
-        collapse_progress(unfinished)
         os.replace(unfinished, output)
         print(f"{output.stem}: done in {time.monotonic() - started_at:.0f} s", file=sys.stderr, flush=True)
 
 
 def execute(notebook: Path, output: Path, parameters: dict, cwd: Path, progress: "Progress") -> None:
-    """Run ``notebook`` with papermill in this Python, papermill's logs silenced, the notebook's stderr to ``progress``.
+    """Run ``notebook`` with papermill, its logs silenced, the notebook's stderr to ``progress``.
 
     Raises
     ------
@@ -141,9 +136,11 @@ def execute(notebook: Path, output: Path, parameters: dict, cwd: Path, progress:
     for name in ("papermill", "traitlets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     options = {
-        "kernel_name": "python3",  # an editor may have saved the name of its own
+        "kernel_name": "python3",
+        "language": "python",
         "progress_bar": False,
         "stderr_file": progress,
+        "coalesce_streams": True,  # of a progress bar its last state stays
         "config": Config({"KernelManager": {"transport_encryption": "auto"}}),
         "extra_arguments": ["--IPKernelApp.log_level=50"],
     }
@@ -153,21 +150,6 @@ def execute(notebook: Path, output: Path, parameters: dict, cwd: Path, progress:
         text = " ".join(str(error.evalue).split()) or "(no message)"
         line = text if error.ename == "StudyError" else f"{error.ename}: {text}"
         raise StudyError(f"{notebook.name}: {line} [cell {error.exec_count} of {output}]") from error
-
-
-def collapse_progress(path: Path) -> None:
-    """Leave of each cell's stderr what a terminal would show at the end: a bar's last state, not every one."""
-    import nbformat
-
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        outputs = cell.get("outputs", [])
-        text = "".join(output.text for output in outputs if output.get("name") == "stderr")
-        lines = [line.split("\r")[-1] for line in text.removesuffix("\n").replace("\r\n", "\n").split("\n")]
-        rest = [output for output in outputs if output.get("name") != "stderr"]
-        if text:
-            cell.outputs = [nbformat.v4.new_output("stream", name="stderr", text="\n".join(lines) + "\n"), *rest]
-    nbformat.write(notebook, path)
 
 
 class Progress:
@@ -223,12 +205,15 @@ def execute_in_place(notebooks: Sequence[str]) -> None:
     ------
     StudyError : a cell failed; the notebook is left as it was.
     """
+    import nbformat
+    from nbstripout import strip_output
+
     for notebook in map(Path, notebooks):
         fresh = notebook.with_name(f".fresh.{notebook.name}")
         try:
             run_notebook(notebook, fresh, {})
-            words = ["--keep-output", "--keep-count", "--extra-keys", STRIPPED, str(fresh)]
-            subprocess.run([sys.executable, "-m", "nbstripout", *words], check=True)
+            kept = {"keep_output": True, "keep_count": True, "keep_id": False, "extra_keys": STRIPPED}
+            nbformat.write(strip_output(nbformat.read(fresh, 4), **kept), fresh)
             os.replace(fresh, notebook)
         finally:
             fresh.unlink(missing_ok=True)

@@ -14,7 +14,6 @@ from kvshot_lib.study.cli import main
 from kvshot_lib.study.notebooks import (
     Progress,
     check_parameters,
-    collapse_progress,
     execute_in_place,
     locked,
     parameter_defaults,
@@ -30,7 +29,7 @@ def small(tmp_path):
 
 
 def test_the_notebooks_are_there():
-    assert [path.name[:2] for path in COMMITTED] == [f"{number:02}" for number in range(12)]
+    assert [path.name[:2] for path in COMMITTED] == [f"{number:02}" for number in range(13)]
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
@@ -94,15 +93,33 @@ def test_command_line_refuses_before_running(small, tmp_path, capsys):
 
 
 @pytest.mark.pipeline
-def test_parameters_reach_the_notebook_by_every_way_and_an_editors_kernel_does_not_matter(small, tmp_path, capfd):
+@pytest.mark.parametrize("kernel", [{"name": "myenv", "display_name": "Mine", "language": "R"}, {"name": "myenv"}, {}])
+def test_parameters_reach_the_notebook_by_every_way_and_an_editors_kernel_does_not_matter(
+    small, kernel, tmp_path, capfd
+):
+    """An editor saves the name of its own environment, or nothing: the notebook runs in this Python."""
     notebook = nbformat.read(small, as_version=4)
-    notebook.metadata.kernelspec.name = "myenv"
+    notebook.metadata = {"kernelspec": kernel} if kernel else {}
+    notebook.cells[-1].source += "\nimport sys\nprint(sys.executable)"
     nbformat.write(notebook, small)
     (tmp_path / "mine.yaml").write_text("steps: 5")
     words = ["-f", str(tmp_path / "mine.yaml"), "-y", "{learning_rate: 0.5}", "-p", "steps", "4"]
     assert main(["notebook", "run", str(small), str(tmp_path / "out.ipynb"), *words]) == 0
-    assert nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs[0].text == "2.0\n"
+    told = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs[0].text
+    assert told == f"2.0\n{sys.executable}\n"
     assert "out: started" in capfd.readouterr().err
+
+
+@pytest.mark.pipeline
+def test_progress_bars_keep_their_last_state_only(tmp_path):
+    bar = "import sys\nfor share in (10, 60, 100):\n    print(f'\\rbar: {share}%', end='', file=sys.stderr, flush=True)"
+    path = write_notebook(
+        tmp_path / "bars.ipynb", "a = 1", f"{bar}\n    print('found', share)\nprint('\\nnote', file=sys.stderr)"
+    )
+    run_notebook(path, tmp_path / "out.ipynb", {})
+    outputs = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs
+    told = {output.name: output.text.lstrip("\r") for output in outputs}
+    assert told == {"stderr": "bar: 100%\nnote\n", "stdout": "found 10\nfound 60\nfound 100\n"}
 
 
 @pytest.mark.pipeline
@@ -146,14 +163,3 @@ def test_nbval_sees_a_changed_number_and_a_changed_figure_and_the_checks_see_a_s
     good = (tmp_path / "good.kept").rename(good)
     subprocess.run([sys.executable, "-m", "nbstripout", str(good)], check=True)
     assert faults(good) == ["execution counts are not 1..n"]
-
-
-def test_progress_bars_keep_their_last_state_only(tmp_path):
-    stream = lambda name, text: nbformat.v4.new_output("stream", name=name, text=text)
-    outputs = [stream("stderr", "bar: 10%"), stream("stdout", "found 3\n"), stream("stderr", "\rbar: 100%\nnote\n")]
-    cell = nbformat.v4.new_code_cell("run()", outputs=outputs)
-    path = tmp_path / "bars.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
-    collapse_progress(path)
-    told = [(output.name, output.text) for output in nbformat.read(path, as_version=4).cells[0].outputs]
-    assert told == [("stderr", "bar: 100%\nnote\n"), ("stdout", "found 3\n")]
