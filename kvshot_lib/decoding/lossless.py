@@ -10,61 +10,23 @@ a kill.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from ..errors import StudyError
 from ..metrics import tables
-from ..parts import Parts
 from ..provenance import provenance
-from ..text.prompts import encode_turn, load_prompts
+from ..text.prompts import load_prompts
 from .decode import decode
-from .propose import CHAIN, Chain, Tree
-from .timing import Trained, load_runs, with_kept
+from .propose import Chain, Tree
+from .timing import load_runs, with_kept
+from .turns import Turn, dialogue_turns
 
 PLANS = {"chain": Chain(7), "tree": Tree(8, 10, 60)}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is compared: drafters and their target, prompts as (id, tokens), the longest answer, and where rows lie."""
-
-    trained: Trained
-    prompts: list[tuple[str, list[int]]]
-    new_tokens: int
-    parts: Parts
-
-    def rows(self, number: int) -> pd.DataFrame:
-        """Rows of ``lossless``: every drafter's answers to one prompt."""
-        alone = self.parts.table(f"alone.prompt{number}", lambda: pd.DataFrame({"token": self.answer(number).tokens}))
-        expected, found = alone["token"].tolist(), []
-        for run in self.trained.drafters:
-            make = lambda: self.compare(run, number, expected)  # noqa: B023 - called at once
-            found.append(self.parts.table(self.trained.part(run, f"prompt{number}"), make))
-        return pd.concat(found)
-
-    def compare(self, run: str, number: int, expected: list[int]) -> pd.DataFrame:
-        """One drafter's answers by every plan, against the target's own."""
-        name, prompt = self.prompts[number]
-        made = []
-        for mode, plan in PLANS.items():
-            found = self.answer(number, self.trained.drafters[run], plan)
-            mismatches, first = differences(expected, found.tokens)
-            gap = None if first is None else logit_gap(self.trained.target, prompt, expected, first)
-            row = {"mode": mode, "prompt": name, "new_tokens": len(found.tokens), "accepted": sum(found.accepted)}
-            row |= {"target_forwards": found.target_forwards, "mismatches": mismatches, "first_mismatch": first}
-            made.append(row | {"logit_gap": gap})
-        where = provenance(self.trained.target.device)
-        return self.trained.labelled(run, pd.DataFrame(made)).assign(**where)
-
-    def answer(self, number: int, drafter=None, plan=CHAIN):
-        """What a drafter and its target, or the target alone, answer to a prompt."""
-        _, prompt = self.prompts[number]
-        return decode(self.trained.target, drafter, prompt, plan, max_new_tokens=self.new_tokens)
 
 
 def verify_lossless(
@@ -94,15 +56,27 @@ def verify_lossless(
     StudyError : no such run, a target other than the one that a run was trained for, prompts longer than the context.
     """
     trained, folder = load_runs(results_dir, runs, device, dtype, threads), Path(out or results_dir)
-    texts = [(prompt.id, encode_turn(trained.target, [prompt.turns[0]])) for prompt in load_prompts(prompts)[:count]]
-    room = trained.target.config.max_position_embeddings - new_tokens
-    fitting = [(name, tokens.tolist()) for name, tokens in texts if len(tokens) <= room]
-    if not fitting:
+    target, firsts = trained.target, [replace(prompt, turns=prompt.turns[:1]) for prompt in load_prompts(prompts)]
+    room = target.config.max_position_embeddings - new_tokens
+    turns = [turn for turn in dialogue_turns(target, firsts[:count], new_tokens) if len(turn.tokens) <= room]
+    if not turns:
         raise StudyError(f"no prompt leaves room for {new_tokens} new tokens; give fewer --new-tokens")
-    parts = trained.parts(folder / "lossless", fingerprint, new_tokens, fitting)
-    comparison = Comparison(trained, fitting, new_tokens, parts)
-    rows = [comparison.rows(number) for number in tqdm(range(len(fitting)), unit="prompt", mininterval=2)]
-    table = with_kept("lossless", pd.concat(rows, ignore_index=True), keep)
+    alone = cache(lambda turn: decode(target, None, turn.tokens, max_new_tokens=new_tokens).tokens)
+
+    def rows(run: str, turn: Turn) -> pd.DataFrame:
+        """One drafter's answers by every plan, against the target's own."""
+        made = []
+        for mode, plan in PLANS.items():
+            found = decode(target, trained.drafters[run], turn.tokens, plan, max_new_tokens=new_tokens)
+            mismatches, first = differences(alone(turn), found.tokens)
+            gap = None if first is None else logit_gap(target, turn.tokens, alone(turn), first)
+            row = {"mode": mode, "prompt": turn.prompt, "new_tokens": len(found.tokens)}
+            row |= {"accepted": sum(found.accepted), "target_forwards": found.target_forwards}
+            made.append(row | {"mismatches": mismatches, "first_mismatch": first, "logit_gap": gap})
+        return pd.DataFrame(made).assign(**provenance(target.device))
+
+    found = trained.measured(folder / "lossless", turns, rows, fingerprint, new_tokens)
+    table = with_kept("lossless", found, keep)
     told = {"new_tokens": "sum", "mismatches": "sum", "logit_gap": "max"}
     print(table.groupby(["variant", "mode", "dtype"], sort=False).agg(told).to_string())
     print(tables.write(folder / "tables", "lossless", table))

@@ -4,14 +4,15 @@
 category. `duel` times the two fastest of those, and the pair that claim C14 is about, on all other prompts:
 they were not chosen by these.
 
-Prompt by prompt and drafter by drafter; a turn's rows are on disk before the next one starts, so the same
-call goes on after a kill.
+Prompt by prompt and drafter by drafter; what was measured is on disk before the next starts, so the same call goes on
+after a kill.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -29,6 +30,7 @@ from ..metrics import tables
 from ..metrics.decoding import PEERS, decoding_table, fastest, one_dtype
 from ..parts import Parts
 from ..provenance import device_name
+from ..settings import check_value
 from ..target.load import Target, load_target
 from ..text.prompts import Prompt, load_prompts
 from .propose import Chain, Tree
@@ -45,24 +47,25 @@ class Trained:
     drafters: dict[str, Drafter]
     hashes: dict[str, str]
 
-    @property
-    def labels(self) -> dict[str, str]:
-        """Number format and machine."""
-        return {"dtype": str(self.target.dtype).removeprefix("torch."), "device": device_name(self.target.device)}
+    def measured(
+        self, folder: Path, turns: Sequence[Turn], make: Callable[[str, Turn], pd.DataFrame], *depends: object,
+        peers: Sequence[str] = (),
+    ) -> pd.DataFrame:  # fmt: skip
+        """Rows ``make(run, turn)`` of every run, and then every peer, on every turn.
 
-    def parts(self, folder: Path, *depends: object) -> Parts:
-        """Parts below ``folder`` that depend on target, machine, number format and more."""
-        told = repr((*depends, self.target.hash, self.labels))
-        return Parts(folder / self.labels["dtype"], hashlib.sha256(told.encode()).hexdigest())
-
-    def part(self, run: str, what: str) -> str:
-        """The name of a part of a run: other weights have other parts."""
-        return f"{run.replace('/', '.')}.{self.hashes[run][:8]}.{what}"
-
-    def labelled(self, run: str, rows: pd.DataFrame) -> pd.DataFrame:
-        """Rows that say whose they are."""
-        variant, _, seed = run.partition("/seed")
-        return rows.assign(variant=variant, seed=int(seed), **self.labels)
+        Those of one run and turn are a part, on disk below ``folder`` before the next one starts. Parts depend on the
+        run's weights, the target, the turns, number format and machine, and on what else is named.
+        """
+        labels = {"dtype": str(self.target.dtype).removeprefix("torch."), "device": device_name(self.target.device)}
+        told = repr((*depends, turns, self.target.hash, labels))
+        parts, found = Parts(folder / labels["dtype"], hashlib.sha256(told.encode()).hexdigest()), []
+        for number, turn in enumerate(tqdm(turns, desc="answers", unit="turn", mininterval=1)):
+            for run in (*self.drafters, *peers):
+                part = f"{run.replace('/', '.')}.{self.hashes.get(run, '')[:8]}.turn{number}"
+                variant, _, seed = run.partition("/seed")
+                rows = parts.table(part, partial(make, run, turn))
+                found.append(rows.assign(variant=variant, seed=int(seed), **labels))
+        return pd.concat(found, ignore_index=True)
 
 
 def load_runs(results_dir: str | Path, runs: Sequence[str], device: str, dtype: str, threads: int = 0) -> Trained:
@@ -113,7 +116,9 @@ def measure_speed(
     StudyError : no such run, a target other than the one that a run was trained for, impossible settings.
     """
     _at_least(2, new_tokens=new_tokens)
-    _at_least(1, repeats=repeats, prompts_per_category=prompts_per_category, chains=min(chains, default=0))
+    _at_least(1, repeats=repeats, prompts_per_category=prompts_per_category, lookup_tokens=lookup_tokens)
+    for length in chains or (0,):
+        _at_least(1, chains=length)
     if len(tree) not in (0, 3):
         raise StudyError("--tree takes depth,top_k,total, such as 8,10,60, or none")
     transformers_logging.set_verbosity_error()  # `generate` remarks on itself
@@ -121,15 +126,16 @@ def measure_speed(
     plans = {run: plans_of(drafter, chains, grown) for run, drafter in trained.drafters.items()}
     chosen = first_of_each(load_prompts(prompts), prompts_per_category)
     turns = dialogue_turns(trained.target, chosen, new_tokens)
-    depends = fingerprint, new_tokens, repeats, turns, chains, tree, lookup_tokens
-    parts = trained.parts(Path(results_dir) / "decode", *depends)
+    depends, peer = (fingerprint, new_tokens, repeats, chains, tree, lookup_tokens), f"{PEERS}/seed0"
     warm_up(trained, plans, turns[0])
-    answers = [time_turns(trained, plans, turns, new_tokens, repeats, parts)]
-    for number, turn in enumerate(turns):
-        given = (lookup_tokens, turn, new_tokens, repeats)
-        make = lambda: generate_rows(trained.target, *given)  # noqa: B023 - called at once
-        answers.append(trained.labelled(f"{PEERS}/seed0", parts.table(f"{PEERS}.turn{number}", make)))
-    made = {"decode_prompts": with_kept("decode_prompts", pd.concat(answers, ignore_index=True), keep)}
+
+    def rows(run: str, turn: Turn) -> pd.DataFrame:
+        if run == peer:
+            return generate_rows(trained.target, lookup_tokens, turn, new_tokens, repeats)
+        return turn_rows(trained.target, trained.drafters[run], plans[run], turn, new_tokens, repeats)
+
+    answers = trained.measured(Path(results_dir) / "decode", turns, rows, *depends, peers=[peer])
+    made = {"decode_prompts": with_kept("decode_prompts", answers, keep)}
     made |= {"decoding": with_kept("decoding", decoding_table(made["decode_prompts"]))}
     return [tables.write(Path(results_dir) / "tables", name, table) for name, table in made.items()]
 
@@ -165,8 +171,8 @@ def duel(
         raise StudyError(f"every prompt of {prompts} was used to choose: name others with --prompts")
     turns = dialogue_turns(trained.target, others, new_tokens)
     warm_up(trained, plans, turns[0])
-    parts = trained.parts(Path(results_dir) / "duel", fingerprint, new_tokens, repeats, turns, plans)
-    rows = time_turns(trained, plans, turns, new_tokens, repeats, parts)
+    rows = lambda run, turn: turn_rows(trained.target, trained.drafters[run], plans[run], turn, new_tokens, repeats)
+    rows = trained.measured(Path(results_dir) / "duel", turns, rows, fingerprint, new_tokens, repeats, plans)
     return tables.write(Path(results_dir) / "tables", "decode_duel", with_kept("decode_duel", rows))
 
 
@@ -194,24 +200,13 @@ def pairs(known: pd.DataFrame) -> dict[str, Plans]:
     return plans
 
 
-def time_turns(
-    trained: Trained, plans: Mapping[str, Plans], turns: Sequence[Turn], new: int, repeats: int, parts: Parts
-) -> pd.DataFrame:
-    """Rows of ``decode_prompts``: every drafter on every turn, a part each."""
-    found = []
-    for number, turn in enumerate(tqdm(turns, desc="answers", unit="turn", mininterval=1)):
-        for run, drafter in trained.drafters.items():
-            make = lambda: turn_rows(trained.target, drafter, plans[run], turn, new, repeats)  # noqa: B023
-            found.append(trained.labelled(run, parts.table(trained.part(run, f"turn{number}"), make)))
-    return pd.concat(found, ignore_index=True)
-
-
 def warm_up(trained: Trained, plans: Mapping[str, Plans], turn: Turn) -> None:
     """Decode a few tokens every way, so that no timed pass is any kernel's first."""
-    print(*trained.labels.values(), f"torch {torch.__version__}, target {trained.target.name}", sep=", ", flush=True)
+    target = trained.target
+    print(device_name(target.device), target.dtype, f"torch {torch.__version__}", f"target {target.name}", sep=", ")
     for run, drafter in trained.drafters.items():
         for plan in (None, *plans[run].values()):
-            answer(trained.target, drafter, plan, turn.tokens, max_new_tokens=8, eos_token_ids=())
+            answer(target, drafter, plan, turn.tokens, max_new_tokens=8, eos_token_ids=())
 
 
 def first_of_each(prompts: Sequence[Prompt], per_category: int) -> list[Prompt]:
@@ -239,5 +234,5 @@ def with_kept(name: str, rows: pd.DataFrame, keep: str | Path = "") -> pd.DataFr
 def _at_least(least: int, **given: int) -> None:
     """Refuse settings below ``least``."""
     for name, value in given.items():
-        if value < least:
+        if check_value(f"--{name.replace('_', '-')}", value, int) < least:
             raise StudyError(f"--{name.replace('_', '-')} is too small: it starts at {least}")

@@ -32,7 +32,7 @@ class Turn:
     prompt: str
     turn: int
     category: str
-    tokens: list[int]
+    tokens: tuple[int, ...]
 
 
 def dialogue_turns(target: Target, prompts: Sequence[Prompt], new_tokens: int) -> list[Turn]:
@@ -44,7 +44,7 @@ def dialogue_turns(target: Target, prompts: Sequence[Prompt], new_tokens: int) -
             if number:
                 history.append(decode(target, None, found[-1].tokens, max_new_tokens=new_tokens).tokens)
             history.append(text)
-            found.append(Turn(prompt.id, number, prompt.category, encode_turn(target, history).tolist()))
+            found.append(Turn(prompt.id, number, prompt.category, tuple(encode_turn(target, history).tolist())))
     return found
 
 

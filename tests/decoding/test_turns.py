@@ -20,7 +20,7 @@ def test_a_dialogue_goes_on_from_the_targets_own_answer():
     first, second = turns.dialogue_turns(target(), [Prompt("b", "multi_turn", ("w10 w11", "w12"))], 5)
     answer = decode(target(), None, first.tokens, max_new_tokens=5).tokens
     begun = [*first.tokens, *(answer[:-1] if answer[-1] == target().eos_token_id else answer)]
-    assert (first.turn, second.turn) == (0, 1) and second.tokens[: len(begun)] == begun
+    assert (first.turn, second.turn) == (0, 1) and [*second.tokens[: len(begun)]] == begun
 
 
 def test_weights_in_another_dtype_keep_exact_frequencies():
