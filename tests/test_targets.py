@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvshot_lib.decoding.decode import decode
 from kvshot_lib.decoding.propose import Chain, Tree
-from kvshot_lib.decoding.verify import TargetRun, check_cache
+from kvshot_lib.decoding.verify import TargetRun
 from kvshot_lib.drafters.attention import prefix_mask
 from kvshot_lib.drafters.drafter import DrafterConfig, build_drafter
 from kvshot_lib.drafters.layers import View
@@ -176,7 +176,7 @@ def test_every_branch_of_a_tree_is_verified_with_the_windows_of_its_own_place():
     target, prompt = uneven("tiny-gemma3"), [*PROMPT, 9, 30, 31, 32, 33]
     assert len(prompt) > target.config.sliding_window
     with capture(target.model) as taken:
-        run = TargetRun(target, check_cache(target, None), taken)
+        run = TargetRun(target, taken)
         run.prefill(prompt)
         logits = run.verify(FORK)
         for node, branch in enumerate([[40], [40, 41], [40, 42], [40, 41, 43], [40, 42, 44]]):

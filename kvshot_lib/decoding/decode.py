@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from ..drafters.attention import Entries
 from ..drafters.drafter import Drafter
@@ -31,7 +30,7 @@ from ..target.shared import check_length
 from .clock import part
 from .propose import CHAIN, Chain, Frontier, Proposal, Tree, draft_block, draft_chain, draft_tree
 from .sampling import GREEDY, Chooser, Sampling
-from .verify import TargetRun, check_cache
+from .verify import TargetRun
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,6 @@ class Decoded:
 def decode(
     target: Target, drafter: Drafter | None, prompt: Sequence[int] | Tensor, plan: Chain | Tree = CHAIN,
     sampling: Sampling = GREEDY, *, max_new_tokens: int = 128, eos_token_ids: Sequence[int] | None = None,
-    cache: DynamicCache | None = None,
 ) -> Decoded:  # fmt: skip
     """Continue one prompt as the target alone would: the same tokens if greedy, the same distribution if sampled.
 
@@ -80,22 +78,20 @@ def decode(
     drafter : None is the target alone (as is ``Chain(0)``), through the same code.
     prompt : [n] token ids, chat template and all.
     eos_token_ids : each of them ends the answer; by default all that end a turn of the target. ``()`` never ends.
-    cache : an empty cache to use; it ends up with the entries of all tokens but the last.
 
     Raises
     ------
     StudyError : a prompt that is empty, too long or not alone; an option of another type; a drafter of another target
-        or with another document's KV; a target or cache that can't be rolled back.
+        or with another document's KV.
     """
     for name, value, kind in (("plan", plan, Chain | Tree), ("sampling", sampling, Sampling)):
         check_value(name, value, kind)
     prompt = check_prompt(target, prompt, check_value("max_new_tokens", max_new_tokens, int))
-    cache = check_cache(target, cache)
     stops = target.stop_ids if eos_token_ids is None else eos_token_ids
     stops = check_value("eos_token_ids", tuple(stops) if isinstance(stops, Iterable) else stops, tuple[int, ...])
     drafting = Drafting(check_drafter(target, drafter), plan, len(prompt) + max_new_tokens) if drafter else NoDrafting()
     with capture(target.model, hidden=drafting.hidden_layers) as taken:
-        run = TargetRun(target, cache, taken, drafting.kv_layers)
+        run = TargetRun(target, taken, drafting.kv_layers)
         return speculate(run, drafting, prompt, Chooser(sampling), max_new_tokens, set(stops))
 
 

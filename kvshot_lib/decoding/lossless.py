@@ -23,7 +23,7 @@ from ..provenance import provenance
 from ..text.prompts import load_prompts
 from .decode import decode
 from .propose import Chain, Tree
-from .timing import load_runs, with_kept
+from .timing import at_least, load_runs, with_kept
 from .turns import Turn, dialogue_turns
 
 PLANS = {"chain": Chain(7), "tree": Tree(8, 10, 60)}
@@ -55,6 +55,7 @@ def verify_lossless(
     ------
     StudyError : no such run, a target other than the one that a run was trained for, prompts longer than the context.
     """
+    at_least(1, new_tokens=new_tokens, count=count)
     trained, folder = load_runs(results_dir, runs, device, dtype, threads), Path(out or results_dir)
     target, firsts = trained.target, [replace(prompt, turns=prompt.turns[:1]) for prompt in load_prompts(prompts)]
     room = target.config.max_position_embeddings - new_tokens

@@ -9,7 +9,6 @@ after a kill.
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +31,7 @@ from ..parts import Parts
 from ..provenance import device_name
 from ..settings import check_value
 from ..target.load import Target, load_target
-from ..text.prompts import Prompt, load_prompts
+from ..text.prompts import load_prompts
 from .propose import Chain, Tree
 from .turns import Plans, Turn, answer, dialogue_turns, generate_rows, plans_of, turn_rows
 
@@ -115,16 +114,17 @@ def measure_speed(
     ------
     StudyError : no such run, a target other than the one that a run was trained for, impossible settings.
     """
-    _at_least(2, new_tokens=new_tokens)
-    _at_least(1, repeats=repeats, prompts_per_category=prompts_per_category, lookup_tokens=lookup_tokens)
+    at_least(2, new_tokens=new_tokens)
+    at_least(1, repeats=repeats, prompts_per_category=prompts_per_category, lookup_tokens=lookup_tokens)
     for length in chains or (0,):
-        _at_least(1, chains=length)
+        at_least(1, chains=length)
     if len(tree) not in (0, 3):
         raise StudyError("--tree takes depth,top_k,total, such as 8,10,60, or none")
     transformers_logging.set_verbosity_error()  # `generate` remarks on itself
     trained, grown = load_runs(results_dir, runs, device, dtype, threads), Tree(*tree) if tree else None
     plans = {run: plans_of(drafter, chains, grown) for run, drafter in trained.drafters.items()}
-    chosen = first_of_each(load_prompts(prompts), prompts_per_category)
+    known = pd.Series(load_prompts(prompts))
+    chosen = known.groupby([prompt.category for prompt in known]).head(prompts_per_category)
     turns = dialogue_turns(trained.target, chosen, new_tokens)
     depends, peer = (fingerprint, new_tokens, repeats, chains, tree, lookup_tokens), f"{PEERS}/seed0"
     warm_up(trained, plans, turns[0])
@@ -159,8 +159,8 @@ def duel(
     ------
     StudyError : no decoding recorded to choose by; weights that aren't in RESULTS_DIR; no prompt left.
     """
-    _at_least(2, new_tokens=new_tokens)
-    _at_least(1, repeats=repeats)
+    at_least(2, new_tokens=new_tokens)
+    at_least(1, repeats=repeats)
     known = tables.read(tables_dir or Path(results_dir) / "tables", "decode_prompts")
     if known.empty:
         raise StudyError("no decode_prompts to choose by: run `kvshot decode speed` first, or give --tables-dir")
@@ -209,17 +209,6 @@ def warm_up(trained: Trained, plans: Mapping[str, Plans], turn: Turn) -> None:
             answer(target, drafter, plan, turn.tokens, max_new_tokens=8, eos_token_ids=())
 
 
-def first_of_each(prompts: Sequence[Prompt], per_category: int) -> list[Prompt]:
-    """The first ``per_category`` prompts of each category, in the order of the file."""
-    seen: Counter[str] = Counter()
-    kept = []
-    for prompt in prompts:
-        seen[prompt.category] += 1
-        if seen[prompt.category] <= per_category:
-            kept.append(prompt)
-    return kept
-
-
 def with_kept(name: str, rows: pd.DataFrame, keep: str | Path = "") -> pd.DataFrame:
     """Rows as table ``name`` has them, in the study's order; other rows of that table in folder ``keep`` stay."""
     schema, keys = tables.SCHEMAS[name], tables.TABLES[name].keys
@@ -231,7 +220,7 @@ def with_kept(name: str, rows: pd.DataFrame, keep: str | Path = "") -> pd.DataFr
     return tables.rounded(found.sort_values("variant", key=by_study, kind="stable", ignore_index=True))
 
 
-def _at_least(least: int, **given: int) -> None:
+def at_least(least: int, **given: int) -> None:
     """Refuse settings below ``least``."""
     for name, value in given.items():
         if check_value(f"--{name.replace('_', '-')}", value, int) < least:

@@ -1,8 +1,9 @@
 """The target while it decodes: one growing sequence and its cache, which is verified against and rolled back.
 
-The cache is one of transformers' own. Rolling back crops it through its own method; of a tree's entries the
-accepted ones are first moved to the front of the tail, in order, so nothing that was there before the
-verification is touched or copied.
+The cache is one of transformers' own, which keeps all positions in sliding layers too: a window that has moved on has
+forgotten what a rollback would need again, so masks alone make those layers slide. Rolling back crops the cache through
+its own method; of a tree's entries the accepted ones are first moved to the front of the tail, in order, so nothing that
+was there before the verification is touched or copied.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..errors import StudyError
 from ..features.spec import Features
 from ..target.capture import Captured
 from ..target.load import Target
@@ -22,9 +22,9 @@ from .propose import Proposal
 class TargetRun:
     """The target over one growing sequence, with its cache; inside `capture`, whose record is ``taken``."""
 
-    def __init__(self, target: Target, cache: DynamicCache, taken: Captured, kv_layers: Sequence[int] = ()):
+    def __init__(self, target: Target, taken: Captured, kv_layers: Sequence[int] = ()):
         self.model, self.config, self.device = target.model, target.config, target.device
-        self.cache, self.taken, self.kv_layers = cache, taken, kv_layers
+        self.cache, self.taken, self.kv_layers = DynamicCache(), taken, kv_layers
         self.length, self.kept = 0, slice(0, 0)  # positions cached before the last forward; its rows that were kept
 
     @part("prefill")
@@ -93,21 +93,3 @@ class TargetRun:
             layers = [getattr(self.cache.layers[layer], name)[:, :, self.length :] for layer in self.kv_layers]
             state[name] = torch.stack(layers, dim=2).permute(0, 3, 2, 1, 4)  # [1, m, S_kv, G, D]
         return Features(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 0], **state).to(self.device, dtype)
-
-
-def check_cache(target: Target, cache: DynamicCache | None) -> DynamicCache:
-    """An empty cache whose layers can be rolled back; by default one that keeps all positions in sliding layers too.
-
-    A window that has moved on has forgotten what a rollback would need again; masks alone make those layers
-    slide here.
-    """
-    cache = DynamicCache() if cache is None else cache
-    for layer in cache.layers:
-        if layer.is_sliding or not getattr(layer, "is_croppable", False):
-            raise StudyError(
-                f"target {target.name} with {type(layer).__name__}: a cache that forgets or can't be cropped "
-                "can't be rolled back; give a DynamicCache() without a config, or none"
-            )
-    if cache.get_seq_length():
-        raise StudyError(f"the cache holds {cache.get_seq_length()} tokens already; give an empty one")
-    return cache

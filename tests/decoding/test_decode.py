@@ -8,12 +8,11 @@ from examples import DRAFT_IDS, VARIANTS, drafter, live_of, target
 from greedy import NEW, alone, prompt, trained
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DynamicCache, StaticCache
 
 from kvshot_lib.decoding.decode import Drafting, NoDrafting, decode, speculate
 from kvshot_lib.decoding.propose import Chain, Tree
 from kvshot_lib.decoding.sampling import GREEDY, Chooser, Sampling
-from kvshot_lib.decoding.verify import TargetRun, check_cache
+from kvshot_lib.decoding.verify import TargetRun
 from kvshot_lib.drafters.drafter import DrafterConfig, build_drafter
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features.spec import feature_spec
@@ -196,20 +195,14 @@ def test_the_cache_ends_up_as_that_of_a_plain_forward(name, plan):
     """All tokens but the last, in order, also where the answer ends on an accepted draft."""
     for kind in ("perfect", "often_right", "second_best_is_right"):
         for eos in ((), (alone(name, 1)[20],)):
-            kept = DynamicCache(config=target(name).config)
-            out = decode(
-                target(name),
-                adversary(kind, name, 1),
-                prompt(1),
-                plan,
-                max_new_tokens=NEW,
-                eos_token_ids=eos,
-                cache=kept,
-            )
+            drafting = Drafting(adversary(kind, name, 1), plan, 9 + NEW)
+            with torch.no_grad(), capture(target(name).model) as taken:
+                run = TargetRun(target(name), taken)
+                out = speculate(run, drafting, prompt(1), Chooser(GREEDY), NEW, set(eos))
             with torch.no_grad():
                 plain = target(name).model(torch.tensor([[*prompt(1), *out.tokens[:-1]]])).past_key_values
-            assert kept.get_seq_length() == 9 + len(out.tokens) - 1
-            for ours, wanted in zip(kept.layers, plain.layers, strict=True):
+            assert run.cache.get_seq_length() == 9 + len(out.tokens) - 1
+            for ours, wanted in zip(run.cache.layers, plain.layers, strict=True):
                 torch.testing.assert_close(ours.keys, wanted.keys, atol=3e-5, rtol=1e-4)
                 torch.testing.assert_close(ours.values, wanted.values, atol=3e-5, rtol=1e-4)
 
@@ -222,7 +215,7 @@ def test_prefix_entries_come_from_the_targets_state_of_accepted_tokens(variant, 
     built, made = trained(variant, "tiny-llama"), []
     drafting = Drafting(built, plan, 9 + NEW)
     with capture(target().model, hidden=drafting.hidden_layers) as taken:
-        run = TargetRun(target(), check_cache(target(), None), taken, drafting.kv_layers)
+        run = TargetRun(target(), taken, drafting.kv_layers)
         drafting.drafter = Recorded(built, made)
         out = speculate(run, drafting, prompt(0), Chooser(GREEDY), NEW, set())
     tokens = np.array(prompt(0) + out.tokens, dtype=np.int32)
@@ -364,19 +357,6 @@ def test_a_drafter_of_another_target_or_with_another_documents_kv_is_refused():
     shuffled = build_drafter(DrafterConfig("kv", kv_control="shuffled"), target(), feature_spec(target()), DRAFT_IDS)
     with pytest.raises(StudyError, match="another document's KV"):
         decode(target(), shuffled, [5])
-
-
-def test_caches_that_cannot_be_rolled_back_are_refused():
-    static = StaticCache(config=target().config, max_cache_len=64)
-    with pytest.raises(StudyError, match="can't be rolled back"):
-        decode(target(), None, [5], cache=static)
-    used = DynamicCache(config=target().config)
-    decode(target(), None, [5], max_new_tokens=3, cache=used)
-    with pytest.raises(StudyError, match="already"):
-        decode(target(), None, [5], cache=used)
-    windows = target("tiny-gemma3")
-    with pytest.raises(StudyError, match="DynamicSlidingWindowLayer.*give a DynamicCache.. without a config, or none"):
-        decode(windows, None, [5], cache=DynamicCache(config=windows.config))
 
 
 def test_the_target_alone_proposes_nothing():

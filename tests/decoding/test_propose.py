@@ -15,7 +15,7 @@ from kvshot_lib.decoding import propose
 from kvshot_lib.decoding.decode import Drafting, decode
 from kvshot_lib.decoding.propose import Chain, Proposal, Tree, best_paths, branch, run_frontier, select
 from kvshot_lib.decoding.sampling import Sampling
-from kvshot_lib.decoding.verify import TargetRun, check_cache
+from kvshot_lib.decoding.verify import TargetRun
 from kvshot_lib.errors import StudyError
 from kvshot_lib.target.capture import capture
 from kvshot_lib.text.corpus import Document
@@ -31,7 +31,7 @@ def at_anchor(variant: str, plan, name: str = "tiny-llama") -> Drafting:
     drafting = Drafting(drafter(variant, name), plan, 32)
     chosen = target(name)
     with torch.no_grad(), capture(chosen.model, hidden=drafting.hidden_layers) as taken:
-        run = TargetRun(chosen, check_cache(chosen, None), taken, drafting.kv_layers)
+        run = TargetRun(chosen, taken, drafting.kv_layers)
         run.prefill(PROMPT)
         drafting.extend(run, [*PROMPT, 40])
     return drafting
@@ -147,7 +147,7 @@ def test_shape_and_mask_of_a_proposal_by_hand():
 def test_every_branch_is_verified_as_if_it_were_alone(name):
     chosen = target(name)
     with capture(chosen.model) as taken:
-        run = TargetRun(chosen, check_cache(chosen, None), taken)
+        run = TargetRun(chosen, taken)
         run.prefill(PROMPT)
         logits = run.verify(FORK)
         assert run.tree_mask(FORK).shape == (1, 1, 5, len(PROMPT) + 5)

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TemperatureLogitsWarper,
 from kvshot_lib.decoding.decode import Drafting, speculate
 from kvshot_lib.decoding.propose import Chain, Tree
 from kvshot_lib.decoding.sampling import GREEDY, Chooser, Sampling, distribution
-from kvshot_lib.decoding.verify import TargetRun, check_cache
+from kvshot_lib.decoding.verify import TargetRun
 from kvshot_lib.drafters.drafter import Drafter, DrafterConfig, build_drafter
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features.spec import feature_spec
@@ -78,7 +78,7 @@ class Remembered:
 
     def prefill(self, prompt):
         if "prefill" not in self.known:
-            run = TargetRun(self.target, check_cache(self.target, None), None)
+            run = TargetRun(self.target, None)
             self.known["prefill"] = run.prefill(prompt)
         return self.known["prefill"]
 
@@ -89,7 +89,7 @@ class Remembered:
         if self.now not in self.known:
             drafting = Drafting(self.drafter, self.plan, 64)
             with capture(self.target.model, hidden=drafting.hidden_layers) as taken:
-                run = TargetRun(self.target, check_cache(self.target, None), taken, drafting.kv_layers)
+                run = TargetRun(self.target, taken, drafting.kv_layers)
                 run.prefill(list(self.now[:-1]))
                 drafting.extend(run, list(self.now))
                 proposal = drafting.propose(token, levels)
@@ -233,7 +233,7 @@ def test_sampling_through_the_real_loop_gives_what_remembered_parts_give():
     for seed in range(15):
         drafting = Drafting(drafter, plan, 64)
         with torch.no_grad(), capture(target.model, hidden=drafting.hidden_layers) as taken:
-            run = TargetRun(target, check_cache(target, None), taken, drafting.kv_layers)
+            run = TargetRun(target, taken, drafting.kv_layers)
             real = speculate(run, drafting, PROMPT, Chooser(Sampling(1.0, seed=seed)), 9, set())
             kept = speculate(remembered, remembered, PROMPT, Chooser(Sampling(1.0, seed=seed)), 9, set())
         assert real.tokens == kept.tokens and real.accepted == kept.accepted
