@@ -4,12 +4,10 @@ Sphinx makes it from a folder of the repository's own shape, so that links among
 notebooks, furo is the look, formulas become MathML, which browsers draw themselves; the search needs no server.
 """
 
-import os.path
-import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,6 @@ from ..errors import StudyError
 from ..metrics import tables
 
 SHOWN = ["variant", "seed", "trained_tokens", "train_s", "device", "dtype", "git_revision", "torch", "date"]
-LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?![a-z]+:|#)([^)#\s]+)(?:#[^)\s]*)?\)")  # to a file, in Markdown
 STYLE = ".cell_output, .wide { overflow-x: auto; } .math-wrapper { padding: .5rem 0; }"
 SETTINGS = {
     "project": "KVShot study",
@@ -33,6 +30,7 @@ SETTINGS = {
     "myst_heading_anchors": 3,
     "nb_execution_mode": "off",
     "nb_merge_streams": True,
+    "nb_output_stderr": "remove",  # progress bars
     "nb_render_markdown_format": "gfm",
     "nb_code_prompt_show": "code",
     "nb_code_prompt_hide": "code",
@@ -103,52 +101,36 @@ def build(source: Source, out: Path) -> Path:
 
 def write_pages(source: Source, folder: Path) -> None:
     """Sphinx's own input, in the repository's shape: index.md, figures.md, notebooks/, docs/, figures/."""
-    for name, figures in source.figures.items():
-        (folder / "figures" / name).mkdir(parents=True)
-        for picture in figures.glob("*.png"):
-            shutil.copy(picture, folder / "figures" / name)
-    for part in ("notebooks", "_static"):
+    for part in ("notebooks", "figures", "_static"):
         (folder / part).mkdir(parents=True)
+    for name, figures in source.figures.items():
+        (folder / "figures" / name).symlink_to(figures.resolve())
+    if Path("docs").is_dir():
+        (folder / "docs").symlink_to(Path("docs").resolve())
     (folder / "_static/site.css").write_text(STYLE)
-    documents = {f"docs/{path.name}": path.read_text(encoding="utf-8") for path in sorted(Path("docs").glob("*.md"))}
-    notebooks = [f"notebooks/{path.name}" for path in source.notebooks]
-    known = {*documents, *notebooks, *(str(path.relative_to(folder)) for path in folder.rglob("*.png"))}
-    entries = [*map(entry, notebooks), "figures", *map(entry, documents)]
-    texts = documents | {"index.md": index_page(source, entries), "figures.md": figures_page(folder)}
-    for name, text in texts.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(keep_links(text, os.path.dirname(name), known), encoding="utf-8")
     for path in source.notebooks:
-        nbformat.write(prepared(path, known), folder / "notebooks" / path.name)
+        nbformat.write(folded(path), folder / "notebooks" / path.name)
+    pages = [*(f"notebooks/{path.stem}" for path in source.notebooks), "figures"]
+    pages += [f"docs/{path.stem}" for path in sorted(Path("docs").glob("*.md"))]
+    (folder / "index.md").write_text(index_page(source, pages), encoding="utf-8")
+    (folder / "figures.md").write_text(figures_page(folder), encoding="utf-8")
 
 
-def entry(name: str) -> str:
-    """A line of the contents; one notebook that was run for several drafters is listed by its file's name."""
-    page = name.removesuffix(".md").removesuffix(".ipynb")
-    return f"{Path(page).name} <{page}>" if "." in page else page
-
-
-def prepared(path: Path, known: Collection[str]) -> nbformat.NotebookNode:
-    """An executed notebook without progress bars, its code folded away."""
+def folded(path: Path) -> nbformat.NotebookNode:
+    """An executed notebook, its code folded away."""
     notebook = nbformat.read(path, as_version=4)
     if not any(cell.get("execution_count") for cell in notebook.cells):
         raise StudyError(f"{path} was never run; run it with: python -m kvshot_lib notebook execute {path}")
     for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.metadata["tags"] = [*cell.metadata.get("tags", ()), "hide-input"]
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-        else:
-            cell.source = keep_links(cell.source, "notebooks", known)
+        cell.metadata["tags"] = [*cell.metadata.get("tags", ()), "hide-input"]
     return notebook
 
 
-def keep_links(text: str, folder: str, known: Collection[str]) -> str:
-    """Markdown of a page in ``folder``, whose links to files that the site does not have become plain text."""
-    return LINK.sub(lambda link: link[0 if os.path.normpath(f"{folder}/{link[2]}").lstrip("/") in known else 1], text)
+def index_page(source: Source, pages: list[str]) -> str:
+    """The first page: what the study is (the README's own words), scorecards, recorded runs; it holds the contents.
 
-
-def index_page(source: Source, entries: list[str]) -> str:
-    """The first page: what the study is (the README's own words), scorecards, recorded runs; it holds the contents."""
+    One notebook that was run for several drafters is listed by its file's name.
+    """
     readme = Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "# KVShot study"
     lines = [readme.split("\n## ")[0]]
     for name, folder in source.figures.items():
@@ -158,6 +140,7 @@ def index_page(source: Source, entries: list[str]) -> str:
     for name, folder in source.tables.items():
         runs = tables.read(folder, "runs").round({"train_s": 0})
         lines += [f"### {name}: {len(runs)} runs", html_table(runs[SHOWN])]
+    entries = [f"{Path(page).name} <{page}>" if "." in page else page for page in pages]
     return "\n\n".join([*lines, "```{toctree}", ":hidden:", *entries, "```"])
 
 
@@ -174,8 +157,14 @@ def figures_page(folder: Path) -> str:
     return "\n\n".join(lines)
 
 
+def unlink(page: nodes.document) -> None:
+    """Links into nothing become text: MyST makes anchors of files that the site does not have."""
+    for link in [link for link in page.findall(nodes.reference) if "refid" in link and link["refid"] not in page.ids]:
+        link.replace_self(link.children)
+
+
 def setup(app) -> dict[str, bool]:
-    """Sphinx calls this: formulas are written as MathML."""
+    """Sphinx calls this: formulas are written as MathML, links lead somewhere."""
     from latex2mathml.converter import convert
 
     def writer(display: str) -> tuple[Callable, None]:
@@ -185,5 +174,6 @@ def setup(app) -> dict[str, bool]:
 
         return visit, None
 
+    app.connect("doctree-resolved", lambda app, page, name: unlink(page))
     app.add_html_math_renderer("mathml", writer("inline"), writer("block"))
     return {"parallel_read_safe": True}

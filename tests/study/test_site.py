@@ -104,7 +104,7 @@ def test_a_page_has_formulas_folded_code_no_progress_and_links_that_lead_somewhe
     assert page.count("<math") == 2 and "$x$</span></code>" in page and "alpha" not in page
     assert page.count("<details") == 1 and "stdout text" in page and "stderr text" not in page
     assert re.search(r'href="02_b.html"><span[^>]*>two<', page) and 'href="https://arxiv.org"' in page
-    assert ">02_b.kv_1.seed0</a>" in page and "README.md" not in page and ", data, " in page
+    assert ">02_b.kv_1.seed0</a>" in page and "README.md" not in page and ">data</span>, " in page
 
 
 def test_what_can_not_be_reported_is_refused_and_an_earlier_report_stays(tmp_path, monkeypatch):
