@@ -8,11 +8,8 @@ that length
     quantity         side            of what
     draft_share      draft           chain entries / all visible ones, by draft step: 7 / 4,103 for n = 4,096, K = 7
     draft_mass       draft           attention that they get, mean over heads and anchors, by draft step
-    grad_norm        draft, prefix   part of ∂L/∂W that comes in by rows on that side; parts sum to the whole
-    entry_grad_norm  draft, prefix   root mean square of ‖∂L/∂y‖ over the rows y = Wx that get any gradient
-    entries          draft, prefix   how many rows do
+    grad_norm        draft, prefix   part of ∂L/∂W that comes in by rows y = Wx on that side; parts sum to the whole
     numel                            parameters of W
-    gate_mean, gate_spread           the hybrid's gate, by draft step
 
 Norms are Frobenius norms of raw gradients: neither ``kv_grad_scale`` nor the optimiser is in them
 (`training.record` has those). The rows go to RESULTS_DIR/tables/gradient_flow.parquet.
@@ -21,7 +18,7 @@ Norms are Frobenius norms of raw gradients: neither ``kv_grad_scale`` nor the op
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -40,50 +37,19 @@ from ..errors import StudyError
 from ..features.live import LiveFeatures
 from ..features.resident import ResidentFeatures
 from ..features.spec import Features, FeatureSpec
-from ..parts import Parts
 from ..target.load import Target, load_target
 from ..text.corpus import Document, load_corpus
 from ..training.anchors import Anchors, find_anchors
 from ..training.loss import ttt_loss
 from ..training.record import branch_of
 from .attention import draft_mass
-from .measuring import described, part_name, read_by, table_of, write_tables
+from .measuring import Part, described, measure_parts, read_by, write_tables
 
 CONTEXTS = (128, 256, 512, 1024, 2048)
 DRAFT_LENGTH, STEP_DECAY = 7, 0.8
 ANCHORS = 16
 LEAST_SEQUENCES = 4  # fewer say nothing of other text: longer contexts are left out then
 KEY = ["layer", "branch", "matrix", "side", "draft_step", "quantity", "value"]
-
-
-@dataclass
-class Flow:
-    """Gradient at the rows y = Wx of one matrix on one side: rows that got some, Σ‖∂L/∂y‖², and Σ ∂L/∂y xᵀ."""
-
-    entries: int = 0
-    squared: float = 0.0
-    weight: Tensor | float = 0.0
-
-    def arrive(self, gradient: Tensor, read: Tensor | None) -> None:
-        """Add the gradient [..., out] of one call's rows, which were made from ``read`` [..., in]."""
-        gradient = gradient.detach().flatten(0, -2).float()
-        squared = gradient.square().sum(-1)
-        self.entries += int((squared > 0).sum())
-        self.squared += float(squared.sum())
-        if read is not None:
-            self.weight = self.weight + gradient.T @ read.flatten(0, -2).float()
-
-
-def projections(drafter: Drafter) -> dict[tuple[int, str, str], nn.Module]:
-    """(layer, branch, matrix) -> every projection of queries, keys, values, attention outputs and target KV."""
-    found = {}
-    for (index, branch), attention in attentions(drafter).items():
-        for matrix in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            found[index, branch, matrix] = getattr(attention, matrix)
-    for index, layer in enumerate(drafter.layers):
-        if (fusion := getattr(layer, "fusion", None)) is not None:
-            found |= {(index, "cross", f"fusion.{matrix}"): getattr(fusion, matrix) for matrix in ("keys", "values")}
-    return found
 
 
 def attentions(drafter: Drafter) -> dict[tuple[int, str], nn.Module]:
@@ -96,11 +62,24 @@ def attentions(drafter: Drafter) -> dict[tuple[int, str], nn.Module]:
     }
 
 
+def projections(drafter: Drafter) -> dict[tuple[int, str, str], nn.Linear]:
+    """(layer, branch, matrix) -> every linear projection of queries, keys, values, attention outputs and target KV."""
+    found = {
+        (*key, matrix): getattr(attention, matrix)
+        for key, attention in attentions(drafter).items()
+        for matrix in ("q_proj", "k_proj", "v_proj", "o_proj")
+    }
+    for index, layer in enumerate(drafter.layers):
+        if (fusion := getattr(layer, "fusion", None)) is not None:
+            found |= {(index, "cross", f"fusion.{matrix}"): getattr(fusion, matrix) for matrix in ("keys", "values")}
+    return {key: module for key, module in found.items() if isinstance(module, nn.Linear)}
+
+
 @contextmanager
-def watched_flow(drafter: Drafter) -> Iterator[dict[tuple, Flow]]:
-    """Within it a backward pass fills (layer, branch, matrix, side) -> `Flow`."""
-    flows: dict[tuple, Flow] = {}
-    modules, side = projections(drafter), ["draft"]
+def watched_gradients(drafter: Drafter) -> Iterator[dict[tuple, Tensor]]:
+    """Within it a backward pass fills (layer, branch, matrix, side) -> that side's part of ∂L/∂W, Σ ∂L/∂y xᵀ."""
+    found: dict[tuple, Tensor] = {}
+    side = ["draft"]
 
     def from_target(_key, prefix, *given, **named):
         side[0] = "prefix"
@@ -109,14 +88,18 @@ def watched_flow(drafter: Drafter) -> Iterator[dict[tuple, Flow]]:
         return made
 
     def seen(key, forward, inputs):
-        output = forward(inputs)
+        output, at = forward(inputs), (*key, side[0])
+
+        def arrive(gradient: Tensor) -> None:
+            part = gradient.flatten(0, -2).float().T @ inputs.detach().flatten(0, -2).float()
+            found[at] = found.get(at, 0.0) + part
+
         if output.requires_grad:
-            at, read = (*key, side[0]), inputs.detach() if isinstance(modules[key], nn.Linear) else None
-            output.register_hook(lambda gradient: flows.setdefault(at, Flow()).arrive(gradient, read))
+            output.register_hook(arrive)
         return output
 
-    with watching({"drafter": drafter}, "prefix", from_target), watching(modules, "forward", seen):
-        yield flows
+    with watching({"drafter": drafter}, "prefix", from_target), watching(projections(drafter), "forward", seen):
+        yield found
 
 
 @contextmanager
@@ -159,33 +142,19 @@ def watched_mass(drafter: Drafter) -> Iterator[list[dict]]:
 
 def measure(drafter: Drafter, features: Features, anchors: Anchors, draft_length: int = DRAFT_LENGTH) -> list[dict]:
     """All rows of one sequence and one context length; parameters and gradients of the drafter stay as they were."""
-    gates: list[dict] = []
-    gated = {index: layer for index, layer in enumerate(drafter.layers) if getattr(layer, "gate", None) is not None}
-    steps, held = Counter(), [p.grad for p in drafter.parameters()]
-
-    def mixed(index, mix, inputs, own, cross):
-        with torch.no_grad():
-            gate = torch.sigmoid(gated[index].gate(inputs)).float()
-            for name, value in (("gate_mean", gate.mean()), ("gate_spread", gate.std(unbiased=False))):
-                gates.append(_row((index, "layer", "gate", "draft"), name, value.item(), steps[index]))
-        steps[index] += 1
-        return mix(inputs, own, cross)
-
+    held = [p.grad for p in drafter.parameters()]
     try:
-        with watched_flow(drafter) as flows, watched_mass(drafter) as rows, watching(gated, "mix", mixed):
+        with watched_gradients(drafter) as gradients, watched_mass(drafter) as rows:
             drafter.zero_grad()
             ttt_loss(drafter, features, ttt_steps=draft_length, step_decay=STEP_DECAY, anchors=anchors).loss.backward()
     finally:
         for parameter, gradient in zip(drafter.parameters(), held, strict=True):
             parameter.grad = gradient
     modules = projections(drafter)
-    for key, flow in flows.items():
-        rows.append(_row(key, "entries", flow.entries))
-        rows.append(_row(key, "entry_grad_norm", (flow.squared / max(1, flow.entries)) ** 0.5))
-        if isinstance(flow.weight, Tensor):
-            numel = sum(p.numel() for p in modules[key[:3]].parameters())
-            rows += [_row(key, "grad_norm", flow.weight.norm().item()), _row(key, "numel", numel)]
-    return rows + gates
+    for key, gradient in gradients.items():
+        rows.append(_row(key, "grad_norm", gradient.norm().item()))
+        rows.append(_row(key, "numel", sum(p.numel() for p in modules[key[:3]].parameters())))
+    return rows
 
 
 def _row(key: tuple, quantity: str, value: float, draft_step: int | None = None) -> dict:
@@ -242,8 +211,7 @@ def measure_gradients(
     ------
     StudyError : no finished run by that name; a target other than the one that a run was trained for.
     """
-    folders, settings = find_runs(results_dir, runs), f"{fingerprint} {corpus} {documents} {list(contexts)}"
-    parts = Parts(Path(results_dir) / "gradient_flow", settings)
+    folders = find_runs(results_dir, runs)
     specs = [FeatureSpec.from_json(described(folder)["spec"]) for folder in folders.values()]
 
     @cache  # opened only if there is something to measure
@@ -253,11 +221,11 @@ def measure_gradients(
 
     def of_run(folder: Path) -> pd.DataFrame:
         target, source, usable = opened()
-        print(f"{folder.parent.name}/{folder.name}: {len(source)} sequences", flush=True)
-        return table_of("gradient_flow", measure_run(load_drafter(folder, target), source, usable), folder)
+        return measure_run(load_drafter(folder, target), source, usable)
 
-    made = [parts.table(part_name(folder), partial(of_run, folder)) for folder in folders.values()]
-    return write_tables(results_dir, {"gradient_flow": pd.concat(made, ignore_index=True)}, keep)
+    parts = [Part("gradient_flow", "flow", partial(of_run, folder), folder) for folder in folders.values()]
+    depends = f"{fingerprint} {corpus} {documents} {list(contexts)}"
+    return write_tables(results_dir, measure_parts(Path(results_dir) / "gradient_flow", depends, parts), keep)
 
 
 def long_features(

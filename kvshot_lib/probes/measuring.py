@@ -1,6 +1,7 @@
-"""What every measuring of trained drafters shares: runs and features opened, parts named, tables written."""
+"""What every measuring of trained drafters shares: runs and features opened, parts made once, tables written."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ..features.shuffled import ShuffledKV
 from ..features.store import StoredFeatures
 from ..files import read_json
 from ..metrics import tables
+from ..parts import Parts
 from ..provenance import provenance
 from ..target.load import Target, load_target
 
@@ -68,9 +70,33 @@ def described(folder: Path) -> dict:
     return read_json(folder / DESCRIPTION, f"delete {folder} and train again")
 
 
-def part_name(folder: Path, *more: str) -> str:
-    """A part's name: the run, its weights' hash (so that retrained ones are measured anew), and what of it."""
-    return ".".join([folder.parent.name, folder.name, described(folder)["weights_sha256"][:8], *more])
+@dataclass(frozen=True)
+class Part:
+    """One part of a measurement: rows of ``table``, about the run in ``folder`` (None: about the target alone)."""
+
+    table: str
+    name: str
+    make: Callable[[], pd.DataFrame]
+    folder: Path | None = None
+
+
+def measure_parts(kept: Path, depends: str, parts: Iterable[Part]) -> dict[str, pd.DataFrame]:
+    """Every table of some parts; what folder ``kept`` has of them, of the same ``depends``, is not made again.
+
+    The weights' hash is in a part's name, so that a retrained run is measured anew.
+    """
+    done, found = Parts(kept, depends), {}
+    for part in parts:
+        folder, name = part.folder, part.name
+        if folder is not None:
+            name = f"{folder.parent.name}.{folder.name}.{described(folder)['weights_sha256'][:8]}.{name}"
+
+        def make(part=part, name=name) -> pd.DataFrame:
+            print(name, file=sys.stderr, flush=True)
+            return table_of(part.table, part.make(), part.folder)
+
+        found.setdefault(part.table, []).append(done.table(name, make))
+    return {table: pd.concat(own, ignore_index=True) for table, own in found.items()}
 
 
 def table_of(name: str, rows: pd.DataFrame, folder: Path | None = None) -> pd.DataFrame:

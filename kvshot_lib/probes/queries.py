@@ -13,9 +13,8 @@ Documents are taken one by one. The target's queries and keys are kept in RESULT
 document of 370 tokens at three layers), each finished part of each run in RESULTS_DIR/query_estimation.
 """
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -31,10 +30,10 @@ from ..drafters.variants import QUERY_ARMS, QUERY_VARIANTS
 from ..errors import StudyError
 from ..features.shuffled import ShuffledKV
 from ..metrics.acceptance import axis_steps
-from ..parts import Parts, claim
+from ..parts import claim
 from ..training.anchors import find_anchors
 from .attention import overlap_rows, reference_rows, watch
-from .measuring import Results, described, facts_of, open_results, part_name, table_of, write_tables
+from .measuring import Part, Results, described, facts_of, measure_parts, open_results, write_tables
 from .oracle import RATE, Retraining, run_arm
 from .probe import probe_data, probe_rows
 from .target_rows import check_rows, plain_queries, read_state, rotary_of
@@ -95,6 +94,11 @@ def measure_probe(run: Run) -> pd.DataFrame:
     return pd.DataFrame(probe_rows(data, run.layers))
 
 
+def measure_arm(run: Run, arm: str, how: Retraining) -> pd.DataFrame:
+    """Rows of ``query_oracle`` of one arm of one run."""
+    return run_arm(run.drafter, arm, how)
+
+
 def measure_queries(
     results_dir: str | Path, runs: Sequence[str] = (), *, fingerprint: str, documents: int = RETRAINED, passes: int = 1,
     rate: float = RATE, oracle: bool = True, keep: str | Path = "",
@@ -114,46 +118,28 @@ def measure_queries(
     StudyError : no such run; a drafter whose queries, or a target whose attention, can't be compared, by name.
     """
     started = time.perf_counter()
-    for name, value in (("documents", documents), ("passes", passes), ("rate", rate)):
-        if not (value > 0 if name == "rate" else value >= 1):
-            raise StudyError(f"{name}={value} must be {'above 0' if name == 'rate' else '1 or more'}")
+    if not rate > 0 or min(documents, passes) < 1:
+        raise StudyError(f"documents={documents} and passes={passes} must be 1 or more, and rate={rate} above 0")
     results = open_results(results_dir, _chosen(results_dir, runs), ("train", "evaluation"))
     claim(results.folder / "target_state", f"{fingerprint} {results.target.hash}")
-    settings = f"{documents} {passes} {rate} {results.draft_length}"
-    parts = Parts(results.folder / "query_estimation", f"{fingerprint} {results.hashes} {settings}")
     measured = [Run(results, folder) for folder in results.runs.values()]
     layers, evaluation = measured[0].layers, results.sources["evaluation"]
     check_rows(results.target, layers, evaluation.batch([0], ()).tokens[0, : evaluation.lengths[0]][:64])
-
-    references = lambda: table_of("attention_overlap", measure_references(measured[0]))
-    found = {"attention_overlap": [parts.table(f"target.{'-'.join(map(str, layers))}", references)]}
     retrained = range(min(documents, len(results.sources["train"])))
+    told = "-".join(map(str, layers))
+    parts = [Part("attention_overlap", f"target.{told}", partial(measure_references, measured[0]))]
     for run in measured:
         how = Retraining(run.sources, run.states, retrained, run.draft_length, passes, rate)
-        for part, (table, rows) in _parts_of(run, how, oracle).items():
-            make = lambda part=part, table=table, rows=rows, run=run: _told(part, table, rows, run)
-            found.setdefault(table, []).append(parts.table(part_name(run.folder, part), make))
-    made = {name: pd.concat(own, ignore_index=True) for name, own in found.items()}
+        parts.append(Part("attention_overlap", "overlap", partial(measure_overlap, run), run.folder))
+        parts.append(Part("query_probe", "probe", partial(measure_probe, run), run.folder))
+        for arm in QUERY_ARMS if oracle else ("as_trained",):
+            parts.append(Part("query_oracle", f"oracle_{arm}", partial(measure_arm, run, arm, how), run.folder))
+    depends = f"{fingerprint} {results.hashes} {documents} {passes} {rate} {results.draft_length}"
+    made = measure_parts(results.folder / "query_estimation", depends, parts)
     tokens = int(made["query_oracle"]["trained_tokens"].max())
     how = {"retrained_documents": len(retrained), "retrained_tokens": tokens, "passes": passes, "learning_rate": rate}
     made["query_estimation_facts"] = facts_of(results, time.perf_counter() - started, **(how if oracle else {}))
     return write_tables(results_dir, made, keep)
-
-
-def _parts_of(run: Run, how: Retraining, oracle: bool) -> dict[str, tuple[str, Callable[[], pd.DataFrame]]]:
-    """Part of a run's measurement -> its table, and what makes its rows; without the oracle, one arm: as trained."""
-    arms = QUERY_ARMS if oracle else ("as_trained",)
-    return {
-        "overlap": ("attention_overlap", partial(measure_overlap, run)),
-        "probe": ("query_probe", partial(measure_probe, run)),
-        **{f"oracle_{arm}": ("query_oracle", lambda arm=arm: run_arm(run.drafter, arm, how)) for arm in arms},
-    }
-
-
-def _told(part: str, table: str, rows: Callable[[], pd.DataFrame], run: Run) -> pd.DataFrame:
-    """A part's table; says on stderr that it is being measured."""
-    print(f"{run.folder.parent.name}/{run.folder.name}: {part}", file=sys.stderr, flush=True)
-    return table_of(table, rows(), run.folder)
 
 
 def _chosen(results_dir: str | Path, runs: Sequence[str]) -> list[str]:

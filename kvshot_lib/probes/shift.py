@@ -20,7 +20,6 @@ its matches as 0 and 1, in the order of those anchors) and `attention_shift_fact
 and nothing reaches a drafter.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -34,12 +33,11 @@ from tqdm import tqdm
 from ..drafters.checkpoint import load_drafter
 from ..errors import StudyError
 from ..metrics.acceptance import AXES, axis_steps
-from ..parts import Parts
 from ..target.capture import uniform_layers
 from ..target.load import Target, full_attention_layers, resolve_dtype
 from ..training.anchors import find_anchors
 from ..training.judging import anchor_places, match_documents
-from .measuring import facts_of, open_results, part_name, read_by, table_of, write_tables
+from .measuring import Part, facts_of, measure_parts, open_results, read_by, write_tables
 from .target_rows import check_rows, compute_state, jensen_shannon
 
 KV_LAYERS = 3  # the study's default: uniformly spaced layers, the same for every drafter: shift is of the anchor
@@ -98,6 +96,7 @@ def measure_target(source, target: Target, draft_length: int, layers: Sequence[i
 
     ``entropy`` is that of p_{t+1+k} in nats over the whole vocabulary: the p that judges drafts.
     """
+    check_rows(target, layers, source.batch([0], ()).tokens[0, : source.lengths[0]][:64])
     steps, found = axis_steps(draft_length), []
     for document in tqdm(range(len(source)), desc="attention shift", mininterval=2):
         features = source.batch([document], ("final_hidden",))
@@ -117,21 +116,19 @@ def measure_target(source, target: Target, draft_length: int, layers: Sequence[i
             values = {name: column.double().numpy() for name, column in columns.items()}
             found.append(pd.DataFrame({"document": document, "draft_step": k, **labels, **values}))
     table = pd.concat(found or [pd.DataFrame()], ignore_index=True)
-    rounded = {name: [float(f"{x:.3g}") for x in table[name]] for name in MEASURES if name in table}
-    return table_of("attention_shift", table.assign(**rounded))
+    return table.assign(**{name: [float(f"{x:.3g}") for x in table[name]] for name in MEASURES if name in table})
 
 
-def measure_run(source, folder: Path, target: Target, draft_length: int) -> pd.DataFrame:
+def measure_matches(source, folder: Path, target: Target, draft_length: int) -> pd.DataFrame:
     """The rows of ``attention_matches`` of one run: match_{t,k} of every valid anchor, as text of 0 and 1.
 
     Raises
     ------
     StudyError : the run was evaluated on other documents or other anchors (its ``counts.csv`` says so).
     """
-    print(f"{folder.parent.name}/{folder.name}", file=sys.stderr, flush=True)
     drafter = load_drafter(folder, target)
-    device, dtype = target.device, resolve_dtype("auto", target.device)
-    matched = match_documents(read_by(drafter, source), drafter, draft_length, device=device, dtype=dtype)
+    dtype = resolve_dtype("auto", target.device)
+    matched = match_documents(read_by(drafter, source), drafter, draft_length, device=target.device, dtype=dtype)
     rows = [
         [document, k, "".join(map(str, match[valid[:, k], k].astype(int)))]
         for document, (match, valid) in enumerate(matched)
@@ -140,7 +137,7 @@ def measure_run(source, folder: Path, target: Target, draft_length: int) -> pd.D
     ]
     rows = pd.DataFrame(rows, columns=["document", "draft_step", "matches"])
     check_counts(rows, folder, len(source))
-    return table_of("attention_matches", rows, folder)
+    return rows
 
 
 def check_counts(rows: pd.DataFrame, folder: Path, documents: int) -> None:
@@ -148,9 +145,8 @@ def check_counts(rows: pd.DataFrame, folder: Path, documents: int) -> None:
 
     Fewer ``documents`` than the run was judged on will do: they are the first of the split in both.
     """
-    counts = pd.read_csv(folder / "counts.csv")
-    counts = counts[(counts["anchors"] > 0) & counts["draft_step"].isin(rows["draft_step"])]
-    counts = counts[counts["document"] < documents]
+    counts = pd.read_csv(folder / "counts.csv").query("anchors > 0 and document < @documents")
+    counts = counts[counts["draft_step"].isin(rows["draft_step"])]
     both = rows.merge(counts, on=["document", "draft_step"], how="outer", suffixes=("_again", ""))
     if not both["matches_again"].str.len().eq(both["anchors"]).all():
         raise StudyError(
@@ -172,14 +168,11 @@ def measure_shift(
     started, results = time.perf_counter(), open_results(results_dir, runs)
     source, target, draft_length = results.sources["evaluation"], results.target, results.draft_length
     layers = uniform_layers(full_attention_layers(target.model), KV_LAYERS)
-    parts = Parts(results.folder / "attention_shift", f"{fingerprint} {results.hashes} {layers} {draft_length}")
-    if not parts.done("target"):
-        check_rows(target, layers, source.batch([0], ()).tokens[0, : source.lengths[0]][:64])
-    shift = parts.table("target", partial(measure_target, source, target, draft_length, layers))
-    found = [
-        parts.table(part_name(folder), partial(measure_run, source, folder, target, draft_length))
-        for folder in results.runs.values()
-    ]
+    parts = [Part("attention_shift", "target", partial(measure_target, source, target, draft_length, layers))]
+    for folder in results.runs.values():
+        make = partial(measure_matches, source, folder, target, draft_length)
+        parts.append(Part("attention_matches", "matches", make, folder))
+    depends = f"{fingerprint} {results.hashes} {layers} {draft_length}"
+    made = measure_parts(results.folder / "attention_shift", depends, parts)
     facts = facts_of(results, time.perf_counter() - started, kv_layers=" ".join(map(str, layers)))
-    made = {"attention_shift": shift, "attention_matches": pd.concat(found, ignore_index=True)}
     return write_tables(results_dir, {**made, "attention_shift_facts": facts}, keep)

@@ -91,7 +91,7 @@ def test_tables_hold_every_valid_anchor_and_the_runs_own_matches(results, monkey
     assert shift["shift"].dropna().between(0, math.log(2)).all() and shift["new_mass"].between(0, 1).all()
     assert shift["shift"].isna().sum() == (shift["context_length_tokens"] == 1).sum()
 
-    for name in ("measure_target", "measure_run"):  # measured already
+    for name in ("measure_target", "measure_matches"):  # measured already
         monkeypatch.setattr(attention_shift, name, lambda *_: 1 / 0)
     measure_shift(results, fingerprint="code")
     assert tables.read(results / "tables", "attention_shift").equals(shift)
