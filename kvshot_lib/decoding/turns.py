@@ -12,6 +12,7 @@ from statistics import median
 
 import pandas as pd
 import torch
+from transformers import GenerationConfig
 
 from ..drafters.drafter import Drafter
 from ..target.load import Target
@@ -116,12 +117,11 @@ def generate_rows(target: Target, lookup_tokens: int, turn: Turn, new: int, repe
 def generate(target: Target, prompt: Sequence[int], max_new_tokens: int, **given) -> tuple[list[int], int]:
     """Greedy answer by ``generate``, and how many forwards of the target it took, that over the prompt included."""
     forwards, ids = [], torch.tensor([list(prompt)], device=target.device)
+    ends = {"eos_token_id": list(target.stop_ids), "pad_token_id": target.eos_token_id}
+    rules = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, **ends, **given)
     counting = target.model.register_forward_pre_hook(lambda *_: forwards.append(1))
     try:
-        out = target.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
-            eos_token_id=target.eos_token_id, pad_token_id=target.eos_token_id, **given,
-        )  # fmt: skip
+        out = target.generate(ids, torch.ones_like(ids), rules)
     finally:
         counting.remove()
     return out[0, len(prompt) :].tolist(), len(forwards)

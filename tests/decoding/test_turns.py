@@ -29,7 +29,10 @@ def test_weights_in_another_dtype_keep_exact_frequencies():
     assert torch.equal(built.rotary.inv_freq, drafter("hidden").rotary.inv_freq)
 
 
-def test_transformers_generate_gives_the_same_answers():
+def test_transformers_generate_gives_the_same_answers(monkeypatch):
+    """Whatever rules stand in the target's own generation config."""
+    monkeypatch.setattr(target().model.generation_config, "no_repeat_ngram_size", 2)
+    monkeypatch.setattr(target().model.generation_config, "repetition_penalty", 5.0)
     prompt = [5, 6, 7, 5, 6, 7, 5, 6]
     alone = decode(target(), None, prompt, max_new_tokens=8).tokens
     for given in ({}, {"prompt_lookup_num_tokens": 3}):
