@@ -1,16 +1,14 @@
 """The target: a frozen causal language model, and the layers of it whose cache a drafter can reuse."""
 
-import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..errors import StudyError
+from .chat import end_of_turn
+from .identity import fingerprint, tokenizer_fingerprint
+from .pretrained import from_pretrained
 from .smollm2 import DEFAULT_TARGET, smollm2_folder
 from .tiny import TINY, tiny_model, tiny_tokenizer
 
@@ -19,8 +17,9 @@ from .tiny import TINY, tiny_model, tiny_tokenizer
 class Target:
     """A frozen target model with its tokenizer.
 
-    ``hash`` is a fingerprint of the weights that does not depend on the dtype they are loaded in; feature stores and
-    drafters carry it, so that state of one target is never fed to a drafter of another.
+    hash : of weights and arithmetic (`fingerprint`), whatever the dtype they are loaded in. Feature stores and drafters
+        carry it, so that state of one target is never fed to a drafter of another.
+    tokenizer_hash : of tokenizer, chat template and stop ids; corpora carry it.
     """
 
     name: str
@@ -60,9 +59,44 @@ class Target:
 
     @property
     def eos_token_id(self) -> int:
-        """The token that ends an assistant turn."""
-        eos = self.config.eos_token_id if self.config.eos_token_id is not None else self.tokenizer.eos_token_id
-        return eos[0] if isinstance(eos, list | tuple) else eos
+        """The token that ends an assistant turn: what the chat template puts there, else the first that is named."""
+        return self._ends()[0]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every id that ends an answer, sorted: `eos_token_id` and all that config and generation config name."""
+        return tuple(sorted({*self._ends()}))
+
+    def _ends(self) -> list[int]:
+        configs = (self.config, self.model.config, self.model.generation_config)
+        named = [config.eos_token_id for config in configs if config]
+        if self.tokenizer is not None:
+            named = [end_of_turn(self.tokenizer), *named, self.tokenizer.eos_token_id]
+        lists = [ids if isinstance(ids, list | tuple) else [ids] for ids in named if ids is not None]
+        ends = [token for ids in lists for token in ids]
+        if not ends or any(type(token) is not int or not 0 <= token < self.vocab_size for token in ends):
+            raise StudyError(
+                f"eos_token_id of target {self.name} names {ends}, not ids from 0 to {self.vocab_size - 1}; mend its "
+                "config.json or generation_config.json"
+            )
+        return ends
+
+    @property
+    def special_ids(self) -> set[int]:
+        """The ids that never belong into a turn's text: `stop_ids` and every special token."""
+        added = self.tokenizer.added_tokens_decoder
+        return {*self.stop_ids, *(number for number, token in added.items() if token.special)}
+
+    def generate(self, ids: torch.Tensor, mask: torch.Tensor, rules: GenerationConfig, **options) -> torch.Tensor:
+        """transformers' ``generate`` by these rules alone: none comes from the model's ``generation_config.json``.
+
+        ids, mask : [B, n]; returns [B, n + new].
+        """
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        try:
+            return self.model.generate(ids, attention_mask=mask, generation_config=rules, **options)
+        finally:
+            self.model.generation_config = own
 
 
 def capped(logits: torch.Tensor, cap: float) -> torch.Tensor:
@@ -90,11 +124,11 @@ def load_target(name: str = DEFAULT_TARGET, *, device: str = "auto", dtype: str 
     if name in TINY:
         model, tokenizer = tiny_model(TINY[name], seed), tiny_tokenizer()
     else:
-        model, tokenizer = _from_pretrained(smollm2_folder() if name == DEFAULT_TARGET else name, kind)
+        model, tokenizer = from_pretrained(smollm2_folder() if name == DEFAULT_TARGET else name, kind)
     model = model.to(device=where, dtype=kind).eval().requires_grad_(False)
     full_attention_layers(model)
-    tokenizer_hash = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    return Target(name, model, tokenizer, fingerprint(model), tokenizer_hash)
+    target = Target(name, model, tokenizer, fingerprint(model), "")
+    return replace(target, tokenizer_hash=tokenizer_fingerprint(tokenizer, target.stop_ids))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -113,11 +147,17 @@ def resolve_device(device: str) -> torch.device:
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """``auto`` is bfloat16 on GPUs and processors with units for it; elsewhere it is far slower than float32."""
+    on_card = device.type == "cuda"
+    old_card = on_card and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
     if dtype == "auto":
-        native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if native else torch.float32
+        native = on_card or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native and not old_card else torch.float32
     if dtype not in ("bfloat16", "float32"):
         raise StudyError(f"dtype {dtype!r} is not known; use auto, bfloat16 or float32")
+    if dtype == "bfloat16" and old_card:
+        raise StudyError(
+            f"{torch.cuda.get_device_name(device)} does not compute in bfloat16; use dtype auto or float32"
+        )
     return getattr(torch, dtype)
 
 
@@ -148,42 +188,3 @@ def full_attention_layers(model: PreTrainedModel) -> list[int]:
 
 def _refuse(model: PreTrainedModel, why: str) -> None:
     raise StudyError(f"target {type(model).__name__} {why}; choose another target")
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Hash of every parameter's name, shape and 1,024 evenly spaced values in bfloat16 (so any dtype agrees)."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().flatten()
-        sample = values[:: max(1, values.numel() // 1024)].to(torch.bfloat16).view(torch.int16).cpu()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _from_pretrained(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    try:
-        with _no_loading_bars():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa"), tokenizer
-    except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
-        if "does not support an attention implementation" in why:  # Mamba, RWKV, …
-            raise StudyError(
-                f"target {str(folder)!r} ({why.split()[0]}) has no standard attention: it keeps no KV cache to reuse; "
-                "choose another target"
-            ) from error
-        known = ", ".join([DEFAULT_TARGET, *TINY])
-        raise StudyError(
-            f"could not load target {str(folder)!r}: {why} — give {known}, a hub id or a model folder"
-        ) from error
-
-
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import StudyError
 from ..files import read_json, write_atomically, write_json
 from ..provenance import provenance
-from ..target.chat import chat_headers, special_ids, turn_ids
+from ..target.chat import chat_headers, dialogue_ids
 from ..target.load import Target, load_target
 from ..target.smollm2 import DEFAULT_TARGET
 from .corpus import MIN_ANSWER_TOKENS, SPLITS, Document, prompt_key, read_documents, save_corpus, write_documents
@@ -123,18 +123,19 @@ def write_prompts(target: Target, settings: GeneratorSettings) -> list[np.ndarra
     user_header, assistant_header = _headers(target, settings)
     headers = [user_header] * settings.batch_size
     turns = _continue(target, headers, settings, settings.max_user_tokens, greedy=False)
+    ends = {*target.stop_ids, int(assistant_header[0])}  # the assistant header brings its own end-of-turn token
     return [
         np.concatenate([user_header, turn[:-1], assistant_header])
         for turn in turns
-        if len(turn) > 1 and turn[-1] == target.eos_token_id  # the assistant header brings its own end-of-turn token
+        if len(turn) > 1 and int(turn[-1]) in ends
     ]
 
 
 def given_prompts(target: Target, turns: Sequence[str], settings: GeneratorSettings) -> list[np.ndarray]:
     """User turns with both headers around; those longer than ``max_user_tokens`` are dropped."""
-    user_header, assistant_header = _headers(target, settings)
-    encoded = [ids for turn in turns if 0 < len(ids := turn_ids(target.tokenizer, turn)) <= settings.max_user_tokens]
-    return [np.concatenate([user_header, ids, assistant_header]) for ids in encoded]
+    most = sum(map(len, _headers(target, settings))) + settings.max_user_tokens
+    prompts = [dialogue_ids(target.tokenizer, [turn], settings.thinking) for turn in turns if turn]
+    return [prompt for prompt in prompts if len(prompt) <= most]
 
 
 def write_answers(
@@ -145,7 +146,7 @@ def write_answers(
         return []
     room = settings.max_length_tokens - min(map(len, prompts))
     answers = _continue(target, prompts, settings, room, greedy=greedy)
-    markers = special_ids(target.tokenizer, target.eos_token_id) - {target.eos_token_id}
+    markers = target.special_ids - {*target.stop_ids}
     documents = []
     for prompt, answer in zip(prompts, answers):
         if int(answer[-1]) not in markers:
@@ -169,22 +170,21 @@ def _continue(target, prompts, settings, max_new_tokens, *, greedy) -> list[np.n
 
     Prompts are padded on the left and the padding is masked, so that all continuations start in the same column.
     """
-    width, stops = max(map(len, prompts)), sorted(special_ids(target.tokenizer, target.eos_token_id))
-    padded = np.full((len(prompts), width), target.eos_token_id)  # [B, width]
+    width, stops, filler = max(map(len, prompts)), sorted(target.special_ids), target.eos_token_id
+    padded = np.full((len(prompts), width), filler)  # [B, width]
     for row, prompt in zip(padded, prompts):
         row[width - len(prompt) :] = prompt
     real = np.arange(width) >= width - np.array([[len(prompt)] for prompt in prompts])
-    # Every rule is set here: what is left out would come from the model's own generation_config.json.
-    rules = {"num_beams": 1, "repetition_penalty": 1.0, "eos_token_id": stops, "pad_token_id": target.eos_token_id}
     sampling = {} if greedy else {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-    config = GenerationConfig(do_sample=not greedy, max_new_tokens=max_new_tokens, **rules, **sampling)
+    ends = {"max_new_tokens": max_new_tokens, "eos_token_id": stops, "pad_token_id": filler}
+    rules = GenerationConfig(do_sample=not greedy, **ends, **sampling)
     ids, mask = torch.from_numpy(padded).to(target.device), torch.from_numpy(real).long().to(target.device)
     with tqdm(total=max_new_tokens, desc="batch in hand", unit="token", delay=5, leave=False, position=0) as bar:
-        output = target.model.generate(ids, attention_mask=mask, generation_config=config, streamer=_Ticker(bar))
+        output = target.generate(ids, mask, rules, streamer=_Ticker(bar))
     new = output[:, width:].cpu().numpy().astype(np.int32)  # [B, new tokens]; after a row's end there is padding
     stopped = np.isin(new, stops)
-    ends = np.where(stopped.any(axis=1), stopped.argmax(axis=1) + 1, new.shape[1])
-    return [row[:end] for row, end in zip(new, ends)]
+    lengths = np.where(stopped.any(axis=1), stopped.argmax(axis=1) + 1, new.shape[1])
+    return [row[:length] for row, length in zip(new, lengths)]
 
 
 def _collect(

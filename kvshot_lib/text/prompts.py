@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import StudyError
-from ..target.chat import chat_headers, next_user_header, special_ids, turn_ids
+from ..target.chat import dialogue_ids, next_turn_ids
 from ..target.load import Target
 
 STUDY_PROMPTS = Path(__file__).parents[2] / "data" / "prompts" / "prompts.jsonl"
@@ -73,30 +73,33 @@ def load_prompts(name_or_path: str | Path = "study") -> list[Prompt]:
 def encode_turn(target: Target, history: Sequence[str | np.ndarray]) -> np.ndarray:
     """Token ids of a dialogue up to where the target answers its last user turn, int32 [tokens].
 
-    Headers are cut out of the chat template, as in the generator, so prompts look like the documents of the corpus.
-    What was encoded stays as it is: with the answer's ids appended, it is how the encoding of the next turn begins,
-    so a KV cache can be kept from turn to turn. Text that looks like a chat marker stays text.
+    They are those of the tokenizer's own chat template, but text that looks like a chat marker stays text. With answers
+    given as ids, what was encoded stays as it is: with the answer's ids appended, it is how the encoding of the next
+    turn begins, so a KV cache can be kept from turn to turn (and a thought that a template would drop later stays).
 
     Parameters
     ----------
     history : user turn, answer, …, user turn. A user turn is text. An answer is its token ids as generated, with
-        or without the closing end-of-turn token, or text.
+        or without the closing end-of-turn token; or all answers are text.
 
     Raises
     ------
-    StudyError : the last entry is not a user turn, a user turn is empty, or the target has no chat template.
+    StudyError : the last entry is not a user turn, a user turn is empty, or the target's chat template can't be used
+        (`dialogue_ids`).
     """
-    turns = [] if isinstance(history, str) else history[::2]
+    turns, answers = ([], []) if isinstance(history, str) else (history[::2], history[1::2])
     if len(history) % 2 == 0 or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise StudyError("a dialogue to answer is a list of user turn, answer, user turn, …; no user turn may be empty")
-    tokenizer, special = target.tokenizer, special_ids(target.tokenizer, target.eos_token_id)
-    header, assistant_header = chat_headers(tokenizer)
-    pieces = [header, turn_ids(tokenizer, history[0]), assistant_header]
-    for answer, turn in zip(history[1::2], history[2::2]):
-        ids = turn_ids(tokenizer, answer) if isinstance(answer, str) else np.asarray(answer, dtype=np.int32)
-        if len(ids) and int(ids[-1]) in special:
-            ids = ids[:-1]  # the next header brings its own
-        pieces += [ids, next_user_header(tokenizer), turn_ids(tokenizer, turn), assistant_header]
+    as_text = [isinstance(answer, str) for answer in answers]
+    if all(as_text):
+        return dialogue_ids(target.tokenizer, history)
+    if any(as_text):
+        raise StudyError("the answers of a dialogue are all token ids, or all text")
+    pieces = [dialogue_ids(target.tokenizer, turns[:1])]
+    for answer, turn in zip(answers, turns[1:]):
+        ids = np.asarray(answer, dtype=np.int32)
+        ended = len(ids) and int(ids[-1]) in target.special_ids  # what follows brings its own
+        pieces += [ids[:-1] if ended else ids, next_turn_ids(target.tokenizer, turn)]
     return np.concatenate(pieces)
 
 

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import examples
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features.live import LiveFeatures
@@ -79,6 +80,16 @@ def test_auto_dtype_follows_the_machine(monkeypatch):
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
 
 
+def test_a_card_without_bfloat16_computes_in_float32_or_says_so(monkeypatch):
+    card = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    assert resolve_dtype("auto", card) == resolve_dtype("float32", card) == torch.float32
+    with pytest.raises(StudyError, match="Tesla T4 does not compute in bfloat16; use dtype auto or float32"):
+        resolve_dtype("bfloat16", card)
+
+
 def test_bad_names_devices_and_dtypes_are_refused(tmp_path):
     with pytest.raises(StudyError, match="device 'gpu' is not usable here.*use auto or cpu") as error:
         load_target("tiny", device="gpu")
@@ -107,6 +118,106 @@ def test_a_local_folder_is_a_target_like_any_other(tmp_path):
     assert target.num_layers == 2 and not any(p.requires_grad for p in target.model.parameters())
     batch = LiveFeatures(target, examples.DOCUMENTS, feature_spec(target, kv_layers=2)).batch([0, 3])
     assert batch.keys.shape == (2, 12, 2, 1, 16)
+
+
+def weights_of(folder, change):
+    """Edit a checkpoint's tensors in place."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"lacks weights of Llama.*: model\.layers\.1\.mlp\.up_proj"),
+        (lambda t: t.pop("lm_head.weight"), r"lacks weights of LlamaForCausalLM: lm_head\.weight"),
+        (lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}), r"no part of .*q_norm\.weight"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(16)}), "could not load target"),
+    ],
+)  # fmt: skip
+def test_checkpoints_that_are_not_whole_are_refused_by_the_weights_name(tmp_path, change, message):
+    folder = save(tmp_path, "llama", tie_word_embeddings=False, **HEADS)
+    load_target(folder, device="cpu", dtype="float32")
+    weights_of(tmp_path, change)
+    with pytest.raises(StudyError, match=message) as error:
+        load_target(folder, device="cpu", dtype="float32")
+    assert str(tmp_path) in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("field", "named"),
+    [
+        ({"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}, "fp8"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"bits": 4}}, "None"),
+        ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
+        ({"torch_dtype": "int8"}, "int8"),
+    ],
+)
+def test_quantised_checkpoints_are_refused_by_their_format(tmp_path, field, named):
+    folder = save(tmp_path, "llama", **HEADS)
+    path = tmp_path / "config.json"
+    plain = {name: value for name, value in json.loads(path.read_text()).items() if name != "dtype"}
+    path.write_text(json.dumps(plain | field))
+    with pytest.raises(StudyError, match=rf"is quantised \({named}\); give the checkpoint that it was made") as error:
+        load_target(folder, device="cpu", dtype="float32")
+    one_line(error)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_damaged_folders_are_refused_in_one_line(tmp_path, file):
+    folder = save(tmp_path, "llama", **HEADS)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:40])
+    with pytest.raises(StudyError, match="could not load target .* give smollm2") as error:
+        load_target(folder, device="cpu", dtype="float32")
+    one_line(error)
+
+
+# What ends an answer
+
+
+@pytest.mark.parametrize(
+    ("config_ids", "generation_ids", "stops"),
+    [(2, 2, (2,)), ([0, 2], 2, (0, 2)), ([0, 2], [2, 7], (0, 2, 7)), (0, None, (0, 2)), (None, None, (2,)), ([9], 0, (0, 2, 9))],
+)  # fmt: skip
+def test_a_turn_ends_with_what_the_template_puts_there_and_every_named_id_stops(config_ids, generation_ids, stops):
+    target = load_target("tiny", device="cpu", dtype="float32")
+    target.model.config.eos_token_id, target.model.generation_config.eos_token_id = config_ids, generation_ids
+    assert target.eos_token_id == 2 and target.stop_ids == stops and target.special_ids == {0, 1, 2, *stops}
+    target.tokenizer.chat_template = None  # a base model: what its config names first, else its tokenizer
+    first = config_ids if not isinstance(config_ids, list) else config_ids[0]
+    assert target.eos_token_id == (2 if first is None else first)
+
+
+@pytest.mark.parametrize("wrong", ["2", True, -1, 512, [2, 2.0]])
+def test_ids_that_can_end_nothing_are_refused(wrong):
+    target = load_target("tiny", device="cpu", dtype="float32")
+    target.model.generation_config.eos_token_id = wrong
+    with pytest.raises(
+        StudyError, match="eos_token_id of target tiny names .*, not ids from 0 to 511; mend its config"
+    ):
+        _ = target.stop_ids
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"no_repeat_ngram_size": 1}, {"repetition_penalty": 9.0}, {"min_new_tokens": 8}, {"suppress_tokens": [*range(3, 90)]},
+        {"forced_eos_token_id": 7}, {"bad_words_ids": [[n] for n in range(3, 90)]}, {"num_beams": 3}, {"max_length": 3},
+        {"do_sample": True, "temperature": 9.0}, {"sequence_bias": [[[5], 99.0]]}, {"guidance_scale": 3.0},
+        {"encoder_repetition_penalty": 9.0}, {"exponential_decay_length_penalty": [1, 9.0]}, {"min_p": 0.9},
+    ],
+)  # fmt: skip
+def test_no_rule_of_the_checkpoints_own_generation_config_leaks_in(rule):
+    target = load_target("tiny", device="cpu", dtype="float32")
+    ids = torch.tensor([[5, 6, 7]])
+    for name, value in rule.items():
+        setattr(target.model.generation_config, name, value)
+    own = target.model.generation_config
+    out = target.generate(ids, torch.ones_like(ids), GenerationConfig(max_new_tokens=12, do_sample=False))
+    best = target.model(out).logits[0].argmax(-1)
+    assert out.shape == (1, 15) and torch.equal(best[2:-1], out[0, 3:]) and target.model.generation_config is own
 
 
 def test_recurrent_and_sliding_targets_are_refused(tmp_path):

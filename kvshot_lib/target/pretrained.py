@@ -1,0 +1,82 @@
+"""A target's folder or hub id read, and refused by name where its numbers would not be those that were trained."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)  # fmt: skip
+from transformers.utils import logging
+
+from ..errors import StudyError
+from .smollm2 import DEFAULT_TARGET
+from .tiny import TINY
+
+PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def from_pretrained(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Model, cast to ``dtype``, and tokenizer of a hub id or a local folder.
+
+    Raises
+    ------
+    StudyError : nothing there that can be read; quantised weights; weights that are missing or belong to another
+        architecture; a tokenizer that isn't a ``tokenizer.json``.
+    """
+    shown, own_code = str(folder), {"trust_remote_code": False}
+    try:
+        with _no_loading_bars():
+            config = AutoConfig.from_pretrained(folder, **own_code)
+            _refuse_quantised(shown, config)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **own_code)
+            options = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True, **own_code}
+            model, read = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+    except StudyError:
+        raise
+    except Exception as error:  # what is wrong with a folder comes as one of a dozen kinds
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "does not support an attention implementation" in why:  # Mamba, RWKV, …
+            raise StudyError(
+                f"target {shown!r} ({why.split()[0]}) has no standard attention: it keeps no KV cache to reuse; "
+                "choose another target"
+            ) from error
+        known = ", ".join([DEFAULT_TARGET, *TINY])
+        raise StudyError(
+            f"could not load target {shown!r}: {why} — give {known}, a hub id or a model folder"
+        ) from error
+    if not tokenizer.is_fast:
+        raise StudyError(f"{type(tokenizer).__name__} of target {shown!r} has no tokenizer.json; save it as one")
+    for kind, told in (("missing_keys", "lacks weights of"), ("unexpected_keys", "has weights that are no part of")):
+        if keys := sorted(read[kind]):
+            named = f"{type(model).__name__}: {', '.join(keys[:3])}{' …' if keys[3:] else ''}"
+            raise StudyError(f"the checkpoint of target {shown!r} {told} {named}; give a whole one of its architecture")
+    return model, tokenizer
+
+
+def _refuse_quantised(shown: str, config: PreTrainedConfig) -> None:
+    """Weights that are not plain numbers would be other weights once cast to another dtype."""
+    for part in (config, config.get_text_config()):
+        quantised = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
+        if not quantised and part.dtype in (None, *PLAIN):
+            continue
+        told = quantised if isinstance(quantised, dict) else vars(quantised or part)
+        kind = str(told.get("quant_method", part.dtype)).removeprefix("torch.")
+        raise StudyError(f"target {shown!r} is quantised ({kind}); give the checkpoint that it was made from")
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
