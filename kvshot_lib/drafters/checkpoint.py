@@ -25,6 +25,7 @@ from ..features.spec import FeatureSpec
 from ..files import read_json, sha256, write_atomically, write_json
 from ..target.capture import check_layers
 from ..target.load import Target
+from .context import check_target
 from .drafter import Drafter, DrafterConfig, build_drafter
 from .runs import DESCRIPTION, how_to_train
 
@@ -51,7 +52,7 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     StudyError : no drafter there, altered weights, or another target or tokenizer.
     """
     kept = _read(Path(folder))
-    check_target(vars(kept.spec), target, f"the drafter in {folder}")
+    check_target(vars(kept.spec), target, f"the drafter in {folder} was trained")
     told = f"the drafter in {folder} is not what {DESCRIPTION} describes"
     try:
         check_layers(target.model, kept.spec.hidden_layers, kept.spec.kv_layers)
@@ -81,7 +82,7 @@ def warm_start(drafter: Drafter, folder: str | Path) -> list[str]:
     """
     draft_ids = drafter.draft_ids.cpu()
     kept = _read(Path(folder), draft_vocab_size=len(draft_ids))
-    check_target(vars(kept.spec), drafter.spec, f"can't start from {folder}: it")
+    check_target(vars(kept.spec), drafter.spec, f"can't start from {folder}: it was trained")
     if not torch.equal(kept.draft_ids, draft_ids):
         raise StudyError(
             f"can't start from {folder}: it drafts from another vocabulary ({_named(kept.draft_ids)}, not "
@@ -91,20 +92,6 @@ def warm_start(drafter: Drafter, folder: str | Path) -> list[str]:
     shared = {name: tensor for name, tensor in kept.tensors.items() if name in own and own[name].shape == tensor.shape}
     drafter.load_state_dict(shared, strict=False)
     return sorted(set(own) - set(shared))
-
-
-def check_target(origin: Mapping, target: Target | FeatureSpec, told: str) -> None:
-    """Refuse what was made for another target or tokenizer than this; ``origin`` names both as a `FeatureSpec` does."""
-    name, own = (target.target, target.target_hash) if isinstance(target, FeatureSpec) else (target.name, target.hash)
-    for what, theirs, ours in (
-        ("target", origin.get("target_hash"), own),
-        ("tokenizer of", origin.get("tokenizer_hash"), target.tokenizer_hash),
-    ):
-        if theirs != ours:
-            raise StudyError(
-                f"{told} was trained for {what} {origin.get('target')} ({theirs:.8}…), not for {name} ({ours:.8}…); "
-                "load that target or train a drafter for this one"
-            )
 
 
 def load_weights(drafter: Drafter, tensors: Mapping[str, torch.Tensor], told: str) -> None:

@@ -25,7 +25,8 @@ from ..errors import StudyError
 from ..features.spec import feature_spec
 from ..files import write_atomically
 from ..target.load import Target
-from .checkpoint import check_target, load_weights
+from .checkpoint import load_weights
+from .context import check_target
 from .drafter import Drafter, DrafterConfig
 from .eagle3_format import CONFIG, LAYERS, fused_layers, layer_sizes, read_config, tensor_names
 
@@ -53,7 +54,7 @@ def export_eagle3(
     StudyError : a drafter that the format has no place for, or of another target.
     """
     own, folder = drafter.config, Path(folder)
-    check_target(vars(drafter.spec), target, f"the drafter for {folder}")
+    check_target(vars(drafter.spec), target, f"the drafter for {folder} was trained")
     for told, present in (
         (f"paradigm={own.paradigm!r}", own.paradigm != "hidden"),
         ("qk_norm=True", own.qk_norm),
@@ -189,7 +190,7 @@ def _check_target(found: dict, target: Target, folder: Path) -> None:
             told = f"{folder} has {name}={found[name]}, target {target.name} {size}"
             raise StudyError(f"{told}; load the target that it was trained for")
     if origin := found.get("kvshot"):
-        check_target(origin, target, str(folder))
+        check_target(origin, target, f"{folder} was trained")
 
 
 def _draft_ids(tensors: dict[str, torch.Tensor], found: dict, folder: Path) -> torch.Tensor:

@@ -49,10 +49,39 @@ class DecoderLayer(nn.Module):
         and its entry at s = t is that of the anchor's step 0, which therefore appends none of its own.
     own_prefix : its prefix entries are its own keys and values of the columns, so that what the next
         layer's are made from is its output there.
+    branch : what its chain and entries are called.
     """
 
     reads_state = False
     own_prefix = False
+    branch = "self"
+
+    def inputs(self, embedding: Tensor, state: Tensor) -> Tensor:
+        """What its attention reads, of embeddings and stream [B, M, d] each."""
+        raise NotImplementedError
+
+    def prefix(self, source: PrefixSource) -> dict[str, Entries]:
+        """Entries of columns s: the layer's own keys and values there."""
+        inputs = self.inputs(source.token, source.stream)
+        return {self.branch: tuple(self.attention.project(inputs, source.token_rotary, "k", "v"))}
+
+    def columns(self, source: PrefixSource, entries: dict[str, Entries]) -> Tensor:
+        """The layer's output at the columns themselves, [B, n-1, d]: what the next layer's entries are made from."""
+        inputs = self.inputs(source.token, source.stream)
+        attended = self.attention.columns(inputs, source.token_rotary, entries[self.branch])
+        return self.finish(source.stream, attended)
+
+    def forward(
+        self, embedding: Tensor, state: Tensor, rotary: Entries, view: View
+    ) -> tuple[Tensor, dict[str, Entries]]:
+        """[B, M, d] embeddings and stream -> the layer's output [B, M, d] and the longer chains."""
+        attended, chains = self.attend(self.inputs(embedding, state), rotary, view)
+        return self.finish(state, attended), chains
+
+    def attend(self, inputs: Tensor, rotary: Entries, view: View) -> tuple[Tensor, dict[str, Entries]]:
+        """Over prefix and chain; where a state is read, step 0's own entry is the prefix's last visible one."""
+        mask, append = (view.mask, not view.first) if self.reads_state else (view.kv_mask, True)
+        return _attend(self.attention, self.branch, inputs, rotary, view, mask, append)
 
     def finish(self, stream: Tensor, attended: Tensor) -> Tensor:
         """Residual and MLP, [B, M, d] twice -> [B, M, d]"""
@@ -74,30 +103,12 @@ class HiddenLayer(DecoderLayer):
         self.attention = PrefixAttention(sizes, width, groups, qk_norm=config.qk_norm)
         self.mlp = LlamaMLP(sizes)
 
+    def inputs(self, embedding: Tensor, state: Tensor) -> Tensor:
+        return self.read(embedding, state)
+
     def read(self, embedding: Tensor, state: Tensor) -> Tensor:
         """[B, M, d] twice -> [B, M, 2d]"""
         return torch.cat([self.embedding_norm(embedding), self.state_norm(state)], -1)
-
-    def prefix(self, source: PrefixSource) -> dict[str, Entries]:
-        """Entries of columns s: keys and values of step 0, from (x_{s+1}, f_s)."""
-        inputs = self.read(source.token, source.stream)
-        return {"self": tuple(self.attention.project(inputs, source.token_rotary, "k", "v"))}
-
-    def columns(self, source: PrefixSource, entries: dict[str, Entries]) -> Tensor:
-        """The layer's output at the columns themselves, [B, n-1, d]: what the next layer's entries are made from."""
-        inputs = self.read(source.token, source.stream)
-        return self.finish(source.stream, self.attention.columns(inputs, source.token_rotary, entries["self"]))
-
-    def forward(
-        self, embedding: Tensor, state: Tensor, rotary: Entries, view: View
-    ) -> tuple[Tensor, dict[str, Entries]]:
-        """[B, M, d] embeddings and state -> the layer's output [B, M, d] and the longer chains."""
-        attended, chains = self.attend(self.read(embedding, state), rotary, view)
-        return self.finish(state, attended), chains
-
-    def attend(self, inputs: Tensor, rotary: Entries, view: View) -> tuple[Tensor, dict[str, Entries]]:
-        """The state path: at step 0 the own entry is the prefix's last visible one, so nothing is appended."""
-        return _attend(self.attention, "self", inputs, rotary, view, view.mask, append=not view.first)
 
 
 class HybridLayer(HiddenLayer):
@@ -147,40 +158,28 @@ class PlainLayer(DecoderLayer):
         super().__init__()
         self.reads_state = config.paradigm == "hidden"
         self.own_prefix = self.reads_state or config.kv_control == "none"
+        self.branch = "self" if self.reads_state else "cross"
         self.attention_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
         self.mlp_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
-        self.fusion = None if self.own_prefix else Fusion(sizes, spec, config)
+        made = config.reads_kv or config.kv_control == "from_hidden"
+        self.fusion = Fusion(sizes, spec, config) if made else None
+        if config.paradigm == "block" and config.fuses_hidden:
+            self.context_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
         groups = self.fusion.groups if self.fusion else sizes.num_key_value_heads
         self.attention = PrefixAttention(sizes, sizes.hidden_size, groups, config.kv_grad_scale, config.qk_norm)
         self.mlp = LlamaMLP(sizes)
 
-    @property
-    def branch(self) -> str:
-        return "self" if self.reads_state else "cross"
+    def inputs(self, embedding: Tensor, state: Tensor) -> Tensor:
+        return self.attention_norm(state)
 
     def prefix(self, source: PrefixSource) -> dict[str, Entries]:
         """Entries s: mapped target state of position s, or the layer's own of column s."""
         if self.fusion:
             return {"cross": self.fusion(source.features, source.rotary, self.attention.k_norm)}
-        inputs = self.attention_norm(source.stream)
-        return {self.branch: tuple(self.attention.project(inputs, source.token_rotary, "k", "v"))}
-
-    def columns(self, source: PrefixSource, entries: dict[str, Entries]) -> Tensor:
-        """As :meth:`HiddenLayer.columns`."""
-        inputs = self.attention_norm(source.stream)
-        return self.finish(source.stream, self.attention.columns(inputs, source.token_rotary, entries[self.branch]))
-
-    def forward(
-        self, embedding: Tensor, state: Tensor, rotary: Entries, view: View
-    ) -> tuple[Tensor, dict[str, Entries]]:
-        """Stream [B, M, d] (in the first layer the embedding) -> its output [B, M, d] and the longer chain."""
-        mask, append = (view.mask, not view.first) if self.reads_state else (view.kv_mask, True)
-        inputs = self.attention_norm(state)
-        attended, chains = _attend(self.attention, self.branch, inputs, rotary, view, mask, append)
-        return self.finish(state, attended), chains
+        return super().prefix(source)
 
 
-class BlockLayer(DecoderLayer):
+class BlockLayer(PlainLayer):
     """A pre-norm decoder layer over the slots of a block and the target's state.
 
     ``block_context`` says what its prefix entries s ≤ t are made from: ``kv`` the target's mapped KV,
@@ -189,22 +188,10 @@ class BlockLayer(DecoderLayer):
     both, side by side in one softmax.
     """
 
-    def __init__(self, sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig):
-        super().__init__()
-        self.attention_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
-        self.mlp_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
-        self.fusion = Fusion(sizes, spec, config) if config.reads_kv else None
-        self.context_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps) if config.fuses_hidden else None
-        groups = self.fusion.groups if self.fusion else sizes.num_key_value_heads
-        self.attention = PrefixAttention(sizes, sizes.hidden_size, groups)
-        self.mlp = LlamaMLP(sizes)
-
     def prefix(self, source: PrefixSource) -> dict[str, Entries]:
         """Entries s from target state at s: ``cross`` mapped KV, ``state`` mapped hidden states."""
-        entries = {}
-        if self.fusion:
-            entries["cross"] = self.fusion(source.features, source.rotary)
-        if self.context_norm:
+        entries = super().prefix(source) if self.fusion else {}
+        if hasattr(self, "context_norm"):
             context = self.context_norm(source.fused)
             entries["state"] = tuple(self.attention.project(context, source.rotary, "k", "v"))
         return entries

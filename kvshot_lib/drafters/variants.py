@@ -198,20 +198,23 @@ _ENTRIES = (
 )  # fmt: skip
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _ENTRIES}
 
-# The warm hybrid with something done for its cross branch.
-CURES = tuple(name for name, variant in VARIANTS.items() if variant.group == "cures")
 # Those that line figures show where more than seven were trained.
 MAIN_VARIANTS = ("hidden", "kv_1", "kv_2", "kv_4", "hybrid", "hybrid_warm", "none_1")
 # Those whose queries are compared with the target's: plain reuse of the cache at every depth, and with hidden states.
 QUERY_VARIANTS = ("kv_1", "kv_2", "kv_3", "kv_4", "hybrid", "hybrid_warm")
 QUERY_ARMS = ("as_trained", "own", "oracle", "perfect", "random")  # of the oracle (`probes.oracle` explains them)
 
-_OLD_NAMES = {
-    "kv_1_none": "none_1", "kv_2_from_hidden": "states_2", "kv_4_from_hidden": "states_4",
-    "kv_2_with_hidden": "both_2", "kv_4_with_hidden": "both_4", "hidden_normed_post_norm": "hidden_31",
-    "hybrid_warm_normed_post_norm": "hybrid_warm_31", "block_hidden_1": "block_states_1",
-    "block_hidden_2": "block_states_2", "block_hidden_4": "block_states_4",
+_RENAMED = {
+    old + end: new + end
+    for old, new in (
+        ("kv_1_none", "none_1"), ("kv_2_from_hidden", "states_2"), ("kv_4_from_hidden", "states_4"),
+        ("kv_2_with_hidden", "both_2"), ("kv_4_with_hidden", "both_4"), ("hidden_normed_post_norm", "hidden_31"),
+        ("hybrid_warm_normed_post_norm", "hybrid_warm_31"), ("block_hidden_1", "block_states_1"),
+        ("block_hidden_2", "block_states_2"), ("block_hidden_4", "block_states_4"),
+    )
+    for end in ("", "_continued", "_combined")
 }  # fmt: skip
+_FIRST = {new: old for old, new in _RENAMED.items()}
 
 
 def parameters_of(name: str) -> dict:
@@ -231,11 +234,8 @@ def current_name(name: str) -> str:
     >>> current_name("hidden_normed_post_norm_continued"), current_name("kv_2")
     ('hidden_31_continued', 'kv_2')
     """
-    for old, new in _OLD_NAMES.items():
-        for suffix in ("", "_continued", "_combined"):
-            if name.removesuffix("_checkpoint") == old + suffix:
-                return name.replace(old, new)
-    return name
+    stem = name.removesuffix("_checkpoint")
+    return _RENAMED.get(stem, stem) + name[len(stem) :]
 
 
 def first_name(name: str) -> str:
@@ -244,11 +244,7 @@ def first_name(name: str) -> str:
     >>> first_name("hidden_31_continued"), first_name("kv_2")
     ('hidden_normed_post_norm_continued', 'kv_2')
     """
-    for old, new in _OLD_NAMES.items():
-        for suffix in ("", "_continued", "_combined"):
-            if name == new + suffix:
-                return old + suffix
-    return name
+    return _FIRST.get(name, name)
 
 
 def check_current(names: Iterable[str]) -> None:

@@ -59,7 +59,7 @@ def test_a_missing_altered_or_foreign_drafter_is_refused(tmp_path):
         load_drafter(tmp_path, examples.target())
     save_drafter(examples.drafter("hidden"), tmp_path)
     with pytest.raises(
-        StudyError, match="trained for target tiny-llama .* not for tiny-qwen3 .*train a drafter for this one"
+        StudyError, match="trained for target tiny-llama .* not for tiny-qwen3 .*make it anew for this one"
     ):
         load_drafter(tmp_path, examples.target("tiny-qwen3"))
     data = bytearray((tmp_path / WEIGHTS).read_bytes())
@@ -110,7 +110,7 @@ def changed(folder, tensors=(), **described):
         ({"spec": {"hidden_layers": [0, 2, 9]}}, "not what drafter.json describes.*layer 9 is out of range"),
         (
             {"spec": {"tokenizer_hash": "f" * 64}},
-            r"was trained for tokenizer of tiny-llama \(ffffffff…\), not for tiny-llama",
+            r"was trained for the tokenizer of tiny-llama \(ffffffff…\), not for tiny-llama",
         ),
         ({"spec": {"target_hash": "f" * 64}}, r"was trained for target tiny-llama \(ffffffff…\), not for tiny-llama"),
     ],
@@ -150,7 +150,7 @@ def test_a_warm_start_from_elsewhere_is_refused(tmp_path):
     with pytest.raises(StudyError, match="no trained drafter in .*; give a folder"):
         warm_start(hybrid, tmp_path)
     save_drafter(examples.drafter("hidden", "tiny-qwen3"), tmp_path)
-    with pytest.raises(StudyError, match=r"for target tiny-qwen3 \(\w{8}…\), not for tiny-llama \(\w{8}…\)"):
+    with pytest.raises(StudyError, match=r"it was trained for target tiny-qwen3 \(\w{8}…\), not for tiny-llama \(\w{8}…\)"):
         warm_start(hybrid, tmp_path)
     save_drafter(examples.drafter("hidden", draft_ids=torch.arange(99)), tmp_path)
     with pytest.raises(StudyError, match=r"another vocabulary \(99 tokens, \w{8}…, not 410 tokens, \w{8}…\)"):
