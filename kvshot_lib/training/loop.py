@@ -20,7 +20,7 @@ from ..metrics.acceptance import COUNTS, count_document
 from .config import TrainConfig, batches, check_training, learning_rate, total_steps
 from .judging import match_documents
 from .loss import Loss, training_loss
-from .record import Recorder
+from .record import gate_rows, gradient_norms, matrix_rows, recorded
 
 
 def train(
@@ -58,7 +58,8 @@ def train(
             training.step(indices)
             progress.seconds += time.perf_counter() - started
             bar.update()
-            training.recorder.gate(progress.step, progress.trained_tokens, validation, config.ttt_steps, dtype)
+            if recorded(progress.step, total):
+                progress.record(gate_rows(drafter, validation, config.ttt_steps, dtype))
             if progress.step == total or (config.validate_every and progress.step % config.validate_every == 0):
                 bar.set_postfix_str(_headline(training.report()))
             due = progress.step == total or time.perf_counter() - saved > config.checkpoint_every_s
@@ -90,6 +91,10 @@ class Progress:
         self.step += 1
         self.trained_tokens += tokens
 
+    def record(self, rows: list[dict]) -> None:
+        """Keep rows of `record` with the step and tokens of this moment."""
+        self.gradients += [{"step": self.step, "trained_tokens": self.trained_tokens, **row} for row in rows]
+
 
 class Training:
     """A drafter in training, how far it has come, and its checkpoint ``run_dir/checkpoint.pt``."""
@@ -109,7 +114,6 @@ class Training:
         )
         self.identity = identity(drafter, source, config, dtype)
         self.progress = self.load() if self.path.exists() else Progress()
-        self.recorder = Recorder(drafter, self.optimiser, self.total, self.progress.gradients)
 
     def step(self, indices: list[int]) -> None:
         """One optimiser step on one batch, of which each process takes its share."""
@@ -118,18 +122,19 @@ class Training:
         state = (*drafter.reads, "final_hidden", "target_argmax")
         features = share_of_batch(self.source, indices, state).to(self.device, self.dtype)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + progress.step)
-        with self.recorder.step(progress.step + 1, progress.trained_tokens + tokens):
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                loss = training_loss(drafter, features, config, progress.step, generator)
-            loss.loss.backward()
-            parallel.sum_gradients(drafter)
-        norm = nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm)
-        counted = self.read(loss, norm)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = training_loss(drafter, features, config, progress.step, generator)
+        loss.loss.backward()
+        parallel.sum_gradients(drafter)
+        gradients = gradient_norms(drafter) if recorded(progress.step + 1, self.total) else {}
+        counted = self.read(loss, nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm))
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(config, progress.step, self.total) * group.get("scale", 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad()
         progress.advance(counted, tokens)
+        if gradients:
+            progress.record(matrix_rows(drafter, self.optimiser, gradients))
 
     def read(self, loss: Loss, gradient_norm: torch.Tensor) -> torch.Tensor:
         """(loss, matches, pairs) [3, K] of the whole batch, read from the device at once: a step waits for it here alone.

@@ -1,15 +1,11 @@
-"""What a training records of itself: norm, gradient and Adam step of every matrix, and the hybrid's gate.
+"""What a training records of itself: gradient and Adam step of every matrix, and the hybrid's gate.
 
 Ten to forty records a training read what the optimiser step makes anyway, and change no number. Rows of gradients.csv:
 
     quantity        of what                                             draft_step  document
     grad_norm       a matrix's gradient in this step, before clipping
-    grad_norm       matrix ``output``: ∂L/∂s, ∂L/∂c of both branches    k
-    weight_norm     a matrix after this step
     adam_step_norm  lr · m̂ / (√v̂ + ε) of this step: what Adam moved it, weight decay aside
-    numel           its parameters
     gate_mean       sigmoid of the gate, mean over anchors, channels    k           validation document
-    gate_spread     its standard deviation over the same                k           validation document
 
 All norms are Frobenius norms; a gradient is as the optimiser gets it, so ``kv_grad_scale`` is in it. ``branch`` is
 ``self`` or ``cross`` for an attention's matrices, ``layer`` for what both share, ``drafter`` (and no layer) for what
@@ -17,8 +13,7 @@ stands around them.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +21,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .. import parallel
 from ..drafters.drafter import Drafter
 from ..drafters.hooks import watching
 from .anchors import Anchors, find_anchors
@@ -35,40 +29,6 @@ from .ttt import draft_steps
 STEPS_A_RECORD = 40  # or more, for a record costs about a third of a step: less than a hundredth of the training in all
 GATE_DOCUMENTS, GATE_ANCHORS, GATE_STRIDE = 8, 4, 8  # a fixed batch that costs a fraction of an optimiser step
 COLUMNS = ["layer", "branch", "matrix", "draft_step", "document", "quantity", "value"]
-
-
-class Recorder:
-    """Records a training of ``total`` optimiser steps; ``rows`` is the list that it adds to."""
-
-    def __init__(self, drafter: Drafter, optimiser: torch.optim.Optimizer, total: int, rows: list[dict]):
-        self.drafter, self.optimiser, self.total, self.rows = drafter, optimiser, total, rows
-
-    @contextmanager
-    def step(self, step: int, trained_tokens: int) -> Iterator[None]:
-        """Around forward and backward of optimiser step ``step`` (from 1); the optimiser's own completes the record."""
-        if not recorded(step, self.total):
-            yield
-            return
-        with branch_gradients(self.drafter) as branches:
-            yield
-        gradients = gradient_norms(self.drafter)
-        whole = parallel.norms([row["value"] for row in branches])
-
-        def complete(*_) -> None:
-            handle.remove()
-            rows = matrix_rows(self.drafter, self.optimiser, gradients)
-            rows += [row | {"value": value} for row, value in zip(branches, whole, strict=True)]
-            self._keep(step, trained_tokens, rows)
-
-        handle = self.optimiser.register_step_post_hook(complete)
-
-    def gate(self, step: int, trained_tokens: int, validation, ttt_steps: int, dtype: torch.dtype) -> None:
-        """Add the gate after optimiser step ``step``, on a few validation documents."""
-        if recorded(step, self.total):
-            self._keep(step, trained_tokens, gate_rows(self.drafter, validation, ttt_steps, dtype))
-
-    def _keep(self, step: int, trained_tokens: int, rows: list[dict]) -> None:
-        self.rows += [{"step": step, "trained_tokens": trained_tokens, **row} for row in rows]
 
 
 def recorded(step: int, total: int) -> bool:
@@ -119,40 +79,11 @@ def adam_step(optimiser: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
 @torch.no_grad()
 def matrix_rows(drafter: Drafter, optimiser: torch.optim.Optimizer, gradients: dict[tuple, float]) -> list[dict]:
     """Rows of every matrix, right after the optimiser's step; ``gradients`` are the norms before clipping."""
-    rows, grouped = [], matrices(drafter)
-    for key, own in grouped.items():
+    rows = []
+    for key, own in matrices(drafter).items():
         moved = _norm(adam_step(optimiser, p) for p in own if p in optimiser.state)
-        norms = {"grad_norm": gradients[key], "weight_norm": _norm(own), "adam_step_norm": moved}
-        rows += [_row(key, name, value) for name, value in norms.items()]
-    return rows + [_row(key, "numel", float(sum(p.numel() for p in own))) for key, own in grouped.items()]
-
-
-def watched_gates(drafter: Drafter, see: Callable) -> AbstractContextManager[None]:
-    """Within it ``see(layer, draft step, inputs, s, c)`` is called whenever a gated layer mixes its branches."""
-    gated = {i: layer for i, layer in enumerate(drafter.layers) if getattr(layer, "gate", None) is not None}
-    steps = Counter()
-
-    def around(layer: int, mix: Callable, *given: Tensor) -> Tensor:
-        see(layer, steps[layer], *given)
-        steps[layer] += 1
-        return mix(*given)
-
-    return watching(gated, "mix", around)
-
-
-@contextmanager
-def branch_gradients(drafter: Drafter) -> Iterator[list[dict]]:
-    """Within it a backward pass fills rows with the norms of ∂L/∂s and ∂L/∂c, by draft step; none without a gate."""
-    rows: list[dict] = []
-
-    def see(layer: int, k: int, _inputs: Tensor, own: Tensor, cross: Tensor) -> None:
-        for branch, output in (("self", own), ("cross", cross)):
-            row = _row((layer, branch, "output"), "grad_norm", 0.0, k)
-            rows.append(row)
-            output.register_hook(lambda gradient, row=row: row.update(value=gradient.detach().float().norm().item()))
-
-    with watched_gates(drafter, see):
-        yield rows
+        rows += [_row(key, "grad_norm", gradients[key]), _row(key, "adam_step_norm", moved)]
+    return rows
 
 
 @torch.no_grad()
@@ -165,16 +96,18 @@ def gate_rows(drafter: Drafter, source, ttt_steps: int, dtype: torch.dtype = tor
     anchors = few_anchors(find_anchors(features.answer_mask, ttt_steps))
     length = int(anchors.index.max()) + ttt_steps + 1  # x_{t+K} is the last token read, and a prefix needs a successor
     kept = {n: t[:, :length] for n, t in vars(features).items() if t is not None and t.dim() > 1}
-    rows, used = [], anchors.valid[..., -1]
+    rows, used, steps = [], anchors.valid[..., -1], Counter()
 
-    def see(layer: int, k: int, inputs: Tensor, _own: Tensor, _cross: Tensor) -> None:
+    def around(layer: int, mix: Callable, inputs: Tensor, *branches: Tensor) -> Tensor:
         gates = torch.sigmoid(drafter.layers[layer].gate(inputs)).float()
         for document in used.any(1).nonzero().flatten().tolist():
-            gate = gates[document][used[document]]
-            for name, value in (("gate_mean", gate.mean()), ("gate_spread", gate.std(unbiased=False))):
-                rows.append(_row((layer, "layer", "gate"), name, value.item(), k, document))
+            mean = gates[document][used[document]].mean().item()
+            rows.append(_row((layer, "layer", "gate"), "gate_mean", mean, steps[layer], document))
+        steps[layer] += 1
+        return mix(inputs, *branches)
 
-    with watched_gates(drafter, see), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with watching(dict(enumerate(drafter.layers)), "mix", around), autocast:
         for _ in draft_steps(drafter, replace(features, **kept), anchors, ttt_steps):
             pass
     return rows

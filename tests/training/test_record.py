@@ -12,15 +12,13 @@ from examples import STEPS
 from killed import Killed, die_before_step
 
 from kvshot_lib.files import write_sealed
-from kvshot_lib.training import record
+from kvshot_lib.training import loop
 from kvshot_lib.training.anchors import find_anchors
 from kvshot_lib.training.config import TrainConfig
 from kvshot_lib.training.loop import train
 from kvshot_lib.training.loss import ttt_loss
 from kvshot_lib.training.record import (
-    Recorder,
     adam_step,
-    branch_gradients,
     few_anchors,
     gate_rows,
     gradient_norms,
@@ -58,7 +56,7 @@ def test_the_first_step_and_every_tenth_of_a_training_are_recorded():
 def test_weights_are_the_same_bits_with_and_without_recording(tmp_path, monkeypatch, variant):
     weights, table = trained(tmp_path / "with", variant)
     assert set(table["step"]) == set(range(1, 7))
-    monkeypatch.setattr(record, "recorded", lambda *_: False)
+    monkeypatch.setattr(loop, "recorded", lambda *_: False)
     others, nothing = trained(tmp_path / "without", variant)
     assert nothing is None and all(torch.equal(weights[name], others[name]) for name in weights)
 
@@ -127,24 +125,19 @@ def test_rows_tell_the_step_of_a_whole_drafter():
     for key, own in matrices(drafter).items():
         change = math.sqrt(sum(float(((p.detach() - b) ** 2).sum()) for p, b in zip(own, before[key], strict=True)))
         assert found[(*key, "adam_step_norm")] == pytest.approx(change, rel=2e-3)
-        assert found[(*key, "numel")] == sum(p.numel() for p in own)
+        assert found[(*key, "grad_norm")] == norms[key]
 
 
-def test_branch_gradients_follow_the_gate():
-    """∂L/∂c = g ⊙ ∂L/∂o and ∂L/∂s = (1 - g) ⊙ ∂L/∂o: with a gate of 1/4 their norms are as 1 to 3."""
+def test_the_gate_is_that_of_every_draft_step():
+    """sigmoid(ln 1/3) = 1/4."""
     drafter = examples.drafter("hybrid")
     layer = drafter.layers[0]
     with torch.no_grad():
         layer.gate.weight.zero_()
         layer.gate.bias.fill_(math.log(1 / 3))
-    with branch_gradients(drafter) as rows:
-        loss(drafter).backward()
-    found = pd.DataFrame(rows).pivot(index="draft_step", columns="branch", values="value")
-    assert found.index.tolist() == list(range(STEPS)) and (found > 0).all().all()
-    assert (found["self"] / found["cross"]).tolist() == pytest.approx([3.0] * STEPS, rel=1e-4)
     gates = pd.DataFrame(gate_rows(drafter, examples.live(), STEPS))
-    by_name = gates.groupby("quantity")["value"]
-    assert by_name.max()["gate_mean"] == pytest.approx(0.25) and by_name.max()["gate_spread"] < 1e-6
+    assert gates["value"].tolist() == pytest.approx([0.25] * len(gates))
+    assert sorted(set(gates["draft_step"])) == list(range(STEPS)) and "mix" not in vars(layer)
     assert gate_rows(examples.drafter("hidden"), examples.live(), STEPS) == []
 
 
@@ -172,24 +165,6 @@ def test_compiled_steps_are_recorded_alike(monkeypatch):
     found = []
     for drafter in (plain, compiled):
         loss(drafter).backward()  # traced before anything is watched
-        with branch_gradients(drafter) as rows:
-            loss(drafter).backward()
-        found.append(pd.DataFrame(rows + gate_rows(drafter, examples.live(), STEPS)))
+        found.append(pd.DataFrame(gate_rows(drafter, examples.live(), STEPS)))
     pd.testing.assert_frame_equal(found[1], found[0], rtol=1e-4)
-    assert len(found[0]) > 2 * STEPS and (found[0]["value"] > 0).all()
-
-
-def test_a_failing_step_leaves_no_hook_behind():
-    drafter = examples.drafter("hybrid")
-    rows, optimiser = [], torch.optim.AdamW(drafter.parameters(), fused=True)
-    recorder = Recorder(drafter, optimiser, 10, rows)
-    with pytest.raises(ZeroDivisionError), recorder.step(1, 100):
-        raise ZeroDivisionError
-    assert "mix" not in vars(drafter.layers[0]) and not optimiser._optimizer_step_post_hooks
-    for step in (2, 3):
-        with recorder.step(step, 100 * step):
-            loss(drafter).backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    assert {(row["step"], row["trained_tokens"]) for row in rows} == {(2, 200), (3, 300)}
-    assert not optimiser._optimizer_step_post_hooks
+    assert len(found[0]) >= STEPS and (found[0]["value"] > 0).all()
