@@ -26,6 +26,8 @@ def trained_again():
 
 
 STATED = [
+    ("with un-rotated, normed entries it is above, by .011", lambda: minus("kv_1", "none_1", STEP, 6, profile="sources")[:1]),
+    ("with the same norms, .07", lambda: minus("states_2", "kv_2", profile="sources")[:1]),
     ("15.3 million training tokens", lambda: [table("runs").query("init_from.isna()")["trained_tokens"].mean() / 1e6]),
     ("508 greedy answers to judge on", lambda: [table("counts")["document"].nunique()]),
     (".31 tokens [.27, .35] more per target forward than `hidden`", lambda: minus("hidden_31", "hidden")),

@@ -55,7 +55,7 @@ def orderings():
 
 
 STATED = [
-    ("K6: so it does at the last draft step | −.006", lambda: (6, minus("kv_1", "none_1", "step_acceptance", 6)[0])),
+    ("K6: so it does at the last draft step | −.006", lambda: minus("kv_1", "none_1", "step_acceptance", 6)[:1]),
     ("+.011 [.007, .015], as expected", lambda: minus("kv_1", "none_1", "step_acceptance", 6, profile="sources")),
     ("+.173 [.161, .186], reproduced", lambda: minus("kv_1", "none_1", profile="sources")),
     ("+.067 [.048, .089], not reproduced", lambda: minus("states_2", "kv_2", profile="sources")),
