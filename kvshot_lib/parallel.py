@@ -84,13 +84,6 @@ def draw(make: Callable[[int, int], Tensor], rows: int, columns: int = 1) -> Ten
     return make(*whole.tolist())[rank() :: count()][:rows, :columns]
 
 
-def norms(values: list[float]) -> list[float]:
-    """Euclidean norms of tensors that lie in parts in all processes, from each process's norm of its part."""
-    if count() == 1 or not values:
-        return values
-    return summed(torch.tensor(values, dtype=torch.float64, device=_where()) ** 2).sqrt().tolist()
-
-
 def _where() -> str:
     """Where tensors have to be for the processes to exchange them."""
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
