@@ -14,11 +14,10 @@ from ..drafters.runs import find_runs
 from ..drafters.variants import MAIN_VARIANTS, in_study_order
 from ..errors import StudyError
 from ..files import read_json, sha256
-from .acceptance import AXES
 from .resampling import acceptance_table
-from .tables import TABLES, check, empty, read, read_one, rounded, write
+from .tables import TABLES, check, read, read_one, rounded, write
 
-AGAIN = "make it again with notebooks/03_train_drafter.ipynb"
+AGAIN = "run notebooks/03_train_drafter.ipynb for this run again"
 OF_RUN = ("counts", "run_lengths", "axes", "history", "gradients")
 
 
@@ -88,33 +87,13 @@ def _read_run(folder: Path) -> dict[str, pd.DataFrame]:
     for file, digest in read_json(folder / "run.json", "").get("files", {}).items():
         if not (folder / file).is_file() or sha256(folder / file) != digest:
             raise StudyError(f"{folder / file} is missing or not what the run wrote: delete {folder} and train again")
-    for name in OF_RUN:
-        path = folder / f"{name}.csv"
-        if path.is_file():
-            found[name] = read_one(path, name, AGAIN)
-        elif TABLES[name].optional:
-            found[name] = empty(name)
-        else:
-            raise StudyError(f"{path} is not there: run notebooks/03_train_drafter.ipynb for this run again")
+    found |= {name: read_one(folder / f"{name}.csv", name, AGAIN) for name in OF_RUN}
     expected = f"{folder.parent.name}/{folder.name}"
     for name, table in found.items():
         inside = sorted({f"{row.variant}/seed{row.seed}" for row in table.itertuples()}) or ["no run"]
         if inside != [expected] and not (table.empty and TABLES[name].optional):
             raise StudyError(f"the {name} in {folder} are of {' and '.join(inside)}: delete {folder} and train again")
-    _check_axes(found["axes"], found["counts"], folder)
     return found
-
-
-def _check_axes(axes: pd.DataFrame, counts: pd.DataFrame, folder: Path) -> None:
-    """Refuse a run whose anchors and matches along an axis are not those of its counts."""
-    index, summed = ["document", "draft_step"], ["anchors", "matches"]
-    wanted = counts[counts["draft_step"].isin(axes["draft_step"]) & (counts["anchors"] > 0)]
-    for axis in AXES:
-        found = axes[axes["axis"] == axis].groupby(index)[summed].sum()
-        if not found.equals(wanted.set_index(index)[summed].sort_index()):
-            raise StudyError(
-                f"the bins of {axis} in {folder / 'axes.csv'} don't sum to counts.csv: delete {folder} and train again"
-            )
 
 
 def _check_one_target(runs: pd.DataFrame, results_dir: Path) -> None:

@@ -26,12 +26,12 @@ from ..drafters.variants import in_study_order
 from ..errors import StudyError
 from .claims import stated
 from .resampling import Draws, drawn_as, interval, resample_weights
+from .tables import PARTS
 
 RUN = ["variant", "seed", "dtype", "device"]
 PLAN = ["mode", "plan"]
 ALL = "all"  # the category that holds every prompt
 PEERS = "transformers"  # the name under which `generate` stands among the variants
-PARTS = ("prefill", "verify", "draft", "project", "bookkeeping", "sampling", "rest")
 PART_COLUMNS = tuple(f"{part}_s" for part in PARTS)
 SUMS = ["new_tokens", "extra_tokens", "forwards", "drafted", "seconds", *PART_COLUMNS]
 

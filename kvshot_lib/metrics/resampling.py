@@ -221,27 +221,27 @@ def stack_counts(counts: pd.DataFrame, run_lengths: pd.DataFrame) -> tuple[pd.Da
     StudyError : two runs differ in their evaluation documents, draft steps or valid anchors (then a difference between
         them could come from the mask), or a row is missing or double
     """
-    keys = counts[["variant", "seed"]].drop_duplicates().reset_index(drop=True)
-    by_run, lengths_by_run = counts.groupby(["variant", "seed"]), run_lengths.groupby(["variant", "seed"])
+    run = ["variant", "seed"]
+    keys = counts[run].drop_duplicates().reset_index(drop=True)
+    by_run = dict(iter(counts.sort_values(["document", "draft_step"]).groupby(run)))
+    lengths_by_run = dict(iter(run_lengths.sort_values("document").groupby(run)))
     stacked, stacked_runs, first = [], [], None
     for key in keys.itertuples(index=False, name=None):
         name = f"{key[0]} seed {key[1]}"
-        if key not in lengths_by_run.groups:
+        if key not in lengths_by_run:
             raise StudyError(f"run_lengths has no rows for {name}: evaluate that run again with 03_train_drafter")
-        run = by_run.get_group(key).sort_values(["document", "draft_step"])
-        lengths = lengths_by_run.get_group(key).sort_values("document")
-        masks = run[["document", "draft_step", "anchors"]].to_numpy(), lengths[["document", "anchors"]].to_numpy()
+        own, lengths = by_run[key], lengths_by_run[key]
+        masks = own[["document", "draft_step", "anchors"]].to_numpy(), lengths[["document", "anchors"]].to_numpy()
         first = first or (name, masks)
         if not all(np.array_equal(mine, others) for mine, others in zip(masks, first[1])):
             raise StudyError(
                 f"{name} and {first[0]} were evaluated on different documents, draft steps or anchors: "
                 "evaluate both with the same settings, or remove one of the two runs"
             )
-        documents, steps = run["document"].nunique(), run["draft_step"].nunique()
-        twice = run.duplicated(["document", "draft_step"]).any()
-        if twice or len(run) != documents * steps or len(lengths) != documents:
+        shape = own["document"].nunique(), own["draft_step"].nunique()
+        if own.duplicated(["document", "draft_step"]).any() or (len(own), len(lengths)) != (np.prod(shape), shape[0]):
             raise StudyError(f"counts of {name} need one row per document and draft step: evaluate that run again")
-        stacked.append(run[COUNTS].to_numpy().reshape(documents, steps, len(COUNTS)))
+        stacked.append(own[COUNTS].to_numpy().reshape(*shape, len(COUNTS)))
         stacked_runs.append(lengths[RUNS].to_numpy())
     return keys, np.stack(stacked), np.stack(stacked_runs)
 

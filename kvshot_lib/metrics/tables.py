@@ -40,7 +40,8 @@ def _table(columns: str, *, large: bool = False, optional: bool = True) -> Table
 
 RUN = "*variant:str *seed "
 CHAIN = " anchors matches reached chain_matches"
-SECONDS = "".join(f" {part}_s:float" for part in "prefill verify draft project bookkeeping sampling rest".split())
+PARTS = ("prefill", "verify", "draft", "project", "bookkeeping", "sampling", "rest")  # of an answer's time
+SECONDS = "".join(f" {part}_s:float" for part in PARTS)
 ANSWER = _table(  # a row an answer
     RUN + "*mode:str *plan:str *prompt:str *turn category:str prompt_tokens new_tokens same_tokens forwards "
     "drafted:int? accepted:int? seconds:float fastest_s:float slowest_s:float repeats" + SECONDS +
@@ -160,20 +161,24 @@ def read(tables_dir: str | Path, name: str) -> pd.DataFrame:
     path, remedy = path_of(tables_dir, name), "train drafters and collect them; `make study` does both"
     if path.is_file():
         check_listed(path, remedy)
-        return read_one(path, name, remedy)
-    for old in (path.with_name(f"{name}.{form}") for form in OLD_FORMS):
-        if old.is_file():
-            raise StudyError(f"{old} has an earlier form: convert the folder once with `kvshot convert {tables_dir}`")
-    if TABLES[name].optional:
-        return empty(name)
-    raise StudyError(f"{path} is not there: {remedy}")
+    elif any((old := path.with_name(f"{name}.{form}")).is_file() for form in OLD_FORMS):
+        raise StudyError(f"{old} has an earlier form: convert the folder once with `kvshot convert {tables_dir}`")
+    return read_one(path, name, remedy)
 
 
 def read_one(path: Path, name: str, remedy: str = "delete it and make it again") -> pd.DataFrame:
-    """Read and check a file with the columns of table ``name``; a StudyError if it is no such table.
+    """Read and check a file with the columns of table ``name``; an optional one that is not there is empty.
 
     Only empty cells are missing (a variant may be called ``none``), and text such as 1e5 stays text.
+
+    Raises
+    ------
+    StudyError : no such file, or none with this table.
     """
+    if not path.is_file():
+        if TABLES[name].optional:
+            return empty(name)
+        raise StudyError(f"{path} is not there: {remedy}")
     text = {column: "str" for column, kind in SCHEMAS[name].items() if kind == "str"}
     try:
         if path.suffix == ".parquet":

@@ -1,11 +1,13 @@
 """What every measuring of trained drafters shares: runs and features opened, parts made once, tables written."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import torch
+from tqdm import tqdm
 
 from ..drafters import context
 from ..drafters.runs import DESCRIPTION, find_runs
@@ -17,6 +19,7 @@ from ..metrics import tables
 from ..parts import Parts
 from ..provenance import provenance
 from ..target.load import Target, load_target
+from ..training.anchors import find_anchors
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,15 @@ def open_results(results_dir: str | Path, runs: Sequence[str] = (), splits: Sequ
             f"the features in {folder} come from other weights of {target.name}; run notebook 01_extract_kv_cache anew"
         )
     return Results(folder, found, target, sources)
+
+
+def visit(
+    source, told: str, reads: Sequence[str], draft_length: int, device, documents: Sequence[int] = ()
+) -> Iterator:
+    """Documents of a source one by one (all by default): number, features in float32 and their anchors."""
+    for document in tqdm(documents or range(len(source)), desc=told, mininterval=5):
+        features = source.batch([document], reads).to(device, torch.float32)
+        yield document, features, find_anchors(features.answer_mask, draft_length)
 
 
 def read_by(drafter, source):

@@ -38,15 +38,14 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..drafters.attention import chain_attention
 from ..drafters.drafter import Drafter
 from ..metrics.acceptance import COUNTS, count_document
-from ..training.anchors import find_anchors
 from ..training.judging import judge, predict
 from ..training.loss import ttt_loss
 from .attention import Attend, Call, attending, kv_attentions, own_query
+from .measuring import visit
 from .target_rows import TargetState
 
 RATE, CLIP, ANCHOR_FRACTION = 5e-4, 0.5, 0.2
@@ -104,10 +103,9 @@ def retrain(drafter: Drafter, arm: str, maps: list[Tensor], how: Retraining) -> 
     trained = [parameter.requires_grad_() for parameter in output_side(drafter)]
     optimiser = torch.optim.AdamW(trained, lr=how.rate, betas=(0.9, 0.95), weight_decay=0.01)
     chance, reads = np.random.default_rng(how.seed), (*drafter.reads, "final_hidden", "target_argmax")
-    order = np.concatenate([chance.permutation(len(how.documents)) for _ in range(how.passes)])
-    for step, place in enumerate(tqdm(order.tolist(), desc=f"re-train {arm}", mininterval=5)):
-        document = how.documents[place]
-        features = how.sources["train"].batch([document], reads).to(drafter.norm.weight.device, torch.float32)
+    order = np.concatenate([chance.permutation(how.documents) for _ in range(how.passes)]).tolist()
+    visits = visit(how.sources["train"], f"re-train {arm}", reads, how.draft_length, drafter.norm.weight.device, order)
+    for step, (document, features, _) in enumerate(visits):
         generator = torch.Generator().manual_seed(how.seed * 1_000_003 + step)
         attend = make_attend(arm, drafter, how.states["train"](document), maps, how.seed + document)
         sampled = {"ttt_steps": how.draft_length, "anchor_fraction": ANCHOR_FRACTION, "generator": generator}
@@ -125,9 +123,8 @@ def retrain(drafter: Drafter, arm: str, maps: list[Tensor], how: Retraining) -> 
 def evaluate(drafter: Drafter, arm: str, maps: list[Tensor], how: Retraining) -> pd.DataFrame:
     """Counts of every evaluation document, teacher-forced: document, draft_step and `acceptance.COUNTS`."""
     source, device, rows = how.sources["evaluation"], drafter.norm.weight.device, []
-    for document in tqdm(range(len(source)), desc=f"evaluate {arm}", mininterval=5):
-        features = source.batch([document], (*drafter.reads, "target_argmax")).to(device, torch.float32)
-        anchors = find_anchors(features.answer_mask, how.draft_length)
+    visits = visit(source, f"evaluate {arm}", (*drafter.reads, "target_argmax"), how.draft_length, device)
+    for document, features, anchors in visits:
         attend = make_attend(arm, drafter, how.states["evaluation"](document), maps, how.seed + document)
         with attending(drafter, attend):
             match = judge(predict(drafter, features, anchors, how.draft_length), features, anchors)[0].cpu().numpy()

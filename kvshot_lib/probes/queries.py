@@ -19,8 +19,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
-import torch
-from tqdm import tqdm
 
 from ..drafters.checkpoint import load_drafter
 from ..drafters.config import DrafterConfig
@@ -31,9 +29,8 @@ from ..errors import StudyError
 from ..features.shuffled import ShuffledKV
 from ..metrics.acceptance import axis_steps
 from ..parts import claim
-from ..training.anchors import find_anchors
 from .attention import overlap_rows, reference_rows, watch
-from .measuring import Part, Results, described, facts_of, measure_parts, open_results, write_tables
+from .measuring import Part, Results, described, facts_of, measure_parts, open_results, visit, write_tables
 from .oracle import RATE, Retraining, run_arm
 from .probe import probe_data, probe_rows
 from .target_rows import check_rows, plain_queries, read_state, rotary_of
@@ -58,11 +55,8 @@ class Run:
 
     def documents(self, told: str, reads: Sequence[str] = ()) -> Iterator[tuple]:
         """Every evaluation document: its number, features, anchors and the target's state."""
-        source = self.sources["evaluation"]
-        for document in tqdm(range(len(source)), desc=told, mininterval=5):
-            features = source.batch([document], reads).to(self.target.device, torch.float32)
-            anchors = find_anchors(features.answer_mask, self.draft_length)
-            yield document, features, anchors, self.states["evaluation"](document)
+        for found in visit(self.sources["evaluation"], told, reads, self.draft_length, self.target.device):
+            yield *found, self.states["evaluation"](found[0])
 
 
 def measure_references(run: Run) -> pd.DataFrame:
@@ -92,11 +86,6 @@ def measure_probe(run: Run) -> pd.DataFrame:
         labels = plain_queries(state, rotary)
         data.append((document, probe_data(run.drafter, features, anchors, run.steps, labels)))
     return pd.DataFrame(probe_rows(data, run.layers))
-
-
-def measure_arm(run: Run, arm: str, how: Retraining) -> pd.DataFrame:
-    """Rows of ``query_oracle`` of one arm of one run."""
-    return run_arm(run.drafter, arm, how)
 
 
 def measure_queries(
@@ -133,7 +122,14 @@ def measure_queries(
         parts.append(Part("attention_overlap", "overlap", partial(measure_overlap, run), run.folder))
         parts.append(Part("query_probe", "probe", partial(measure_probe, run), run.folder))
         for arm in QUERY_ARMS if oracle else ("as_trained",):
-            parts.append(Part("query_oracle", f"oracle_{arm}", partial(measure_arm, run, arm, how), run.folder))
+            parts.append(
+                Part(
+                    "query_oracle",
+                    f"oracle_{arm}",
+                    lambda run=run, arm=arm, how=how: run_arm(run.drafter, arm, how),
+                    run.folder,
+                )
+            )
     depends = f"{fingerprint} {results.hashes} {documents} {passes} {rate} {results.draft_length}"
     made = measure_parts(results.folder / "query_estimation", depends, parts)
     tokens = int(made["query_oracle"]["trained_tokens"].max())

@@ -28,16 +28,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..drafters.checkpoint import load_drafter
 from ..errors import StudyError
 from ..metrics.acceptance import AXES, axis_steps
 from ..target.capture import uniform_layers
 from ..target.load import Target, full_attention_layers, resolve_dtype
-from ..training.anchors import find_anchors
 from ..training.judging import anchor_places, match_documents
-from .measuring import Part, facts_of, measure_parts, open_results, read_by, write_tables
+from .measuring import Part, facts_of, measure_parts, open_results, read_by, visit, write_tables
 from .target_rows import check_rows, compute_state, jensen_shannon
 
 KV_LAYERS = 3  # the study's default: uniformly spaced layers, the same for every drafter: shift is of the anchor
@@ -98,9 +96,7 @@ def measure_target(source, target: Target, draft_length: int, layers: Sequence[i
     """
     check_rows(target, layers, source.batch([0], ()).tokens[0, : source.lengths[0]][:64])
     steps, found = axis_steps(draft_length), []
-    for document in tqdm(range(len(source)), desc="attention shift", mininterval=2):
-        features = source.batch([document], ("final_hidden",))
-        anchors = find_anchors(features.answer_mask, draft_length)
+    for document, features, anchors in visit(source, "attention shift", ("final_hidden",), draft_length, target.device):
         kept = anchors.valid[0, :, 0].cpu()
         index, valid = anchors.index[0].cpu()[kept], anchors.valid[0].cpu()[kept]
         if not len(index):

@@ -127,10 +127,8 @@ def edit(name, change):
         (edit("counts", lambda t: t.assign(draft_step=0)), "counts.csv has two rows for .*'document': 0"),
         (edit("counts", lambda t: t.assign(variant="kv_9")), "the counts in .* are of kv_9/seed0"),
         (edit("axes", lambda t: t.assign(variant="kv_9")), "the axes in .* are of kv_9/seed0"),
-        (edit("axes", lambda t: t[:-1]), "bins of generated_offset in .*axes.csv don't sum to counts.csv: delete"),
-        (edit("axes", lambda t: t.assign(matches=0)), "don't sum to counts.csv"),
         (edit("counts", lambda t: t[:0]), "the counts in .* are of no run"),
-        (edit("counts", lambda t: t[1:]), "don't sum to counts.csv"),
+        (edit("counts", lambda t: t[1:]), "different documents, draft steps or anchors"),
         (edit("run_lengths", lambda t: t[1:]), "different documents, draft steps or anchors"),
     ],
 )
