@@ -90,7 +90,10 @@ def generate_corpus(
     facts |= {"vocab_size": target.vocab_size, "dtype": str(target.dtype).removeprefix("torch."), **asdict(settings)}
     turns = by_split(user_turns) if user_turns else {}
     if turns:
-        facts |= {"user_turns": user_turns, "user_turns_sha256": turns_hash(turns["train"])}
+        facts |= {
+            "user_turns": user_turns,
+            "user_turns_sha256": turns_hash(turn for split in SPLITS for turn in turns[split]),
+        }
     _refuse_to_mix(folder / "parts" / "settings.json", facts)
     splits, seen = {}, set()
     for split in SPLITS:

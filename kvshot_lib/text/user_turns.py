@@ -6,14 +6,14 @@ first user turn of a dialogue is taken; the answer in the data set is thrown awa
 """
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import StudyError
 from .corpus import SPLITS
+from .records import first_turn, read_records
 
-FORMS = "messages/conversations of role/from and content/value (UltraChat, ShareGPT), or prompt"
+HOLDS = "a record holds messages, conversation(s) or prompt, of role/from and content/value (UltraChat, ShareGPT)"
 
 
 def read_user_turns(sources: str) -> list[str]:
@@ -23,26 +23,11 @@ def read_user_turns(sources: str) -> list[str]:
     ------
     StudyError : a source that can't be had or read, no package ``datasets`` for it, or a form that isn't known.
     """
-    turns = dict.fromkeys(
-        turn for source in sources.split(",") for record in _records(source.strip()) if (turn := first_turn(record))
-    )
+    records = (record for source in sources.split(",") for record in _records(source.strip()))
+    turns = [turn for turn in dict.fromkeys(first_turn(record, where) for where, record in records) if turn]
     if not turns:
-        raise StudyError(f"no user turns in {sources}; a record holds {FORMS}")
-    return list(turns)
-
-
-def first_turn(record: dict) -> str:
-    """The first user turn of one record, stripped; empty if the dialogue does not begin with one.
-
-    >>> first_turn({"conversations": [{"from": "human", "value": " Hello. "}, {"from": "gpt", "value": "Hi!"}]})
-    'Hello.'
-    """
-    messages = record.get("messages") or record.get("conversations")
-    if isinstance(messages, Sequence) and messages and isinstance(messages[0], dict):
-        said = [(m.get("role") or m.get("from"), m.get("content") or m.get("value")) for m in messages]
-        speaker, text = next((turn for turn in said if turn[0] != "system"), ("", ""))
-        return str(text or "").strip() if speaker in ("user", "human") else ""
-    return record["prompt"].strip() if isinstance(record.get("prompt"), str) else ""
+        raise StudyError(f"no user turns in {sources}; {HOLDS}")
+    return turns
 
 
 def turns_hash(turns: Iterable[str]) -> str:
@@ -60,10 +45,9 @@ def by_split(sources: str) -> dict[str, list[str]]:
     return {split: [turn for number, turn in enumerate(turns) if number % 20 in places[split]] for split in SPLITS}
 
 
-def _records(source: str) -> Iterator[dict]:
-    path = Path(source)
-    if path.suffix in (".jsonl", ".json"):
-        yield from _local(path)
+def _records(source: str) -> Iterator[tuple[str, dict]]:
+    if Path(source).suffix in (".jsonl", ".json"):
+        yield from read_records(source, HOLDS)
         return
     try:
         from datasets import load_dataset
@@ -71,23 +55,10 @@ def _records(source: str) -> Iterator[dict]:
         raise StudyError(f"{source} needs pip install datasets; a local .jsonl file of dialogues doesn't") from error
     name, _, split = source.partition(":")
     try:
-        yield from load_dataset(name, split=split or "train")
+        records = load_dataset(name, split=split or "train")
     except Exception as error:  # datasets raises a dozen kinds
         why = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise StudyError(
             f"could not load {source}: {why}; give a name:split of the hub or a local .jsonl file"
         ) from error
-
-
-def _local(path: Path) -> Iterator[dict]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        lines = [line for line in text.split("\n") if line.strip()]
-        records = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
-        raise StudyError(
-            f"could not read dialogues from {path} ({error}); give JSON in UTF-8, a record a line in .jsonl"
-        ) from error
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise StudyError(f"{path} is not a list of records; a record holds {FORMS}")
-    yield from records
+    yield from ((f"{source}, record {number}", record) for number, record in enumerate(records, start=1))

