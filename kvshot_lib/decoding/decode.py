@@ -28,7 +28,7 @@ from ..target.capture import capture
 from ..target.load import Target
 from ..target.shared import check_length
 from .clock import part
-from .propose import CHAIN, Chain, Frontier, Proposal, Tree, draft_block, draft_chain, draft_tree
+from .propose import ALONE, CHAIN, Chain, Frontier, Proposal, Tree, draft_block, draft_chain, draft_tree
 from .sampling import GREEDY, Chooser, Sampling
 from .verify import TargetRun
 
@@ -75,7 +75,7 @@ def decode(
 
     Parameters
     ----------
-    drafter : None is the target alone (as is ``Chain(0)``), through the same code.
+    drafter : None is the target alone, as is any drafter by the plan ``Chain(0)``, through the same code.
     prompt : [n] token ids, chat template and all.
     eos_token_ids : each of them ends the answer; by default all that end a turn of the target. ``()`` never ends.
 
@@ -89,7 +89,9 @@ def decode(
     prompt = check_prompt(target, prompt, check_value("max_new_tokens", max_new_tokens, int))
     stops = target.stop_ids if eos_token_ids is None else eos_token_ids
     stops = check_value("eos_token_ids", tuple(stops) if isinstance(stops, Iterable) else stops, tuple[int, ...])
-    drafting = Drafting(check_drafter(target, drafter), plan, len(prompt) + max_new_tokens) if drafter else NoDrafting()
+    drafter = check_drafter(target, drafter) if drafter else None
+    drafts = drafter and plan != ALONE
+    drafting = Drafting(drafter, plan, len(prompt) + max_new_tokens) if drafts else NoDrafting()
     with capture(target.model, hidden=drafting.hidden_layers) as taken:
         run = TargetRun(target, taken, drafting.kv_layers)
         return speculate(run, drafting, prompt, Chooser(sampling), max_new_tokens, set(stops))

@@ -62,12 +62,8 @@ def measure_latency(
 ) -> Path:  # fmt: skip
     """Time verifying and drafting at the size of an architecture, with random weights: step_latency in TABLES_DIR.
 
-    Parameters
-    ----------
-    architecture : qwen3-8b, on a GPU; tiny tries the command out.
-    drafters : names of variants.
-    prefixes : context lengths in tokens.
-    vocabulary : draft_vocab_size.
+    ``architecture`` is qwen3-8b, on a GPU, or tiny, which tries the command out; ``prefixes`` are context lengths in
+    tokens, ``vocabulary`` is the draft vocabulary's size.
 
     Raises
     ------

@@ -36,16 +36,8 @@ def verify_lossless(
 ) -> int:  # fmt: skip
     """Decode greedily with trained drafters and compare every token with the target alone: lossless in OUT/tables.
 
-    Parameters
-    ----------
-    runs : VARIANT/seedN; all trained ones by default, or the drafters of a folder of checkpoints.
-    prompts : study, human-eval or a .jsonl file; the first turn of each is answered.
-    count : the first so many of them.
-    new_tokens : at most, of an answer.
-    dtype : of target and drafters: float32 or bfloat16.
-    threads : of the CPU (PyTorch's own choice by default).
-    keep : folder of tables recorded before; rows of theirs that are not measured here are taken over.
-    out : where rows and table go (RESULTS_DIR by default).
+    Answered is the first turn of each of ``count`` prompts. ``out`` is where rows and table go (RESULTS_DIR by default);
+    what else is given means what it means in :func:`~timing.measure_speed`.
 
     Returns
     -------

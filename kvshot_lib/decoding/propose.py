@@ -46,8 +46,13 @@ class Chain:
         if self.length < 0:
             raise StudyError(f"a chain of {self.length} drafts makes no sense; give 0 (the target alone) or more")
 
+    @property
+    def label(self) -> tuple[str, str]:
+        """Columns ``mode`` and ``plan`` of tables."""
+        return ("chain", str(self.length)) if self.length else ("alone", "-")
 
-CHAIN = Chain()
+
+CHAIN, ALONE = Chain(), Chain(0)
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,11 @@ class Tree:
                 f"tree (depth, top_k, total) = ({self.depth}, {self.top_k}, {self.total}): "
                 "depth must be 0 or more, top_k and total 1 or more"
             )
+
+    @property
+    def label(self) -> tuple[str, str]:
+        """Columns ``mode`` and ``plan`` of tables."""
+        return "tree", f"{self.depth}/{self.top_k}/{self.total}"
 
 
 @dataclass(frozen=True)

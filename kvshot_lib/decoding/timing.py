@@ -32,8 +32,9 @@ from ..provenance import device_name
 from ..settings import check_value
 from ..target.load import Target, load_target
 from ..text.prompts import load_prompts
-from .propose import Chain, Tree
-from .turns import Plans, Turn, answer, dialogue_turns, generate_rows, plans_of, turn_rows
+from .decode import decode
+from .propose import ALONE, Chain, Tree
+from .turns import Plan, Turn, dialogue_turns, generate_rows, plans_of, turn_rows
 
 C14 = ("hybrid_warm", "hidden_continued")
 
@@ -99,16 +100,10 @@ def measure_speed(
     Parameters
     ----------
     runs : VARIANT/seedN; all trained ones by default, or the drafters of a folder of checkpoints.
-    new_tokens : at most, of an answer.
-    repeats : timed passes; their median counts.
-    prompts : study, human-eval or a .jsonl file.
-    prompts_per_category : how many, from the file's start.
-    chains : lengths of chains.
-    tree : depth, top_k and total of EAGLE's tree; none for no tree.
-    lookup_tokens : of transformers' prompt lookup.
-    threads : of the CPU (PyTorch's own choice by default).
-    dtype : of target and drafters: auto, bfloat16 or float32.
+    prompts : study, human-eval or a .jsonl file; the first ``prompts_per_category`` of each category.
+    chains, tree : lengths of chains; depth, top_k and total of EAGLE's tree, () for none.
     keep : folder of tables recorded before; rows of theirs that are not measured here are taken over.
+    fingerprint : of the code; what other code measured is measured again.
 
     Raises
     ------
@@ -146,14 +141,8 @@ def duel(
 ) -> Path:  # fmt: skip
     """Time the two fastest drafters and claim C14's pair on other prompts: decode_duel in RESULTS_DIR/tables.
 
-    Parameters
-    ----------
-    tables_dir : with decode_prompts, by which they are chosen (RESULTS_DIR/tables by default).
-    new_tokens : at most, of an answer.
-    repeats : timed passes; their median counts.
-    prompts : study, human-eval or a .jsonl file; those that aren't in decode_prompts are decoded.
-    threads : of the CPU (PyTorch's own choice by default).
-    dtype : of target and drafters: auto, bfloat16 or float32.
+    ``tables_dir`` (RESULTS_DIR/tables by default) has the decode_prompts by which they are chosen; prompts that are not
+    in there are decoded.
 
     Raises
     ------
@@ -176,7 +165,7 @@ def duel(
     return tables.write(Path(results_dir) / "tables", "decode_duel", with_kept("decode_duel", rows))
 
 
-def pairs(known: pd.DataFrame) -> dict[str, Plans]:
+def pairs(known: pd.DataFrame) -> dict[str, list[Plan]]:
     """``variant/seedN`` -> its plans: the two fastest chains of ``known`` (`decode_prompts`), and C14's pair if it is there.
 
     C14's have the longest chain and the tree.
@@ -192,21 +181,21 @@ def pairs(known: pd.DataFrame) -> dict[str, Plans]:
         own = known[known["variant"] == variant]
         found.append((variant, "chain", max(own.loc[own["mode"] == "chain", "plan"], key=int)))
         found += [(variant, "tree", plan) for plan in own.loc[own["mode"] == "tree", "plan"].unique()]
-    plans: dict[str, Plans] = {}
+    plans: dict[str, dict[Plan, None]] = {}
     for variant, mode, plan in found:
         run = f"{variant}/seed{known.loc[known['variant'] == variant, 'seed'].min()}"
         drafted = Chain(int(plan)) if mode == "chain" else Tree(*map(int, plan.split("/")))
-        plans.setdefault(run, {})[mode, plan] = drafted
-    return plans
+        plans.setdefault(run, {})[drafted] = None
+    return {run: [*own] for run, own in plans.items()}
 
 
-def warm_up(trained: Trained, plans: Mapping[str, Plans], turn: Turn) -> None:
+def warm_up(trained: Trained, plans: Mapping[str, Sequence[Plan]], turn: Turn) -> None:
     """Decode a few tokens every way, so that no timed pass is any kernel's first."""
     target = trained.target
     print(device_name(target.device), target.dtype, f"torch {torch.__version__}", f"target {target.name}", sep=", ")
     for run, drafter in trained.drafters.items():
-        for plan in (None, *plans[run].values()):
-            answer(target, drafter, plan, turn.tokens, max_new_tokens=8, eos_token_ids=())
+        for plan in (ALONE, *plans[run]):
+            decode(target, drafter, turn.tokens, plan, max_new_tokens=8, eos_token_ids=())
 
 
 def with_kept(name: str, rows: pd.DataFrame, keep: str | Path = "") -> pd.DataFrame:

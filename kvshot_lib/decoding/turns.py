@@ -8,6 +8,7 @@ slow down what is timed. Batch size 1, greedy.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import pandas as pd
@@ -19,11 +20,9 @@ from ..target.load import Target
 from ..text.prompts import Prompt, encode_turn
 from .clock import PARTS, timed_parts
 from .decode import decode
-from .propose import Chain, Tree
+from .propose import ALONE, Chain, Tree
 
-Plans = dict[tuple[str, str], Chain | Tree]
-"""(mode, plan) as tables name them -> what is drafted"""
-ALONE = ("alone", "-")  # mode and plan of the target alone, whoever runs it
+Plan = Chain | Tree
 
 
 @dataclass(frozen=True)
@@ -49,19 +48,10 @@ def dialogue_turns(target: Target, prompts: Sequence[Prompt], new_tokens: int) -
     return found
 
 
-def plans_of(drafter: Drafter, chains: Sequence[int], tree: Tree | None) -> Plans:
+def plans_of(drafter: Drafter, chains: Sequence[int], tree: Tree | None) -> list[Plan]:
     """The chains and the tree that are measured with a drafter; a block's chains end at its last slot."""
     most = drafter.config.block_size - 1 if drafter.config.paradigm == "block" else max(chains, default=0)
-    lengths = sorted({min(length, most) for length in chains})
-    found: Plans = {("chain", str(length)): Chain(length) for length in lengths}
-    if tree is not None:
-        found["tree", f"{tree.depth}/{tree.top_k}/{tree.total}"] = tree
-    return found
-
-
-def answer(target: Target, drafter: Drafter, plan: Chain | Tree | None, tokens: Sequence[int], **limits):
-    """What `decode` gives by a plan; None is the target alone."""
-    return decode(target, drafter, tokens, plan, **limits) if plan else decode(target, None, tokens, **limits)
+    return [*map(Chain, sorted({min(length, most) for length in chains})), *([tree] if tree else [])]
 
 
 def take_turns(device: torch.device, ways: dict[tuple, Callable], repeats: int) -> dict[tuple, tuple[object, list]]:
@@ -78,14 +68,15 @@ def take_turns(device: torch.device, ways: dict[tuple, Callable], repeats: int) 
     return {way: (found[way], seconds[way]) for way in ways}
 
 
-def turn_rows(target: Target, drafter: Drafter, plans: Plans, turn: Turn, new: int, repeats: int) -> pd.DataFrame:
+def turn_rows(
+    target: Target, drafter: Drafter, plans: Sequence[Plan], turn: Turn, new: int, repeats: int
+) -> pd.DataFrame:
     """Rows of ``decode_prompts``, of ``new`` tokens at most: the target alone (mode ``alone``), then each plan."""
     ways = {
-        name: lambda plan=plan: answer(target, drafter, plan, turn.tokens, max_new_tokens=new)
-        for name, plan in {ALONE: None, **plans}.items()
+        plan.label: partial(decode, target, drafter, turn.tokens, plan, max_new_tokens=new) for plan in (ALONE, *plans)
     }
     timed = take_turns(target.device, ways, repeats)
-    rows, alone = [], timed[ALONE][0].tokens
+    rows, alone = [], timed[ALONE.label][0].tokens
     for name, (out, seconds) in timed.items():
         with timed_parts(target.device) as clock:
             ways[name]()
@@ -100,13 +91,10 @@ def generate_rows(target: Target, lookup_tokens: int, turn: Turn, new: int, repe
 
     Alone, and with prompt lookup: its drafts are copied from where the last tokens occurred before.
     """
-    lookup = {"prompt_lookup_num_tokens": lookup_tokens}
-    ways = {
-        name: lambda given=given: generate(target, turn.tokens, new, **given)
-        for name, given in {ALONE: {}, ("prompt_lookup", str(lookup_tokens)): lookup}.items()
-    }
+    given = {ALONE.label: {}, ("prompt_lookup", str(lookup_tokens)): {"prompt_lookup_num_tokens": lookup_tokens}}
+    ways = {name: partial(generate, target, turn.tokens, new, **rules) for name, rules in given.items()}
     timed = take_turns(target.device, ways, repeats)
-    alone = timed[ALONE][0][0]
+    alone = timed[ALONE.label][0][0]
     return pd.DataFrame(
         _row(name, turn, tokens, alone, seconds) | {"forwards": forwards - 1}
         for name, ((tokens, forwards), seconds) in timed.items()
