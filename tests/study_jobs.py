@@ -26,8 +26,10 @@ TRAIN = {
 }  # fmt: skip
 PROFILE = Profile(
     "torture",
-    extract={"target": "tiny", "corpus": "tiny", **{f"{name}_documents": n for name, n in DOCUMENTS.items()}},
-    train={"draft_vocab_size": 384, "epochs": 1, "batch_documents": 4, "checkpoint_every_s": 0.0},
+    {
+        "extract": {"target": "tiny", "corpus": "tiny", **{f"{name}_documents": n for name, n in DOCUMENTS.items()}},
+        "train": {"draft_vocab_size": 384, "epochs": 1, "batch_documents": 4, "checkpoint_every_s": 0.0},
+    },
     drafters={"hidden": {}, "kv_1": {"paradigm": "kv"}, "hybrid_warm": {"paradigm": "hybrid", "init_from": "hidden"}},
 )
 

@@ -160,6 +160,10 @@ def export(**given) -> None:
 @target
 @options("whose evaluation answers are drafted", corpus="selfgen")
 @options(documents=64)
+@click.option(
+    "--set", "fields", multiple=True, metavar="FIELD=VALUE",
+    help="of config.json, taken instead: rope_theta=10000 for a drafter trained by EAGLE's own code; may be repeated",
+)  # fmt: skip
 def measure_import(**given) -> None:
     """Measure an EAGLE-3 checkpoint with the study's metrics, on evaluation answers of the target."""
     from .publish import measure_eagle3

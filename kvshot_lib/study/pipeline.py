@@ -25,7 +25,7 @@ def run_study(profile: str, words: Sequence[str]) -> int:
 
     loaded = checked_profile(profile)
     results = loaded.results
-    for step in (key for key in NOTEBOOKS if getattr(loaded, key) is not None):
+    for step in loaded.notebooks:
         covered(step)  # what is wrong with its code is told here; in the Snakefile it would be lost in the quiet
     if DRY & set(words):
         print(overview(loaded, results), flush=True)
@@ -101,7 +101,7 @@ def drawings(name: str) -> list[tuple[Path, Path, dict]]:
     known = (FOLDER / f"{name}.yaml").exists()  # or else recorded by hand
     profile, found = load_profile(name) if known else Profile(name), []
     for key in DRAWING:
-        parameters, notebook = getattr(profile, key), Path(NOTEBOOKS[key])
+        parameters, notebook = profile.notebooks.get(key), Path(NOTEBOOKS[key])
         if known and parameters is None:
             print(f"{notebook.name}: not drawn for {name}, whose profile has no '{key}'")
             continue

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -10,6 +10,7 @@ import yaml
 from ..drafters.variants import VARIANTS, check_current, parameters_of
 from ..errors import StudyError
 from ..training.config import configurations
+from . import cli, measurements
 from .notebooks import check_names, check_no_number_as_text, check_parameters, parameter_defaults
 
 NOTEBOOKS = {
@@ -27,24 +28,20 @@ NOTEBOOKS = {
 DRAWING = tuple(NOTEBOOKS)[3:]  # these read tables and draw; those before them make numbers
 FOLDER = Path("notebooks/profiles")
 CHECKPOINTS = Path("data/checkpoints")
-# What `dialogues` and `speed` may hold: options of `kvshot generate` and `kvshot decode speed`.
-DIALOGUES = (
-    "user_turns", "train", "validation", "evaluation", "max_length_tokens", "max_user_tokens", "temperature", "top_p",
-    "batch_size", "seed", "thinking",
-)  # fmt: skip
-SPEED = (
-    "threads", "new_tokens", "repeats", "prompts", "prompts_per_category", "chains", "tree", "lookup_tokens",
-)  # fmt: skip
 SET_BY_PIPELINE = {"results_dir", "figures_dir", "tables_dir", "variant", "seed", "profile"}
+SAID_ONCE = {"target", "device", "dtype", "keep"}  # by the extraction, not again as options of a command
+ALWAYS = {"extract": {}, "train": {}, "decay": {}}
+KINDS = {"dialogues": dict, "speed": dict, "checkpoints": list, "seeds": list, "parallel_trainings": int}
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a profile file says; each dict holds parameters of one notebook, and the pipeline leaves out what is None.
+    """What a profile file says.
 
     Attributes
     ----------
-    generate, extract, train, decay, … : of that key of `NOTEBOOKS`; a notebook that draws, and is null, is not run.
+    notebooks : parameters of the notebooks that run, by key of `NOTEBOOKS`: extract, train and decay always do (a file
+        may leave out ``decay`` by null), others where the file has their key.
     dialogues : options of `kvshot generate`; the target of `extract` writes (or answers) them: they are the corpus.
     speed : options of `kvshot decode speed`, measured for ``decode``; lists for those that take several numbers.
     checkpoints : names of published drafters (folders of data/checkpoints), judged beside the trained ones.
@@ -55,22 +52,23 @@ class Profile:
     """
 
     name: str
-    generate: dict | None = None
+    notebooks: dict = field(default_factory=dict)
     dialogues: dict | None = None
-    extract: dict = field(default_factory=dict)
-    train: dict = field(default_factory=dict)
-    decay: dict | None = field(default_factory=dict)
-    bottlenecks: dict | None = None
-    prefix: dict | None = None
-    decode: dict | None = None
     speed: dict = field(default_factory=dict)
-    scorecard: dict | None = None
-    beyond: dict | None = None
-    sources: dict | None = None
     checkpoints: list = field(default_factory=list)
     drafters: dict = field(default_factory=dict)
     seeds: list = field(default_factory=lambda: [0])
     parallel_trainings: int = 0
+
+    @property
+    def extract(self) -> dict:
+        """Parameters of the extraction that the file sets."""
+        return self.notebooks["extract"]
+
+    @property
+    def train(self) -> dict:
+        """Parameters that the file sets for every training."""
+        return self.notebooks["train"]
 
     @property
     def results(self) -> Path:
@@ -94,25 +92,26 @@ def load_profile(name_or_path: str | Path) -> Profile:
         content = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise StudyError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    kinds = {f.name: f.type if f.type in (list, int) else dict for f in fields(Profile) if f.name != "name"}
-    check_names(content, kinds, where)
-    for key, value in content.items():
-        left_out = value is None and key in DRAWING
-        if not isinstance(value, kinds[key]) and not left_out and not (key == "drafters" and isinstance(value, list)):
-            raise StudyError(f"{where}: '{key}' must be a {kinds[key].__name__}, not {value!r}")
-    content["drafters"] = resolve_drafters(content.get("drafters", {}), where)
-    sections = {key: content[key] for key in NOTEBOOKS if content.get(key) is not None}
-    drafters = {f"drafters.{variant}": parameters for variant, parameters in content["drafters"].items()}
-    for section, parameters in (sections | drafters).items():
+    check_names(content, [*NOTEBOOKS, *KINDS, "drafters"], where)
+    drafters = resolve_drafters(content.pop("drafters", {}), where)
+    notebooks = ALWAYS | {key: content.pop(key) for key in NOTEBOOKS if key in content}
+    if notebooks["decay"] is None:
+        del notebooks["decay"]
+    for key, value in (notebooks | content).items():
+        if not isinstance(value, kind := KINDS.get(key, dict)):
+            raise StudyError(f"{where}: '{key}' must be a {kind.__name__}, not {value!r}")
+    own = {f"drafters.{variant}": parameters for variant, parameters in drafters.items()}
+    for section, parameters in (notebooks | own).items():
         for name, value in parameters.items():
             if name in SET_BY_PIPELINE:
                 raise StudyError(f"{where}, {section}: '{name}' is set by the pipeline; take it out")
             check_no_number_as_text(f"{where}, {section}, {name}", value)
-    check_names(content.get("dialogues", {}), DIALOGUES, f"{where}, dialogues")
-    check_names(content.get("speed", {}), SPEED, f"{where}, speed")
-    if "dialogues" in content and "corpus" in content.get("extract", {}):
+    for section, command in (("dialogues", cli.generate), ("speed", measurements.speed)):
+        options = [own.name for own in command.params if own.param_type_name == "option" and own.name not in SAID_ONCE]
+        check_names(content.get(section, {}), options, f"{where}, {section}")
+    if "dialogues" in content and "corpus" in notebooks["extract"]:
         raise StudyError(f"{where}, extract: with 'dialogues' they are the corpus; take 'corpus' out")
-    return Profile(name=path.stem, **content)
+    return Profile(path.stem, notebooks, drafters=drafters, **content)
 
 
 def resolve_drafters(given: list | dict, where: str) -> dict[str, dict]:
@@ -121,6 +120,8 @@ def resolve_drafters(given: list | dict, where: str) -> dict[str, dict]:
     A name of the study always means the study's drafter: parameters given for it (a budget, say) are added to its own,
     and one that changes its own is refused. Another name needs parameters.
     """
+    if not isinstance(given, list | dict):
+        raise StudyError(f"{where}: 'drafters' must be a list of names or a mapping, not {given!r}")
     found = {}
     for name in given:
         parameters = (given[name] if isinstance(given, dict) else None) or {}
@@ -151,9 +152,8 @@ def checked_profile(name_or_path: str | Path) -> Profile:
     where = f"profile {profile.name}"
     if not profile.drafters or not profile.seeds:
         raise StudyError(f"{where} has no drafters or no seeds, so there is nothing to train")
-    for key, notebook in NOTEBOOKS.items():
-        if getattr(profile, key) is not None:
-            check_parameters(notebook, getattr(profile, key))
+    for key, parameters in profile.notebooks.items():
+        check_parameters(NOTEBOOKS[key], parameters)
     for variant, parameters in profile.drafters.items():
         check_parameters(NOTEBOOKS["train"], parameters)
         check_start(profile, variant)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import yaml
 
 from ..drafters.checkpoint import STEP, WEIGHTS, load_drafter, read_description, save_rounded
 from ..drafters.config import READS
@@ -185,10 +186,21 @@ def export(run_folder: str, out: str, *, target: str = DEFAULT_TARGET, dtype: st
     return export_eagle3(load_drafter(Path(run_folder), model), model, Path(out), dtype=getattr(torch, dtype))
 
 
-def measure_eagle3(folder: str, *, target: str = DEFAULT_TARGET, corpus: str = "selfgen", documents: int = 64) -> str:
-    """What the study's metrics say of an EAGLE-3 checkpoint, on evaluation answers of the target."""
+def measure_eagle3(
+    folder: str,
+    *,
+    target: str = DEFAULT_TARGET,
+    corpus: str = "selfgen",
+    documents: int = 64,
+    fields: Sequence[str] = (),
+) -> str:
+    """What the study's metrics say of an EAGLE-3 checkpoint, on evaluation answers of the target.
+
+    ``fields`` of its config to take instead, ``rope_theta=10000``.
+    """
     model = load_target(target, dtype="float32")
-    drafter = import_eagle3(Path(folder), model)
+    given = {name: yaml.safe_load(value) for name, _, value in (field.partition("=") for field in fields)}
+    drafter = import_eagle3(Path(folder), model, **given)
     source = LiveFeatures(model, load_corpus(corpus, "evaluation").documents[:documents], drafter.spec)
     counts, lengths = count_run("imported", 0, match_documents(source, drafter, DRAFT_LENGTH))
     accepted = lengths["accepted"].sum() / max(1, lengths["anchors"].sum())

@@ -103,7 +103,7 @@ def test_recorded_figures_are_what_their_notebook_draws(profile, tmp_path):
     """Redraw a profile's figures from its recorded tables: numbers to a thousandth, pictures to 2 grey levels (rms)."""
     folder, drawn_here = ROOT / "figures" / profile, tmp_path / "figures"
     folders = {"tables_dir": str(ROOT / "data/recorded" / profile), "figures_dir": str(drawn_here)}
-    parameters = load_profile(ROOT / f"notebooks/profiles/{profile}.yaml").decay
+    parameters = load_profile(ROOT / f"notebooks/profiles/{profile}.yaml").notebooks["decay"]
     run_here(ROOT / "notebooks/04_long_range_decay.ipynb", parameters | folders)
     assert {path.name for path in drawn_here.iterdir()} <= {path.name for path in folder.iterdir()}
     for path in sorted(drawn_here.glob("*.csv")):

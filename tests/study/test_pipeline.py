@@ -189,6 +189,7 @@ def test_killed_run_is_resumed_and_changed_parameters_start_afresh(tmp_path, mon
         ("wait_s: 0", "seed: 1", "'seed' is set by the pipeline"),
         ("drafters:", "seeds: 3\ndrafters:", "'seeds' must be a list, not 3"),
         ("{target: tiny}", "{target: tiny", "not valid YAML"),
+        ("train:", "generate: 3\ntrain:", "'generate' must be a dict, not 3"),
         ("{paradigm: kv}", "kv", "drafters.kv_1 must be a mapping"),
         ("{paradigm: kv}", "{paradigm: hidden}", "the study's 'kv_1' has paradigm='kv'; with 'hidden' give it another"),
         ("hidden:\n", "hiden:\n", r"the study has no 'hiden' \(did you mean 'hidden'\?\); valid names: hidden, .*kv_1"),
@@ -207,7 +208,7 @@ def test_killed_run_is_resumed_and_changed_parameters_start_afresh(tmp_path, mon
         (
             "wait_s: 0",
             "learning_rate: fast",
-            "drafter 'hidden': '>' not supported between instances of 'str' and 'int'",
+            "drafter 'hidden': learning_rate='fast' must be a finite number",
         ),
     ],
 )
@@ -265,7 +266,7 @@ def test_figures_are_redrawn_from_every_recorded_profile(tmp_path, monkeypatch, 
         own = {"samples": 5} if (name, notebook.name[:2]) == ("small", "08") else {}
         assert parameters == {**own, "tables_dir": f"../data/recorded/{name}", "figures_dir": f"../figures/{name}"}
     drawn = {name: sorted(numbers) for name, numbers in drawn.items()}
-    assert drawn == {"other": ["04", "05", "06", "07", "08", "09"], "small": ["04", "08"]}
+    assert drawn == {"other": ["04", "05", "06", "07", "08", "09", "12"], "small": ["04", "08"]}
     assert "09_beyond_ttt.ipynb: not drawn for small, whose profile has no 'beyond'" in capsys.readouterr().out
     assert main(["figures", "smal"]) == 1
     assert "there are no tables in data/recorded/smal; recorded: other, small" in capsys.readouterr().err

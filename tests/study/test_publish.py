@@ -151,4 +151,9 @@ def test_a_drafter_in_eagle3s_form_is_exported_and_measured(tmp_path, capsys):
     assert load_file(tmp_path / "out/model.safetensors")["fc.weight"].dtype == torch.bfloat16
     assert cli.main(["eagle3", "import", out, *target, "--corpus", "tiny", "--documents", "4"]) == 0
     assert "measured MAT 1." in capsys.readouterr().out
+    given = ["--corpus", "tiny", "--documents", "4", "--set", "rope_theta=1000", "--set", "norm_output=true"]
+    assert cli.main(["eagle3", "import", out, *target, *given]) == 0
+    assert "measured MAT 1." in capsys.readouterr().out
+    assert cli.main(["eagle3", "import", out, *target, "--set", "rope_theta=fast"]) == 1
+    assert "rope_theta='fast' must be a finite number" in capsys.readouterr().err
     assert cli.main(["eagle3", "import", str(tmp_path / "nothing"), *target]) == 1

@@ -57,7 +57,7 @@ def test_the_features_in_memory_train_the_same_drafter_as_those_on_disk(swept, t
 def test_a_profiles_own_dialogues_are_what_it_trains_on(tmp_path):
     """Ids of another corpus would mean other text; without the dialogues the command that writes them is named."""
     profile = replace(load_profile("smoke"), dialogues={"train": 4})
-    profile = replace(profile, extract={name: own for name, own in profile.extract.items() if name != "corpus"})
+    del profile.extract["corpus"]
     with pytest.raises(StudyError, match="no dialogues .*: python -m kvshot_lib generate .*/corpus --target tiny --train 4"):
         sweep.load_features(profile, tmp_path)
     documents = load_corpus("tiny", "train").documents
