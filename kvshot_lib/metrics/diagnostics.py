@@ -66,7 +66,7 @@ def flow_draws(flow: pd.DataFrame, samples: int = 2000, seed: int = 0) -> Draws:
     The first is the draft-side part of ∂L/∂W_k over ∂L/∂W_q, the second that of ∂L/∂W_v over ∂L/∂W_o, in the branch
     that reads the target's KV (in `hidden`, its only one), at the longest context that training knew. A gradient per
     parameter is √(Σ ‖∂L/∂W‖² / Σ parameters) over documents and layers. A hybrid has those of its self branch too,
-    ``self_key_gradient`` and so on, and ``cross_over_self_k_proj`` of each matrix.
+    ``self_key_gradient`` and ``self_value_gradient``.
     """
     if flow.empty:
         return drawn_as([], [], samples, seed)
@@ -78,16 +78,12 @@ def flow_draws(flow: pd.DataFrame, samples: int = 2000, seed: int = 0) -> Draws:
     drawn = draw_ratios(wide, ["branch", "matrix"], samples, seed, root=True)
     names = drawn.keys[["variant", "seed", "branch", "matrix"]].itertuples(index=False, name=None)
     found, made = dict(zip(names, drawn.values, strict=True)), {}
-    for variant, run, branch in dict.fromkeys(name[:3] for name in found):
-        own = {matrix: row for (*at, matrix), row in found.items() if at == [variant, run, branch]}
-        beside = {matrix: found.get((variant, run, "self", matrix)) for matrix in own}
-        both = branch == "cross" and beside.get("q_proj") is not None
+    for variant, run, branch, matrix in found:
         prefix = "self_" if branch == "self" and (variant, run, "cross", "q_proj") in found else ""
         for metric, (part, against) in RATIOS.items():
-            if part in own:
-                made[variant, run, prefix + metric, None] = own[part] / own[against]
-        for part in ("q_proj", "k_proj", "v_proj", "o_proj") if both else ():
-            made[variant, run, f"cross_over_self_{part}", None] = own[part] / beside[part]
+            if matrix == part:
+                ratio = found[variant, run, branch, part] / found[variant, run, branch, against]
+                made[variant, run, prefix + metric, None] = ratio
     return drawn_as(list(made), list(made.values()), samples, seed)
 
 

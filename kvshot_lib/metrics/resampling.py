@@ -149,9 +149,8 @@ def drawn_as(keys: Sequence[Sequence], values: Sequence[np.ndarray], samples: in
 
 def joined(parts: Sequence[Draws]) -> Draws:
     """Draws of several tables as one; they must have the same number of samples."""
-    return Draws(
-        pd.concat([p.keys for p in parts], ignore_index=True), np.concatenate([p.values for p in parts]), parts[0].seed
-    )
+    keys, values = zip(*((part.keys, part.values) for part in parts))
+    return Draws(pd.concat(keys, ignore_index=True), np.concatenate(values), parts[0].seed)
 
 
 def draw(counts: pd.DataFrame, run_lengths: pd.DataFrame, samples: int = 2000, seed: int = 0) -> Draws:

@@ -33,7 +33,7 @@ from .attention import overlap_rows, reference_rows, watch
 from .measuring import Part, Results, described, facts_of, measure_parts, open_results, visit, write_tables
 from .oracle import RATE, Retraining, run_arm
 from .probe import probe_data, probe_rows
-from .target_rows import check_rows, plain_queries, read_state, rotary_of
+from .target_rows import check_rows, plain_queries, read_state
 
 REFERENCE = "target"  # in place of a variant: rows of `attention_overlap` that are about the target alone
 RETRAINED = 96  # training documents that arms are re-trained on
@@ -81,9 +81,9 @@ def measure_overlap(run: Run) -> pd.DataFrame:
 
 def measure_probe(run: Run) -> pd.DataFrame:
     """Rows of ``query_probe`` of one run."""
-    rotary, data = rotary_of(run.target, run.drafter.spec), []
+    data = []
     for document, features, anchors, state in run.documents("probe", run.drafter.reads):
-        labels = plain_queries(state, rotary)
+        labels = plain_queries(state, run.drafter.rotary)
         data.append((document, probe_data(run.drafter, features, anchors, run.steps, labels)))
     return pd.DataFrame(probe_rows(data, run.layers))
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..drafters.attention import rotated
@@ -16,7 +15,6 @@ from ..errors import StudyError
 from ..files import write_atomically
 from ..target.capture import attention_rows, capture
 from ..target.load import Target
-from ..target.shared import rope_parameters
 
 
 @dataclass(frozen=True)
@@ -109,18 +107,8 @@ def check_rows(target: Target, layers: Sequence[int], tokens: Tensor) -> None:
         )
 
 
-def rotary_of(target: Target, spec) -> LlamaRotaryEmbedding:
-    """The target's RoPE, from its config."""
-    config = target.config
-    sizes = LlamaConfig(
-        hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, head_dim=spec.head_dim,
-        rope_parameters=rope_parameters(config), max_position_embeddings=config.max_position_embeddings,
-    )  # fmt: skip
-    return LlamaRotaryEmbedding(sizes).to(target.device)
-
-
 def plain_queries(state: TargetState, rotary: LlamaRotaryEmbedding) -> Tensor:
-    """True queries without RoPE: [n, S, H · D]."""
+    """True queries without RoPE, ``rotary`` being the target's, as every drafter has it: [n, S, H · D]."""
     cos, sin = rotary(state.queries, torch.arange(state.length, device=state.queries.device)[None])
     scale = rotary.attention_scaling**2
     return rotated(state.queries, (cos / scale, -sin / scale)).permute(2, 0, 1, 3).flatten(2)

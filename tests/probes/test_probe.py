@@ -14,7 +14,7 @@ from kvshot_lib.probes.probe import (
     probe_rows,
     squares,
 )
-from kvshot_lib.probes.target_rows import compute_state, plain_queries, rotary_of
+from kvshot_lib.probes.target_rows import compute_state, plain_queries
 from kvshot_lib.text.corpus import Document
 from kvshot_lib.training.anchors import find_anchors
 
@@ -71,7 +71,7 @@ def test_queries_without_rotation_are_what_the_target_projects():
     handle = module.register_forward_hook(lambda _m, _i, output: taken.append(output[0]))
     state = compute_state(target(), tokens, (1, 2))
     handle.remove()
-    plain = plain_queries(state, rotary_of(target(), live().spec))
+    plain = plain_queries(state, drafter("kv_1").rotary)
     assert plain.shape == (len(tokens), 2, 64)
     assert torch.allclose(plain[:, 1], taken[0].view(len(tokens), 4, 16).flatten(1), atol=1e-5)
 
@@ -100,7 +100,7 @@ def test_rows_of_several_documents():
     for document in range(4):
         features = source.batch([document])
         state = compute_state(target(), features.tokens[0], source.spec.kv_layers)
-        labels = plain_queries(state, rotary_of(target(), source.spec))
+        labels = plain_queries(state, built.rotary)
         data.append((document, probe_data(built, features, find_anchors(features.answer_mask, STEPS), [0, 6], labels)))
     rows = probe_rows([*data, (4, {})], source.spec.kv_layers)
     assert len(rows) == 2 * 2 * 4 * 3  # labels, steps, documents, target layers
