@@ -29,7 +29,8 @@ def find_runs(results_dir: str | Path, runs: Sequence[str] = (), finished: bool 
     check_current(name.partition("/")[0] for name in runs)
     folder, mark, found = Path(results_dir), FINISHED if finished else DESCRIPTION, {}
     for path in folder.glob(f"runs/*/seed*/{mark}"):
-        found[f"{path.parents[1].name}/{path.parent.name}"] = path.parent
+        if re.fullmatch(r"seed\d+", path.parent.name):
+            found[f"{path.parents[1].name}/{path.parent.name}"] = path.parent
     for path in [] if finished else folder.glob(f"*/{DESCRIPTION}"):
         seed = read_json(path, "restore it with git").get("seed", 0)
         found[f"{path.parent.name}/seed{seed}"] = path.parent

@@ -151,6 +151,50 @@ def test_eagle_31_is_the_fused_states_norm_three_times_and_a_switch(tmp_path):
     assert "# EAGLE-3.1 drafter for tiny-llama" in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("kind", ["EAGLE-3", "EAGLE-3.1", "norm_output alone, three layers"])
+@torch.no_grad()
+def test_the_tensors_mean_what_engines_take_them_for(tmp_path, kind):
+    """vLLM's order of things, from the exported files alone: every layer after the first reads the stream, causally."""
+    drafter, target = made(KINDS[kind]), examples.target()
+    folder = export_eagle3(drafter, target, tmp_path)
+    weights, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
+    features, rms = examples.features(documents=(4,)), torch.nn.functional.rms_norm
+    tokens, n = features.tokens[0, 1:], features.tokens.shape[1] - 1
+
+    def norm(name, x):
+        return rms(x, x.shape[-1:], weights[f"{name}.weight"], config["rms_norm_eps"])
+
+    def turned(x):  # [n, heads, 16], half by half
+        angles = torch.arange(1, n + 1)[:, None, None] * config["rope_theta"] ** (-torch.arange(8) / 8)
+        first, second = x.split(8, -1)
+        return torch.cat(
+            [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], -1
+        )
+
+    def layer(place, read, stream):
+        q, k, v = (read @ weights[f"{place}.self_attn.{p}_proj.weight"].T for p in "qkv")
+        q, k, v = turned(q.view(n, 4, 16)), turned(k.view(n, 2, 16)), v.view(n, 2, 16)
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, enable_gqa=True
+        )[0]
+        stream = stream + mixed.transpose(0, 1).flatten(1) @ weights[f"{place}.self_attn.o_proj.weight"].T
+        inner = norm(f"{place}.post_attention_layernorm", stream)
+        gate, up = (inner @ weights[f"{place}.mlp.{p}_proj.weight"].T for p in ("gate", "up"))
+        return stream + (torch.nn.functional.silu(gate) * up) @ weights[f"{place}.mlp.down_proj.weight"].T
+
+    states = features.hidden_states[0, :-1].unbind(1)
+    if config["fc_norm"]:
+        states = [norm(f"fc_norm.{i}", state) for i, state in enumerate(states)]
+    state = torch.cat(states, -1) @ weights["fc.weight"].T
+    embedded = norm("midlayer.input_layernorm", target.model.get_input_embeddings().weight[tokens])
+    out = layer("midlayer", torch.cat([embedded, norm("midlayer.hidden_norm", state)], -1), state)
+    for index in range(1, config["num_hidden_layers"]):
+        out = layer(f"layers.{index}", norm(f"layers.{index}.input_layernorm", out), out)
+    logits = norm("norm", out) @ weights["lm_head.weight"].T
+    ((valid, ours),) = our_logits(drafter, features, 1)
+    assert valid.sum() > 5 and torch.allclose(ours[: int(valid.sum())], logits[: int(valid.sum())], atol=1e-4)
+
+
 def test_norms_of_fused_states_that_differ_are_multiplied_into_fc(tmp_path):
     """norm_i(f) times its own gains, then W: what vLLM computes, state by state."""
     drafter, target = made(KINDS["EAGLE-3.1"]), examples.target()

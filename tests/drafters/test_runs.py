@@ -29,6 +29,7 @@ def results(tmp_path):
     leave(tmp_path, "hidden/seed0", "drafter.json")
     leave(tmp_path, "zoo/seed0", "drafter.json", "run.json")
     leave(tmp_path, "kv_1/seed0")
+    leave(tmp_path, "kv_1/seed0.kept", "drafter.json", "run.json")  # a copy that someone put aside
     return tmp_path
 
 
