@@ -7,9 +7,10 @@ import ast
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from importlib.util import resolve_name
 from pathlib import Path
 
+from .. import EXPORTS
 from ..errors import StudyError
 from .notebooks import check_names, read_code_cells
 from .profiles import DRAWING, NOTEBOOKS
@@ -95,27 +96,17 @@ def imported_modules(tree: ast.AST, room: str, where: str) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[2] for alias in node.names if alias.name.split(".")[0] == "kvshot_lib"}
-        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "kvshot_lib"):
-            if node.level:
-                above = room.split(".")[: len(room.split(".")) - node.level + 1] if room else []
-                base = ".".join([*above, *filter(None, [node.module])])
-            else:
-                base = node.module.partition(".")[2]
-            names |= _imported(base, (alias.name for alias in node.names), where)
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), f"kvshot_lib.{room}".rstrip("."))
+            if base.split(".")[0] == "kvshot_lib":
+                names |= {_home(base.partition(".")[2], alias.name, where) for alias in node.names}
     return names
 
 
-def _imported(base: str, names: Iterable[str], where: str) -> set[str]:
-    """Modules behind ``from base import names``: a name may itself be one, or be lent by the package's ``__init__``."""
-    from .. import EXPORTS
-
-    path, found = module_path(base), set()
-    for name in names:
-        inner = f"{base}.{name}".lstrip(".")
-        if module_path(inner):
-            found.add(inner)
-        elif path and name in path.read_text():
-            found.add(EXPORTS.get(name, base) if not base else base)
-        else:
-            raise StudyError(f"{where} imports kvshot_lib.{inner}, which isn't there; mend the import")
-    return found
+def _home(base: str, name: str, where: str) -> str:
+    """Module behind ``from base import name``: ``name`` may itself be one, or be lent by the package's ``__init__``."""
+    if module_path(inner := f"{base}.{name}".lstrip(".")):
+        return inner
+    if (path := module_path(base)) and name in path.read_text():
+        return base or EXPORTS.get(name, "")
+    raise StudyError(f"{where} imports kvshot_lib.{inner}, which isn't there; mend the import")

@@ -162,7 +162,7 @@ def export(**given) -> None:
 @options(documents=64)
 @click.option(
     "--set", "fields", multiple=True, metavar="FIELD=VALUE",
-    help="of config.json, taken instead: rope_theta=10000 for a drafter trained by EAGLE's own code; may be repeated",
+    help="of config.json, taken instead: rope_theta=10000 if it was trained so; may be repeated",
 )  # fmt: skip
 def measure_import(**given) -> None:
     """Measure an EAGLE-3 checkpoint with the study's metrics, on evaluation answers of the target."""
