@@ -28,7 +28,7 @@ from ..target.load import Target
 from .checkpoint import load_weights
 from .context import check_target
 from .drafter import Drafter, DrafterConfig
-from .eagle3_format import CONFIG, LAYERS, fused_layers, layer_sizes, read_config, tensor_names
+from .eagle3_format import CONFIG, LAYERS, ROPE_TYPES, fused_layers, layer_sizes, read_config, tensor_names
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
@@ -55,10 +55,12 @@ def export_eagle3(
     """
     own, folder = drafter.config, Path(folder)
     check_target(vars(drafter.spec), target, f"the drafter for {folder} was trained")
+    turn = drafter.sizes.rope_parameters.get("rope_type", "default")
     for told, present in (
         (f"paradigm={own.paradigm!r}", own.paradigm != "hidden"),
         ("qk_norm=True", own.qk_norm),
         (f"capped logits ({drafter.logit_cap:g})", drafter.logit_cap),
+        (f"{turn} RoPE, which turns by the length", turn not in ROPE_TYPES),
     ):
         if present:
             raise StudyError(
@@ -145,9 +147,9 @@ def import_eagle3(folder: str | Path, target: Target, **overrides: object) -> Dr
 
     Parameters
     ----------
-    overrides : fields of ``config.json`` to take instead, such as ``rope_theta=10_000``: EAGLE's own code builds
-        its layer with that base whatever the config says, and drafters trained by it accept less with another.
-        ``norm_output=False`` is for SpecForge's of before September 2026, which said true of plain EAGLE-3.
+    overrides : fields of ``config.json`` to take instead, such as ``rope_theta=10_000``: some drafters were trained
+        with that base whatever their config says, and accept less with another. ``norm_output=False`` is for
+        SpecForge's of before September 2026, which said true of plain EAGLE-3.
 
     Raises
     ------

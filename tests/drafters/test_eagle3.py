@@ -538,6 +538,10 @@ def test_what_the_format_has_no_place_for_is_refused(tmp_path):
     capped.logit_cap = 30.0
     with pytest.raises(StudyError, match=r"no place for a drafter with capped logits \(30\)"):
         export_eagle3(capped, examples.target(), tmp_path / "it")
+    long = examples.drafter("hidden")
+    long.sizes.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(StudyError, match="no place for a drafter with dynamic RoPE"):
+        export_eagle3(long, examples.target(), tmp_path / "it")
     assert not (tmp_path / "it").exists()
 
 
