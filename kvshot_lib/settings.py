@@ -36,6 +36,13 @@ def check_value(name: str, value: object, kind: object) -> object:
     return plain
 
 
+def at_least(least: int, **options: int) -> None:
+    """Refuse options of a command that are no whole numbers, or below ``least``."""
+    for name, value in options.items():
+        if check_value(flag := f"--{name.replace('_', '-')}", value, int) < least:
+            raise StudyError(f"{flag} is too small: it starts at {least}")
+
+
 def _fits(value: object, kind: object) -> bool:
     if isinstance(kind, UnionType):
         return any(_fits(value, one) for one in get_args(kind))

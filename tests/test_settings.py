@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshot_lib.errors import StudyError
-from kvshot_lib.settings import check_settings, check_value
+from kvshot_lib.settings import at_least, check_settings, check_value
 
 
 @dataclass(frozen=True)
@@ -67,3 +67,10 @@ def test_lists_of_the_right_kind():
     for wrong in ((1, True), (1, "2"), (1.0,), [1, 2]):
         with pytest.raises(StudyError, match="layers=.* must be a whole number or a list, each of it a whole number"):
             Settings(layers=wrong)
+
+
+def test_options_of_a_command_start_somewhere():
+    at_least(2, new_tokens=2, repeats=9)
+    for value, told in ((1, "--new-tokens is too small: it starts at 2"), (2.5, "--new-tokens=2.5 must be a whole")):
+        with pytest.raises(StudyError, match=told):
+            at_least(2, new_tokens=value)

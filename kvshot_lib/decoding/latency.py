@@ -38,6 +38,7 @@ from ..errors import StudyError
 from ..features.spec import Features
 from ..metrics import tables
 from ..provenance import device_name
+from ..settings import at_least
 from ..target.load import Target, resolve_device
 from .propose import Frontier, run_frontier, slot_logits
 
@@ -69,6 +70,7 @@ def measure_latency(
     ------
     StudyError : an unknown architecture or variant, or one that needs a GPU where there is none.
     """
+    at_least(1, vocabulary=vocabulary, **{f"prefixes {prefix}": prefix for prefix in prefixes})
     where = resolve_device(device)
     if architecture not in ARCHITECTURES:
         raise StudyError(f"architecture={architecture!r}: there are {', '.join(ARCHITECTURES)}")

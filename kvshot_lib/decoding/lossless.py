@@ -20,10 +20,11 @@ import torch
 from ..errors import StudyError
 from ..metrics import tables
 from ..provenance import provenance
+from ..settings import at_least
 from ..text.prompts import load_prompts
 from .decode import decode
 from .propose import Chain, Tree
-from .timing import at_least, load_runs, with_kept
+from .timing import load_runs, with_kept
 from .turns import Turn, dialogue_turns
 
 PLANS = {"chain": Chain(7), "tree": Tree(8, 10, 60)}

@@ -29,7 +29,7 @@ from ..metrics import tables
 from ..metrics.decoding import PEERS, decoding_table, fastest, one_dtype
 from ..parts import Parts
 from ..provenance import device_name
-from ..settings import check_value
+from ..settings import at_least
 from ..target.load import Target, load_target
 from ..text.prompts import load_prompts
 from .decode import decode
@@ -207,10 +207,3 @@ def with_kept(name: str, rows: pd.DataFrame, keep: str | Path = "") -> pd.DataFr
     place = {variant: i for i, variant in enumerate(in_study_order(found["variant"]))}
     by_study = lambda names: names.map(place)
     return tables.rounded(found.sort_values("variant", key=by_study, kind="stable", ignore_index=True))
-
-
-def at_least(least: int, **given: int) -> None:
-    """Refuse settings below ``least``."""
-    for name, value in given.items():
-        if check_value(f"--{name.replace('_', '-')}", value, int) < least:
-            raise StudyError(f"--{name.replace('_', '-')} is too small: it starts at {least}")

@@ -80,14 +80,21 @@ def configurations(values: Mapping) -> tuple[DrafterConfig, TrainConfig]:
     drafter = DrafterConfig.of(values)
     training = TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig) if field.name in values})
     check_training(drafter, training)
+    for name in BESIDE.keys() & values.keys():
+        check_value(name, values[name], BESIDE[name])
     for name in ("draft_vocab_size", "draft_length"):
-        if check_value(name, values.get(name, 1), int) < 1:
+        if values.get(name, 1) < 1:
             raise StudyError(f"{name}={values[name]} must be 1 or more")
     if drafter.paradigm == "block" and values.get("draft_length", 1) >= drafter.block_size:
         raise StudyError(f"draft_length={values['draft_length']} must be below block_size={drafter.block_size}")
     return drafter, training
 
 
+BESIDE = {
+    "draft_vocab_size": int, "draft_length": int, "init_from": str, "device": str, "dtype": str, "compile_steps": bool,
+    "features_on_device": bool,
+}  # fmt: skip
+"""What else a training is given, and its kind."""
 BRANCH_CURES = {"branch_warmup_steps": 0, "branch_loss_weight": 0.0, "branch_learning_rate_scale": 1.0}
 
 

@@ -83,6 +83,7 @@ def test_without_a_mask_a_draft_step_is_the_same_and_attention_is_put_back():
         ({}, "qwen3-8b needs a GPU, and there is none here; --architecture tiny tries it out"),
         ({"architecture": "huge"}, "architecture='huge': there are qwen3-8b, tiny"),
         ({"architecture": "tiny", "drafters": ["kv_9"], "prefixes": []}, "there is no variant 'kv_9'"),
+        ({"architecture": "tiny", "vocabulary": 0}, "--vocabulary is too small: it starts at 1"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, given, told):

@@ -106,10 +106,13 @@ def test_a_training_that_is_taken_has_numbers_of_the_right_kind_alone(values):
         assert type(value) in ((int,) if KINDS[name] is int else (int, float)) and math.isfinite(value) and value >= 0
 
 
-@pytest.mark.parametrize("name", ["draft_vocab_size", "draft_length"])
-@pytest.mark.parametrize("value", [True, 2.0, "8", None, math.nan])
+BESIDE = [(name, value) for name in ("draft_vocab_size", "draft_length") for value in (True, 2.0, "8", None, math.nan)]
+BESIDE += [("compile_steps", "False"), ("features_on_device", 1), ("init_from", None), ("dtype", 32), ("device", 0)]
+
+
+@pytest.mark.parametrize(("name", "value"), BESIDE)
 def test_what_else_notebooks_give_is_of_its_kind_too(name, value):
-    with pytest.raises(StudyError, match=f"{name}=.* must be a whole number"):
+    with pytest.raises(StudyError, match=f"{name}=.* must be (a whole number|True or False|text)"):
         configurations({name: value})
 
 
