@@ -105,6 +105,8 @@ class Training:
         self.drafter, self.source, self.validation, self.config, self.dtype = drafter, source, validation, config, dtype
         self.device, self.path = drafter.norm.weight.device, Path(run_dir) / "checkpoint.pt"
         self.total = total_steps(config, len(source))
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise StudyError(f"dtype={dtype} is not trained in: gradients would vanish; take float32 or bfloat16")
         check_training(drafter.config, config)
         if (warmup := config.branch_warmup_steps) >= self.total:
             raise StudyError(f"branch_warmup_steps={warmup} must be below the {self.total} optimiser steps of the run")
@@ -150,9 +152,9 @@ class Training:
         self.check_finite("the gradient is", math.isfinite(norm), self.progress.step + 1)
         return torch.tensor(counted, dtype=torch.float64).view(3, -1)
 
-    def check_finite(self, what: str, finite: bool, step: int) -> None:
+    def check_finite(self, what: str, right: bool, step: int) -> None:
         """Stop a training that has gone wrong."""
-        if not finite:
+        if not right:
             there = self.path.exists()
             kept = f"the last good checkpoint is {self.path}" if there else "no checkpoint was written before"
             raise StudyError(f"{what} not finite at optimiser step {step}; {kept}; try a lower learning_rate")
@@ -181,8 +183,7 @@ class Training:
 
     def save(self) -> None:
         """Write everything that a resumed run needs, atomically."""
-        finite = all(bool(p.isfinite().all()) for p in self.drafter.parameters())
-        self.check_finite("weights are", finite, self.progress.step)
+        self.check_finite("weights are", finite(self.drafter), self.progress.step)
         state = {
             "identity": self.identity,
             "drafter": self.drafter.state_dict(),
@@ -205,10 +206,17 @@ class Training:
             other = f"{path} belongs to another run (differs in {', '.join(differs)})"
             raise StudyError(f"{other}; delete it or choose another results_dir")
         self.drafter.load_state_dict(state["drafter"])
+        if not finite(self.drafter):
+            raise StudyError(f"{path} holds weights that are not finite; delete it to train from the start")
         self.optimiser.load_state_dict(state["optimiser"])
         progress = Progress(**state["progress"])
         progress.window = None if progress.window is None else progress.window.cpu()
         return progress
+
+
+def finite(drafter: Drafter) -> bool:
+    """Whether every weight is a finite number."""
+    return all(bool(parameter.isfinite().all()) for parameter in drafter.parameters())
 
 
 def share_of_batch(source, indices: list[int], state: tuple[str, ...]) -> Features:

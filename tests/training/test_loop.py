@@ -15,6 +15,7 @@ from kvshot_lib.drafters.drafter import DrafterConfig, build_drafter
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.features.resident import ResidentFeatures
+from kvshot_lib.files import write_sealed
 from kvshot_lib.metrics.acceptance import count_document
 from kvshot_lib.text.corpus import load_corpus
 from kvshot_lib.training import loop as training
@@ -195,6 +196,21 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path, monkeypatch):
     with pytest.raises(StudyError, match="weights are not finite at optimiser step 2; the last good checkpoint is"):
         run(tmp_path, OFTEN)
     assert torch.load(tmp_path / "checkpoint.pt")["progress"]["step"] == 1
+
+
+def test_a_checkpoint_that_holds_a_nan_is_refused(tmp_path):
+    """One of older code, finished or not: nothing is made of it."""
+    run(tmp_path)
+    state = torch.load(path := tmp_path / "checkpoint.pt")
+    state["drafter"]["norm.weight"][0] = math.nan
+    write_sealed(path, lambda handle: torch.save(state, handle))
+    with pytest.raises(StudyError, match="holds weights that are not finite; delete it to train from the start"):
+        run(tmp_path)
+
+
+def test_half_precision_without_bfloat16s_range_is_refused(tmp_path):
+    with pytest.raises(StudyError, match="dtype=torch.float16 is not trained in"):
+        train(examples.drafter("hidden"), examples.live(), examples.live(), SHORT, tmp_path, dtype=torch.float16)
 
 
 def other_set_ups():
