@@ -12,7 +12,7 @@ biases) and token ids stay as they are.
 import hashlib
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import StudyError
-from ..features.spec import FeatureSpec
+from ..features.spec import FeatureSpec, feature_spec
 from ..files import read_json, sha256, write_atomically, write_json
-from ..target.capture import check_layers
+from ..settings import check_settings
 from ..target.load import Target
 from .context import check_target
 from .drafter import Drafter, DrafterConfig, build_drafter
@@ -55,7 +55,9 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     check_target(vars(kept.spec), target, f"the drafter in {folder} was trained")
     told = f"the drafter in {folder} is not what {DESCRIPTION} describes"
     try:
-        check_layers(target.model, kept.spec.hidden_layers, kept.spec.kv_layers)
+        spec = feature_spec(target, kept.spec.kv_layers, kept.spec.hidden_layers)
+        if replace(spec, target=kept.spec.target) != kept.spec:
+            raise StudyError(f"{target.name} has other sizes")
         drafter = build_drafter(kept.config, target, kept.spec, kept.draft_ids)
     except StudyError as error:
         raise StudyError(f"{told}, or for another target: {error}") from error
@@ -144,6 +146,7 @@ def _read(folder: Path, **parameters) -> _Kept:
     try:
         tensors = (load_rounded if "rounding_step" in description else load_file)(folder / WEIGHTS)
         spec, config = FeatureSpec.from_json(description["spec"]), DrafterConfig(**description["config"])
+        check_settings(spec)
         ids = tensors.pop("draft_ids")
     except (SafetensorError, AttributeError, KeyError, TypeError, StudyError) as error:
         raise StudyError(f"the drafter in {folder} can't be read ({error}); {remedy}") from error

@@ -7,6 +7,8 @@ import examples
 import pytest
 import torch
 from examples import STEPS, VARIANTS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from kvshot_lib.drafters.checkpoint import (
@@ -123,6 +125,42 @@ def test_what_does_not_belong_together_is_one_line(tmp_path, change, message):
     assert "\n" not in str(refused.value)
 
 
+JSON = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 3), st.floats(), st.text(max_size=3), st.lists(st.integers(-1, 3))
+)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept")
+    save_drafter(examples.drafter("hybrid"), folder)
+    described = json.loads((folder / DESCRIPTION).read_text())
+    return folder, {name: value for name, value in described.items() if name != "sha256_of_the_rest"}
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_description_is_the_drafters_or_one_line(kept, data):
+    """One or two fields at any depth left out, or something else: nothing but a refusal, or the same drafter."""
+    folder, described = kept
+    described = {**described, "config": dict(described["config"]), "spec": dict(described["spec"])}
+    for _ in range(data.draw(st.integers(1, 2))):
+        place = data.draw(st.sampled_from(["", "config", "spec"]))
+        inner = described[place] if place and isinstance(described.get(place), dict) else described
+        name = data.draw(st.sampled_from(sorted(inner))) if inner else ""
+        inner.pop(name, None)
+        if data.draw(st.booleans()):
+            inner[name] = data.draw(JSON)
+    write_json(folder / DESCRIPTION, described)
+    try:
+        found = load_drafter(folder, examples.target())
+    except StudyError as refused:
+        assert "\n" not in str(refused)
+    else:
+        own = examples.drafter("hybrid").state_dict()
+        assert all(torch.equal(tensor, own[name]) for name, tensor in found.state_dict().items())
+
+
 def test_a_damaged_description_is_refused(tmp_path):
     save_drafter(examples.drafter("hidden"), tmp_path)
     for text in ("{", "{}"):
@@ -150,7 +188,9 @@ def test_a_warm_start_from_elsewhere_is_refused(tmp_path):
     with pytest.raises(StudyError, match="no trained drafter in .*; give a folder"):
         warm_start(hybrid, tmp_path)
     save_drafter(examples.drafter("hidden", "tiny-qwen3"), tmp_path)
-    with pytest.raises(StudyError, match=r"it was trained for target tiny-qwen3 \(\w{8}…\), not for tiny-llama \(\w{8}…\)"):
+    with pytest.raises(
+        StudyError, match=r"it was trained for target tiny-qwen3 \(\w{8}…\), not for tiny-llama \(\w{8}…\)"
+    ):
         warm_start(hybrid, tmp_path)
     save_drafter(examples.drafter("hidden", draft_ids=torch.arange(99)), tmp_path)
     with pytest.raises(StudyError, match=r"another vocabulary \(99 tokens, \w{8}…, not 410 tokens, \w{8}…\)"):
