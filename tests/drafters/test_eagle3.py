@@ -16,7 +16,7 @@ from kvshot_lib.drafters.config import DrafterConfig
 from kvshot_lib.drafters.context import drafter_spec
 from kvshot_lib.drafters.drafter import build_drafter
 from kvshot_lib.drafters.eagle3 import CONFIG, WEIGHTS, export_eagle3, import_eagle3
-from kvshot_lib.drafters.eagle3_format import FIXED, HARMLESS, fused_layers
+from kvshot_lib.drafters.eagle3_format import FIXED, HARMLESS, READ, fused_layers
 from kvshot_lib.errors import StudyError
 from kvshot_lib.training.anchors import find_anchors
 from kvshot_lib.training.judging import predict
@@ -509,6 +509,24 @@ def test_any_fields_that_change_nothing_are_taken_and_unknown_ones_told(plain, t
     else:
         again = import_eagle3(folder, target)
         assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in drafter.state_dict().items())
+
+
+JSON = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 70), st.floats(), st.text(max_size=3), st.lists(st.integers(-1, 5), max_size=4),
+    st.dictionaries(st.sampled_from(["type", "rope_type", "factor", "rope_theta"]), st.sampled_from(["yarn", "linear", 2.0, 0, "x"])),
+)  # fmt: skip
+
+
+@given(st.data())
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_value_of_a_field_is_read_or_refused_in_one_line(plain, tmp_path, data):
+    _, tensors, written = plain
+    for name in data.draw(st.lists(st.sampled_from([*written, *READ, "rope_parameters"]), min_size=1, max_size=3)):
+        written = {**written, name: data.draw(JSON)}
+    try:
+        import_eagle3(left(tmp_path / "it", tensors, written), examples.target())
+    except StudyError as refused:
+        assert "\n" not in str(refused)
 
 
 @given(dropped=st.sets(st.sampled_from(NAMES.split())))
