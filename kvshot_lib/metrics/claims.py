@@ -116,8 +116,8 @@ CLAIMS = (
           note="other layers are read, and the states are normed, the cache is not"),
     Claim("C12d", "… with un-rotated keys on both sides", gap("states_2", "kv_2_unrotate"), "below", aside=True),
     Claim("C13", "Training without TTT is worse", gap("kv_2_no_ttt", "kv_2"), "below"),
-    # On decoded answers. The paper found 5.04 tokens against 5.01, and 5-10% more draft latency. Latency does not depend
-    # on what the weights are, so `hidden` stands for every drafter of its kind.
+    # On decoded answers. The paper found 5.04 tokens against 5.01, and 5-10% more draft latency. Latency does not
+    # depend on what the weights are, so `hidden` stands for every drafter of its kind.
     Claim("C14a", "In tree decoding `hybrid_warm` gets more tokens a forward than `hidden` trained on for as many",
           gap("hybrid_warm", "hidden_continued", "tree_decoded_mat"),
           note="judged again on more data: inconclusive on the first 7 prompts; 98 were added after that look"),
@@ -127,7 +127,8 @@ CLAIMS = (
           gap("hybrid_warm", "hidden", "log_draft_step_s"), "below", 0.0953),
     # Query estimation is the bottleneck if deeper drafters look more where the target looks (a), draft longer too (b),
     # and a shallow one that is given the target's true query gains what the paper calls a gain (c).
-    Claim("C15a", "`kv_4` looks at more of what the target looks at than `kv_1`", gap("kv_4", "kv_1", "overlap_recall")),
+    Claim("C15a", "`kv_4` looks at more of what the target looks at than `kv_1`",
+          gap("kv_4", "kv_1", "overlap_recall")),
     Claim("C15b", "`kv_4` drafts longer than `kv_1`", gap("kv_4", "kv_1", "mat_as_trained")),
     Claim("C15c", "The target's true query gains `kv_1` .05 or more", ((1, "kv_1", "oracle_gain"),), "above", MARGIN),
     # On recorded gradients. Sparse is taken as a tenth or less of what the projections of queries and outputs get, per
@@ -152,8 +153,8 @@ CLAIMS = (
     # Slopes are of log-odds per standard deviation of shift: the statistic is the interaction paradigm × shift.
     Claim("H1", "Where the target's attention has shifted further, `hidden` loses more than `kv_2`, at equal entropy",
           gap("kv_2", "hidden", "shift_slope", LAST)),
-    # A tenth more, between the drafters of the full profile that were best at the end on *validation* documents (B1), and
-    # between the fastest chains on the first prompts, judged on others (B2).
+    # A tenth more, between the drafters of the full profile that were best at the end on *validation* documents (B1),
+    # and between the fastest chains on the first prompts, judged on others (B2).
     Claim("B1a", "`both_4_continued`, best with KV, has a tenth more MAT than `hidden_continued`, equal tokens",
           ((1, "both_4_continued", "measured_mat"), (-1.1, "hidden_continued", "measured_mat"))),
     Claim("B1b", "`both_4_continued`, best with KV, has a tenth more MAT than `states_4_continued`, best without",

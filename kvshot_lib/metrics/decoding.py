@@ -1,4 +1,4 @@
-"""Decoding's results from rows of single answers: tokens per forward, speed, the cost model, claims C14 and B2 (no torch).
+"""Decoding's results from rows of single answers: tokens per forward, speed, costs, claims C14 and B2 (no torch).
 
 Everything is a ratio of sums over prompts, so an interval resamples prompts; the turns of a dialogue stay
 together.
@@ -7,13 +7,12 @@ together.
     tokens_per_s     Σ new tokens / Σ seconds of whole answers, prefill and all
     speedup          tokens_per_s / that of the target alone (mode ``alone``) on the same prompts in the same run
 
-and, of the pass that a clock measured part by part, what the cost model is fed with:
+and, of the pass that a clock measured part by part, what the cost model, decoded_mat / (1 + draft_cost),
+is fed with:
 
     draft_cost       drafter (steps and prefix entries) / verifications: the model's draft_time / verify_time
     verify_cost      one verification / one forward of the target alone over a single token; the model says 1
     other_cost       bookkeeping, sampling and the rest / verifications; the model says 0
-    predicted        decoded_mat / (1 + draft_cost): the cost model, design.md section 7
-    predicted_whole  decoded_mat / (verify_cost · (1 + draft_cost + other_cost)): nothing left out but the prefill
     draft_step_s     seconds of the drafter's steps / levels that it drafted: what a draft step costs
 """
 
@@ -44,18 +43,20 @@ def prompt_sums(rows: pd.DataFrame, prompts: list) -> np.ndarray:
 
 def ratios(sums: np.ndarray, alone: np.ndarray) -> dict[str, np.ndarray]:
     """The module's ratios from sums [..., 12] of a plan and of the target alone."""
-    at = {name: sums[..., SUMS.index(name)] for name in SUMS}
-    base = {name: alone[..., SUMS.index(name)] for name in SUMS}
+    at, base = (dict(zip(SUMS, np.moveaxis(summed, -1, 0))) for summed in (sums, alone))
     with np.errstate(divide="ignore", invalid="ignore"):
         speed, target = at["new_tokens"] / at["seconds"], base["new_tokens"] / base["seconds"]
-        mat = at["extra_tokens"] / at["forwards"]
-        found = {"decoded_mat": mat, "tokens_per_s": speed, "target_tokens_per_s": target, "speedup": speed / target}
-        draft = (at["draft_s"] + at["project_s"]) / at["verify_s"]
-        verify = at["verify_s"] / at["forwards"] / (base["verify_s"] / base["forwards"])
-        other = (at["bookkeeping_s"] + at["sampling_s"] + at["rest_s"]) / at["verify_s"]
-        found |= {"draft_cost": draft, "verify_cost": verify, "other_cost": other}
-        found |= {"predicted": mat / (1 + draft), "predicted_whole": mat / (verify * (1 + draft + other))}
-        return found | {"draft_step_s": at["draft_s"] / at["drafted"]}
+        verify, verify_alone = at["verify_s"] / at["forwards"], base["verify_s"] / base["forwards"]
+        return {
+            "decoded_mat": at["extra_tokens"] / at["forwards"],
+            "tokens_per_s": speed,
+            "target_tokens_per_s": target,
+            "speedup": speed / target,
+            "draft_cost": (at["draft_s"] + at["project_s"]) / at["verify_s"],
+            "verify_cost": verify / verify_alone,
+            "other_cost": (at["bookkeeping_s"] + at["sampling_s"] + at["rest_s"]) / at["verify_s"],
+            "draft_step_s": at["draft_s"] / at["drafted"],
+        }
 
 
 def drawn(rows: pd.DataFrame, samples: int, seed: int) -> Iterator[tuple[tuple, pd.DataFrame, np.ndarray, dict]]:

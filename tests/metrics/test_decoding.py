@@ -75,10 +75,7 @@ def test_peers_have_no_parts():
 
 
 def test_the_cost_model_by_hand():
-    """Three tokens a forward; a forward of 0.12 s costs 1.5 of the target alone, drafting half of it, the rest a quarter.
-
-    Predicted: 3 / (1 + 1/2) = 2; with everything: 3 / (1.5 · (1 + 1/2 + 1/4)).
-    """
+    """Three tokens a forward; a forward of 0.12 s costs 1.5 of the target alone, drafting half of it, the rest a quarter."""
     row = answer(
         tokens=13,
         forwards=4,
@@ -94,7 +91,6 @@ def test_the_cost_model_by_hand():
     found = next({name: row[0] for name, row in ratio.items()} for *_, ratio in drawn(table[::-1], 5, 0))
     assert found["decoded_mat"] == pytest.approx(3) and found["draft_cost"] == pytest.approx(0.5)
     assert found["verify_cost"] == pytest.approx(1.5) and found["other_cost"] == pytest.approx(0.25)
-    assert found["predicted"] == pytest.approx(2) and found["predicted_whole"] == pytest.approx(3 / 1.5 / 1.75)
     assert found["draft_step_s"] == pytest.approx(0.20 / 16)
 
 

@@ -45,7 +45,9 @@ def model():
     found = {(key[0], *key[-2:]): ratio for key, _, _, ratio in decoding.drawn(table("decode_prompts"), 2, 0)}
     wide = pd.DataFrame({key: {name: row[0] for name, row in ratio.items()} for key, ratio in found.items()}).T
     wide = wide.rename_axis(["variant", "mode", "plan"]).query("mode != 'alone' and variant != @decoding.PEERS")
-    return wide.assign(plain=wide["predicted"] / wide["speedup"] - 1, whole=wide["predicted_whole"] / wide["speedup"] - 1)
+    plain, rest = wide["decoded_mat"] / (1 + wide["draft_cost"]), 1 + wide["draft_cost"] + wide["other_cost"]
+    whole = wide["decoded_mat"] / (wide["verify_cost"] * rest)
+    return wide.assign(plain=plain / wide["speedup"] - 1, whole=whole / wide["speedup"] - 1)
 
 
 def costs(variant, plan, column="cost"):
