@@ -7,6 +7,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -16,14 +17,21 @@ from torch import Tensor
 from .. import parallel
 from ..errors import StudyError
 from ..files import check_listed, write_csv
+from ..settings import check_value
 from ..target.load import Target, load_target
-from ..text.corpus import SPLITS, Corpus, answer_token_counts, load_corpus
+from ..text.corpus import SPLITS, answer_token_counts, load_corpus
 from .kept import keep_features
 from .live import LiveFeatures
 from .resident import ResidentFeatures
 from .spec import FeatureSpec, feature_spec
 
 COUNTS = "answer_token_counts.csv"
+SIZES = ("max_length_tokens", "batch_documents", "shard_documents", *(f"{split}_documents" for split in SPLITS))
+KINDS = dict.fromkeys(SIZES, int) | {
+    "replace_store": bool,
+    "state_layers": Literal["eagle", "kv"],
+    "features": Literal["stored", "live"],
+}
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,12 @@ def prepare(values: Mapping) -> Extraction:
 
     Raises
     ------
-    StudyError : an unknown target, corpus or layer; a corpus that another tokenizer wrote.
+    StudyError : an unknown target, corpus or layer; a corpus that another tokenizer wrote; values of another type.
     """
+    for name in KINDS.keys() & values.keys():
+        value = check_value(name, values[name], KINDS[name])
+        if KINDS[name] is int and value < 1:
+            raise StudyError(f"{name}={value} must be 1 or more")
     target = load_target(values["target"], device=values["device"], dtype=values["dtype"])
     spec = feature_spec(target, values["kv_layers"])
     if values.get("state_layers", "eagle") == "kv":
@@ -54,25 +66,12 @@ def prepare(values: Mapping) -> Extraction:
     names = dict.fromkeys(SPLITS, values["corpus"])
     names["evaluation"] = values.get("evaluation_corpus") or values["corpus"]
     corpora = {split: load_corpus(name, split) for split, name in names.items()}
-    documents = {split: cut(corpus, values, target, spec) for split, corpus in corpora.items()}
+    documents = {}
+    for split, corpus in corpora.items():
+        chosen = corpus.documents[: values[f"{split}_documents"]]
+        documents[split] = LiveFeatures(target, chosen, spec, values["max_length_tokens"])
     counts = answer_token_counts(corpora["train"].documents, target.vocab_size)
     return Extraction(target, spec, documents, counts)
-
-
-def cut(corpus: Corpus, values: Mapping, target: Target, spec: FeatureSpec) -> LiveFeatures:
-    """The first documents of a split, as many and as long as ``values`` say."""
-    check_tokenizer(corpus, target)
-    documents = corpus.documents[: values[f"{corpus.split}_documents"]]
-    return LiveFeatures(target, documents, spec, values["max_length_tokens"])
-
-
-def check_tokenizer(corpus: Corpus, target: Target) -> None:
-    """Refuse a corpus whose ids mean other text to this target; one that does not name its tokenizer passes."""
-    if corpus.provenance.get("tokenizer_hash", target.tokenizer_hash) != target.tokenizer_hash:
-        raise StudyError(
-            f"the corpus {corpus.name} was written with the tokenizer of {corpus.provenance.get('target')}, not with "
-            f"that of {target.name}; set corpus to dialogues that {target.name} wrote (notebook 00_generate_corpus)"
-        )
 
 
 def keep(extraction: Extraction, values: Mapping, folder: str | Path) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from ..files import read_json, write_json
 from ..target.load import Target
 from ..text.corpus import CORPORA, load_corpus
 from .live import LiveFeatures
-from .spec import FeatureSpec
+from .spec import FeatureSpec, check_target
 from .store import MANIFEST, StoredFeatures, write_store
 
 RECIPE = "live.json"
@@ -58,7 +58,7 @@ def write_recipe(folder: Path, live: LiveFeatures, corpus: str, split: str) -> N
     """Say in ``folder`` which documents, layers and target these features come from."""
     known = corpus in CORPORA or corpus == "tiny"
     recipe = {
-        "corpus": corpus if known else str(Path(corpus).resolve()), "split": split, "documents": len(live),
+        "corpus": corpus if known else str(Path(corpus).resolve()), "split": split, "documents": live.given_documents,
         "max_length_tokens": live.max_length_tokens, "documents_hash": live.documents_hash, "spec": asdict(live.spec),
     }  # fmt: skip
     write_json(folder / RECIPE, recipe)
@@ -72,12 +72,13 @@ def read_spec(folder: Path) -> FeatureSpec:
 
 
 def open_features(folder: Path, target: Target) -> StoredFeatures | LiveFeatures:
-    """The features kept in ``folder``, from its store, or by its recipe from ``target`` (of the spec's weights).
+    """The features kept in ``folder``, from its store, or by its recipe from ``target``.
 
     Raises
     ------
-    StudyError : nothing there; a damaged store or recipe; a corpus that has changed.
+    StudyError : nothing there; a damaged store or recipe; another target than theirs; a corpus that has changed.
     """
+    check_target(target, read_spec(folder), f"the features in {folder}")
     if not (folder / RECIPE).exists():
         return StoredFeatures(folder)
     recipe = _recipe(folder)

@@ -6,32 +6,38 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from ..errors import StudyError
+from ..settings import check_value
 from ..target.capture import capture, check_layers
 from ..target.load import Target
 from ..target.shared import check_length
 from ..text.corpus import Document
-from .spec import STATE, Features, FeatureSpec, pad_documents
+from .spec import STATE, Features, FeatureSpec, check_target, pad_documents
 
 
 class LiveFeatures:
-    """Features captured on the fly: no disk, one target forward a batch."""
+    """Features captured on the fly: no disk, one target forward a batch.
+
+    Documents are cut to ``max_length_tokens``; those whose answer begins behind that are left out, and a line says so.
+
+    Raises
+    ------
+    StudyError : layers or state of another target; documents that another tokenizer wrote; no answer that is left.
+    """
 
     def __init__(self, target: Target, documents: Sequence[Document], spec: FeatureSpec, max_length_tokens: int = 512):
-        too_large = max(int(document.tokens.max()) for document in documents)
-        if too_large >= spec.vocab_size:
-            raise StudyError(
-                f"the corpus has token id {too_large}, target {target.name} only {spec.vocab_size}; "
-                "use a corpus made with this target"
-            )
+        check_target(target, spec, "these features")
+        if check_value("max_length_tokens", max_length_tokens, int) < 1 or not documents:
+            raise StudyError(f"{len(documents)} documents of {max_length_tokens} tokens at most hold nothing to read")
+        _check_tokenizer(target, documents)
         self.target, self.spec, self.max_length_tokens = target, spec, max_length_tokens
-        longest = min(max_length_tokens, max(len(document.tokens) for document in documents))
-        check_length(target, longest, "set a smaller max_length_tokens")
-        self.documents = [Document(d.tokens[:max_length_tokens], d.answer_mask[:max_length_tokens]) for d in documents]
+        self.given_documents, self.documents = len(documents), _cut(documents, max_length_tokens)
+        check_length(target, max(self.lengths), "set a smaller max_length_tokens")
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -79,6 +85,44 @@ class LiveFeatures:
         flat = final_hidden.flatten(0, 1)
         found = torch.cat([self.target.logits(part).argmax(-1) for part in flat.split(rows)])
         return found.view(final_hidden.shape[:-1])
+
+
+def _check_tokenizer(target: Target, documents: Sequence[Document]) -> None:
+    """Refuse documents whose ids mean other text to this target."""
+    for origin in {id(document.origin): document.origin for document in documents if document.origin}.values():
+        theirs = origin.get("tokenizer_hash")
+        if theirs not in (None, target.tokenizer_hash):
+            raise StudyError(
+                f"the corpus {origin['name']} was written with the tokenizer of {origin.get('target')}, not with that of "
+                f"{target.name} ({theirs[:8]}…, not {target.tokenizer_hash[:8]}…); set corpus to dialogues that "
+                f"{target.name} wrote (notebook 00_generate_corpus)"
+            )
+        if theirs is None and origin["name"] != "tiny":
+            print(
+                f"the corpus {origin['name']} doesn't say what tokenizer wrote it; read as {target.name}'s", flush=True
+            )
+    ids = np.concatenate([document.tokens for document in documents])
+    strange = ids[(ids < 0) | (ids >= target.vocab_size)]
+    if len(strange):
+        raise StudyError(
+            f"the corpus has token id {strange[0]}, target {target.name} only {target.vocab_size}; "
+            "use a corpus made with this target"
+        )
+
+
+def _cut(documents: Sequence[Document], most: int) -> list[Document]:
+    """The documents' first tokens, without those that lose their whole answer."""
+    kept = [d.until(most) for d in documents if d.answer_mask[:most].any() or not d.answer_mask.any()]
+    if not kept:
+        raise StudyError(f"no answer begins within max_length_tokens={most}; set more")
+    if len(kept) < len(documents):
+        was, now = (sum(int(d.answer_mask.sum()) for d in some) for some in (documents, kept))
+        print(
+            f"{len(documents) - len(kept)} of {len(documents)} documents have no answer within max_length_tokens={most} "
+            f"and are left out; {was - now:,} of {was:,} answer tokens are cut",
+            flush=True,
+        )
+    return kept
 
 
 def extraction_speed(live: LiveFeatures, indices: Sequence[int], repeats: int = 3) -> tuple[float, float]:

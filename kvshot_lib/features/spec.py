@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StudyError
+from ..settings import check_value
 from ..target.capture import check_layers, hidden_layers, uniform_layers
 from ..target.load import Target, full_attention_layers
 from ..text.corpus import Document
@@ -106,16 +107,28 @@ class Features:
         return replace(self, **moved)
 
 
+def check_target(target: Target, spec: FeatureSpec, what: str) -> None:
+    """Refuse what was made with another target: other weights, or the same under another config."""
+    if spec.target_hash != target.hash:
+        raise StudyError(
+            f"{what} come from other weights or another config ({spec.target}, {spec.target_hash[:8]}…) than "
+            f"{target.name} ({target.hash[:8]}…); run notebook 01_extract_kv_cache anew"
+        )
+
+
 def feature_spec(
     target: Target, kv_layers: int | Sequence[int] = 3, fused_layers: Sequence[int] | None = None
 ) -> FeatureSpec:
     """Choose layers of ``target``: ``kv_layers`` is a list, or how many uniformly spaced ones."""
     config = target.config
     full = full_attention_layers(target.model)
-    chosen = uniform_layers(full, kv_layers) if isinstance(kv_layers, int) else tuple(kv_layers)
+    kinds = int | tuple[int, ...]
+    given = check_value("kv_layers", tuple(kv_layers) if isinstance(kv_layers, list | range) else kv_layers, kinds)
+    chosen = uniform_layers(full, given) if isinstance(given, int) else given
     fused = tuple(fused_layers or hidden_layers(config.num_hidden_layers))
-    if not chosen:
-        raise StudyError("kv_layers=[] reuses nothing; give layers, or how many uniformly spaced ones")
+    if not chosen or len(chosen) > len({*chosen}):
+        told = "reuses nothing" if not chosen else "reuses a layer twice"
+        raise StudyError(f"kv_layers={list(chosen)} {told}; give layers, or how many uniformly spaced ones")
     check_layers(target.model, fused, chosen)
     return FeatureSpec(
         target=target.name, target_hash=target.hash, tokenizer_hash=target.tokenizer_hash,

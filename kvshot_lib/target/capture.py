@@ -13,6 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import StudyError
+from ..settings import check_value
 from .load import full_attention_layers
 
 _RECORDING = "kvshot_recording_sdpa"
@@ -113,7 +114,7 @@ def check_layers(model: PreTrainedModel, hidden: Sequence[int], kv: Sequence[int
     """Refuse layers that don't exist or whose cache forgets part of the prefix."""
     number, full = model.config.get_text_config().num_hidden_layers, full_attention_layers(model)
     for layer in (*hidden, *kv):
-        if not 0 <= layer < number:
+        if not 0 <= check_value("layer", layer, int) < number:
             raise StudyError(f"layer {layer} is out of range; this target has layers 0 to {number - 1}")
     for layer in kv:
         if layer not in full:

@@ -7,7 +7,7 @@ come from and the SHA-256 of each file. Lengths are ragged, so a file holds all 
 import lzma
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +29,16 @@ class Document:
     tokens : int32 [n], chat markers included.
     answer_mask : bool [n], True on assistant tokens: from the first token after the assistant header to the closing
         end-of-turn token, if the answer came to its end.
+    origin : name of its corpus, and what its provenance says; empty for documents of one's own.
     """
 
     tokens: np.ndarray
     answer_mask: np.ndarray
+    origin: Mapping = field(default_factory=dict)
+
+    def until(self, tokens: int) -> "Document":
+        """Its first tokens, at most so many."""
+        return replace(self, tokens=self.tokens[:tokens], answer_mask=self.answer_mask[:tokens])
 
     @property
     def answer(self) -> np.ndarray:
@@ -74,7 +80,8 @@ def load_corpus(name: str | Path, split: str, *, seed: int = 0, whole_answers: b
     if split not in SPLITS:
         raise StudyError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     if name == "tiny":
-        return Corpus("tiny", split, _tiny_documents(seed)[split], {"name": "tiny", "seed": seed, "vocab_size": 512})
+        made_up = {"name": "tiny", "seed": seed, "vocab_size": 512}
+        return Corpus("tiny", split, [replace(d, origin=made_up) for d in _tiny_documents(seed)[split]], made_up)
     folder = CORPORA.get(str(name), Path(name))
     facts = folder / "provenance.json"
     if not facts.is_file():
@@ -87,7 +94,8 @@ def load_corpus(name: str | Path, split: str, *, seed: int = 0, whole_answers: b
     path = folder / of_split["file"]
     if not path.is_file() or sha256(path) != of_split["sha256"]:
         raise StudyError(f"{path} is missing or is not the file its provenance.json describes; make the corpus anew")
-    documents = read_documents(path)
+    origin = provenance | {"name": str(name)}
+    documents = [replace(document, origin=origin) for document in read_documents(path)]
     if not whole_answers:
         if of_split["answers"] == "greedy":
             documents = [cut_repetition(document) for document in documents]
@@ -205,8 +213,7 @@ def repetition_start(answer: np.ndarray, repeat_tokens: int = REPEAT_TOKENS) -> 
 def cut_repetition(document: Document, repeat_tokens: int = REPEAT_TOKENS) -> Document:
     """End the document where its answer starts to repeat itself (it then has no closing end-of-turn token)."""
     answer = document.answer
-    keep = len(document.tokens) - (len(answer) - repetition_start(answer, repeat_tokens))
-    return Document(document.tokens[:keep], document.answer_mask[:keep])
+    return document.until(len(document.tokens) - len(answer) + repetition_start(answer, repeat_tokens))
 
 
 def _tiny_documents(seed: int) -> dict[str, list[Document]]:

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import StudyError
 from ..files import read_json, write_atomically, write_json
 from ..provenance import provenance
+from ..settings import check_settings, check_value
 from ..target.chat import chat_headers, dialogue_ids
 from ..target.load import Target, load_target
 from ..target.smollm2 import DEFAULT_TARGET
@@ -45,6 +46,9 @@ class GeneratorSettings:
     thinking: bool = False
 
     def __post_init__(self):
+        check_settings(self)
+        if self.seed < 0:
+            raise StudyError(f"seed={self.seed} must be 0 or more")
         if min(self.batch_size, self.max_user_tokens, self.temperature, self.top_p) <= 0 or self.top_p > 1:
             raise StudyError("batch_size, max_user_tokens, temperature and top_p must be above 0, and top_p at most 1")
 
@@ -85,6 +89,8 @@ def generate_corpus(
     """
     if unknown := set(counts) - set(SPLITS):
         raise StudyError(f"unknown split {min(unknown)!r}; choose from {', '.join(SPLITS)}")
+    if wrong := [count for split, count in counts.items() if check_value(split, count, int) < 0]:
+        raise StudyError(f"{wrong[0]} documents can't be written; ask for 0 or more")
     folder = Path(folder)
     facts = {"target": target.name, "target_hash": target.hash, "tokenizer_hash": target.tokenizer_hash}
     facts |= {"vocab_size": target.vocab_size, "dtype": str(target.dtype).removeprefix("torch."), **asdict(settings)}

@@ -4,6 +4,7 @@ import pytest
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features import extract
 from kvshot_lib.features.kept import open_features
+from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.files import read_json
 from kvshot_lib.text.corpus import SPLITS, load_corpus, save_corpus
 
@@ -57,12 +58,48 @@ def test_live_features_of_a_folder_keep_a_recipe(extraction, tmp_path):
     assert read_json(tmp_path / "features/train/live.json", "")["corpus"] == str(corpus)
 
 
-def test_a_corpus_that_another_tokenizer_wrote_is_refused_by_name(extraction, tmp_path):
-    own = own_corpus(tmp_path / "own", tokenizer_hash=extraction.target.tokenizer_hash)
+def test_a_corpus_that_another_tokenizer_wrote_is_refused_by_name(extraction, tmp_path, capsys):
+    target = extraction.target
+    own = own_corpus(tmp_path / "own", tokenizer_hash=target.tokenizer_hash)
     assert len(extract.prepare(VALUES | {"corpus": own}).documents["train"]) == 6
+    assert capsys.readouterr().out == ""
     other = own_corpus(tmp_path / "other", tokenizer_hash="0" * 64)
-    with pytest.raises(StudyError, match="other was written with the tokenizer of mistress, not with that of tiny"):
+    message = "other was written with the tokenizer of mistress, not with that of tiny .00000000…, not .*; set corpus"
+    with pytest.raises(StudyError, match=message):
         extract.prepare(VALUES | {"corpus": other})
+    with pytest.raises(StudyError, match=message):  # documents carry it, whatever way they take
+        LiveFeatures(target, load_corpus(other, "train").documents[:2], extraction.spec)
+    unnamed = own_corpus(tmp_path / "unnamed")
+    extract.prepare(VALUES | {"corpus": unnamed, "evaluation_corpus": "tiny"})
+    told = f"the corpus {unnamed} doesn't say what tokenizer wrote it; read as tiny's\n"
+    assert capsys.readouterr().out == told * 2  # of its two splits
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"train_documents": True}, "train_documents=True must be a whole number"),
+        ({"evaluation_documents": "4"}, "evaluation_documents='4' must be a whole number"),
+        ({"validation_documents": 2.5}, "validation_documents=2.5 must be a whole number"),
+        ({"train_documents": 0}, "train_documents=0 must be 1 or more"),
+        ({"max_length_tokens": -1}, "max_length_tokens=-1 must be 1 or more"),
+        ({"batch_documents": None}, "batch_documents=None must be a whole number"),
+        ({"shard_documents": 0}, "shard_documents=0 must be 1 or more"),
+        ({"replace_store": "False"}, "replace_store='False' must be True or False"),
+        ({"features": "disk"}, "features='disk' must be one of 'stored', 'live'"),
+        ({"state_layers": "all"}, "state_layers='all' must be one of 'eagle', 'kv'"),
+        ({"kv_layers": True}, "kv_layers=True must be a whole number or a list"),
+        ({"kv_layers": "3"}, "kv_layers='3' must be a whole number or a list"),
+        ({"kv_layers": [1, "3"]}, "must be a whole number or a list"),
+        ({"kv_layers": [False]}, "must be a whole number or a list"),
+        ({"kv_layers": [1, 1]}, r"kv_layers=\[1, 1\] reuses a layer twice"),
+        ({"kv_layers": []}, r"kv_layers=\[\] reuses nothing"),
+    ],
+)
+def test_values_of_another_type_or_range_are_refused_by_name(bad, message):
+    with pytest.raises(StudyError, match=message) as error:
+        extract.prepare(VALUES | bad)
+    assert "\n" not in str(error.value)
 
 
 def test_counts_that_are_missing_or_altered_are_refused(extraction, tmp_path):

@@ -1,5 +1,7 @@
 """A recipe in place of a store: the same features, computed anew; and what can go wrong between the two."""
 
+from dataclasses import replace
+
 import examples
 import pytest
 import torch
@@ -10,7 +12,7 @@ from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.features.spec import feature_spec
 from kvshot_lib.features.store import MANIFEST, StoredFeatures
 from kvshot_lib.files import read_json, write_json
-from kvshot_lib.text.corpus import load_corpus
+from kvshot_lib.text.corpus import load_corpus, save_corpus
 
 
 def sources(number=6):
@@ -46,6 +48,38 @@ def test_store_and_recipe_replace_one_another_only_when_asked(tmp_path):
     for mode, kept in (("live", RECIPE), ("stored", MANIFEST)):
         keep_features(tmp_path, sources(), "tiny", mode, replace=True)
         assert {RECIPE, MANIFEST} & {path.name for path in (tmp_path / "train").iterdir()} == {kept}
+
+
+def test_features_of_another_target_are_refused_on_opening(tmp_path):
+    keep_features(tmp_path, sources(), "tiny", "live")
+    other = replace(examples.target(), hash="0" * 64)
+    for split in ("train", "evaluation"):  # a recipe, a store
+        with pytest.raises(StudyError, match=f"{split} come from other weights or another config .tiny-llama, .* anew"):
+            open_features(tmp_path / split, other)
+
+
+def test_a_corpus_rewritten_in_its_place_is_noticed(tmp_path):
+    documents = {"train": load_corpus("tiny", "train").documents}
+    corpus, target = save_corpus(tmp_path / "corpus", documents, {"target": "tiny"}, greedy=[]), examples.target()
+
+    def live():
+        return {"train": LiveFeatures(target, load_corpus(corpus, "train").documents[:6], feature_spec(target), 40)}
+
+    keep_features(tmp_path / "recipe", live(), str(corpus), "live")
+    keep_features(tmp_path / "store", live(), str(corpus))
+    save_corpus(corpus, {"train": documents["train"][1:]}, {"target": "tiny"}, greedy=[])
+    with pytest.raises(StudyError, match="corpus is not the one that .*live.json was made from"):
+        open_features(tmp_path / "recipe" / "train", target)
+    with pytest.raises(StudyError, match="features made with another lengths, documents_hash"):
+        keep_features(tmp_path / "store", live(), str(corpus))
+
+
+def test_a_recipe_counts_the_documents_that_were_given(tmp_path):
+    target, documents = examples.target(), load_corpus("tiny", "train").documents[:20]
+    live = LiveFeatures(target, documents, feature_spec(target), 8)
+    assert 0 < len(live) < live.given_documents == 20
+    keep_features(tmp_path, {"train": live}, "tiny", "live")
+    assert open_features(tmp_path / "train", target).documents_hash == live.documents_hash
 
 
 def test_bad_modes_and_changed_corpora_are_refused(tmp_path):

@@ -6,6 +6,8 @@ import examples
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features.live import LiveFeatures
@@ -46,6 +48,44 @@ def test_long_documents_are_cut():
     source = LiveFeatures(examples.target(), examples.DOCUMENTS, examples.live().spec, max_length_tokens=10)
     assert source.lengths == [10, 10, 10, 7, 10] and len(source) == 5
     assert source.batch([0, 1]).final_hidden.shape == (2, 10, 64)
+
+
+def test_documents_whose_answer_is_cut_off_are_left_out_and_told(capsys):
+    """Answers of the five documents begin at token 3, 2, 2, never and 1; twelve, thirteen, three, no and fourteen tokens."""
+    spec = examples.live().spec
+    whole = LiveFeatures(examples.target(), examples.DOCUMENTS, spec)
+    assert len(whole) == 5 and capsys.readouterr().out == ""
+    source = LiveFeatures(examples.target(), examples.DOCUMENTS, spec, max_length_tokens=2)
+    assert source.lengths == [2, 2] and source.given_documents == 5  # the one without any answer stays as it was given
+    lost = sum(int(d.answer_mask.sum()) for d in examples.DOCUMENTS) - 1
+    told = "3 of 5 documents have no answer within max_length_tokens=2 and are left out; "
+    assert capsys.readouterr().out == f"{told}{lost} of {lost + 1} answer tokens are cut\n"
+    with pytest.raises(StudyError, match="no answer begins within max_length_tokens=1; set more"):
+        LiveFeatures(examples.target(), examples.DOCUMENTS[:3], spec, max_length_tokens=1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=6), st.integers(1, 20))
+def test_no_document_is_left_without_an_answer_that_it_had(shapes, most):
+    documents = [examples.document("0" * prompt + "1" * answer) for prompt, answer in shapes if prompt + answer]
+    has = [d for d in documents if d.answer_mask[:most].any() or not d.answer_mask.any()]
+    if not has:
+        with pytest.raises(StudyError, match=r"no answer begins within|hold nothing to read"):
+            LiveFeatures(examples.target(), documents, examples.live().spec, most)
+        return
+    source = LiveFeatures(examples.target(), documents, examples.live().spec, most)
+    assert [d.tokens.tolist() for d in source.documents] == [d.tokens[:most].tolist() for d in has]
+    assert source.given_documents == len(documents)
+
+
+@pytest.mark.parametrize("wrong", [0, -3, True, "9", 9.5, None])
+def test_lengths_that_are_none_are_refused(wrong):
+    with pytest.raises(StudyError, match="max_length_tokens=.* must be a whole number|hold nothing to read"):
+        LiveFeatures(examples.target(), examples.DOCUMENTS, examples.live().spec, wrong)
+
+
+def test_layers_of_another_target_are_refused():
+    with pytest.raises(StudyError, match=r"other weights or another config \(tiny-llama.* than tiny-qwen3 .*anew"):
+        LiveFeatures(examples.target("tiny-qwen3"), examples.DOCUMENTS, examples.live().spec)
 
 
 def test_padding_by_hand():

@@ -168,11 +168,37 @@ def test_a_target_that_never_ends_its_turns_is_refused(target, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [({"top_p": 1.5}, "top_p at most 1"), ({"temperature": 0.0}, "above 0"), ({"batch_size": 0}, "above 0")],
-)
+    [
+        ({"top_p": 1.5}, "top_p at most 1"), ({"temperature": 0.0}, "above 0"), ({"batch_size": 0}, "above 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be a finite number"), ({"seed": -1}, "seed=-1 must be 0"),
+        ({"temperature": "1.0"}, "temperature='1.0' must be"), ({"batch_size": True}, "batch_size=True must be"),
+        ({"max_user_tokens": 9.5}, "max_user_tokens=9.5 must be"), ({"thinking": "no"}, "thinking='no' must be True or"),
+    ],
+)  # fmt: skip
 def test_bad_settings_are_refused(bad, message):
     with pytest.raises(StudyError, match=message):
         GeneratorSettings(**bad)
+
+
+@pytest.mark.parametrize("wrong", [-1, True, "9", 2.5, None])
+def test_counts_that_mean_nothing_are_refused(target, tmp_path, wrong):
+    with pytest.raises(StudyError, match="train=.* must be a whole number|-1 documents can't be written"):
+        generate_corpus(target, tmp_path, {"train": wrong}, SETTINGS)
+
+
+def test_greedy_answers_are_the_argmax_whatever_the_checkpoint_asks_for(monkeypatch, target):
+    for rule, value in {"no_repeat_ngram_size": 2, "repetition_penalty": 5.0, "num_beams": 2, "top_k": 1}.items():
+        monkeypatch.setattr(target.model.generation_config, rule, value)
+    test_greedy_answers_are_the_targets_argmax_whatever_the_batch(target)
+
+
+def test_answers_that_end_with_any_named_id_are_kept_and_headers_that_follow_users_end_their_turn(target, monkeypatch):
+    monkeypatch.setattr(target.model.config, "eos_token_id", [0, END])
+    user = [[10, 11, END], [12, 0], [13, START]]
+    script(target, monkeypatch, user, [[20, 21, 0], [22, END]])
+    documents = generate_batch(target, "train", 0, replace(SETTINGS, batch_size=3))
+    assert [d.answer.tolist() for d in documents] == [[20, 21, 0], [22, END]]
+    assert [d.prompt[3:-5].tolist() for d in documents] == [[10, 11], [12]]
 
 
 def test_a_dialogue_too_short_for_its_prompt_and_an_unknown_split_are_refused(target, tmp_path):
