@@ -12,7 +12,7 @@ rest         the loop itself
 import functools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -67,9 +67,7 @@ def part(name: str) -> Callable[[Callable], Callable]:
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
         def call(*given, **named):
-            if _running is None:
-                return function(*given, **named)
-            with _running.inside(name):
+            with _running.inside(name) if _running else nullcontext():
                 return function(*given, **named)
 
         return call

@@ -76,7 +76,7 @@ def measure_latency(
         raise StudyError(f"architecture={architecture!r}: there are {', '.join(ARCHITECTURES)}")
     if where.type != "cuda" and architecture != "tiny":
         raise StudyError(f"{architecture} needs a GPU, and there is none here; --architecture tiny tries it out")
-    build, rows = Built(architecture, vocabulary, where), []
+    build, rows = Untrained(architecture, vocabulary, where), []
     labels = {"method": "CUDA graph, compiled" if where.type == "cuda" else "eager", "device": device_name(where)}
     labels |= {"dtype": str(build.dtype).removeprefix("torch."), "architecture": architecture}
     with unmasked_attention():
@@ -100,7 +100,7 @@ def milliseconds(work: Callable[[], object], device: torch.device) -> list[float
     return [1000 * timer.timeit(1).mean for _ in range(10)]
 
 
-class Built:
+class Untrained:
     """Untrained stacks of layers at the sizes of an architecture, on a device; nothing of the target is loaded."""
 
     def __init__(self, architecture: str, vocabulary: int, device: torch.device):
@@ -134,7 +134,7 @@ class Built:
 
 
 def cases(
-    build: Built, drafters: Sequence[str], prefixes: Sequence[int]
+    build: Untrained, drafters: Sequence[str], prefixes: Sequence[int]
 ) -> Iterator[tuple[str, int, int, Callable, int]]:
     """(what, tokens, prefix, what to time, parts that its time is divided into), prepared one after the other."""
     target = build.layers()

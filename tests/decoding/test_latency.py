@@ -30,7 +30,7 @@ def test_every_cost_is_a_row_and_the_method_is_told(tmp_path, capsys):
 
 
 def test_drafters_have_the_architectures_sizes_and_its_dtype():
-    build = latency.Built("tiny", 300, CPU)
+    build = latency.Untrained("tiny", 300, CPU)
     drafter = build.drafter("hybrid")
     assert drafter.layers[0].mlp.gate_proj.weight.shape == (128, 64) and drafter.head.shape == (300, 64)
     assert drafter.head.dtype == drafter.norm.weight.dtype == build.dtype
@@ -44,7 +44,7 @@ def test_what_stands_for_the_target_computes_what_the_target_does():
     """With the weights of a Qwen3 and entries of its cache, a step through the layers gives its logits."""
     theirs = load_target("tiny-qwen3", device="cpu", dtype="float32").model
     config, ids = theirs.config, torch.tensor([[7, 80, 9, 300, 11, 12]])
-    build = latency.Built("tiny", 300, CPU)
+    build = latency.Untrained("tiny", 300, CPU)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     assert [getattr(build.target.config, name) for name in names] == [getattr(config, name) for name in names]
     build.target.model.config.update({"rope_parameters": config.rope_parameters, "rms_norm_eps": config.rms_norm_eps})
@@ -67,7 +67,7 @@ def test_what_stands_for_the_target_computes_what_the_target_does():
 @torch.inference_mode()
 def test_without_a_mask_a_draft_step_is_the_same_and_attention_is_put_back():
     before = attention._prefix_attention, attention._mask_rows
-    drafter = latency.Built("tiny", 300, CPU).drafter("hybrid")
+    drafter = latency.Untrained("tiny", 300, CPU).drafter("hybrid")
     torch.manual_seed(0)
     frontier = latency.after_prefix(drafter, latency.accepted_features(drafter, 3), 24)
     for width in (1, latency.LEVEL):
