@@ -15,7 +15,6 @@ Norms are Frobenius norms of raw gradients: neither ``kv_grad_scale`` nor the op
 (`training.record` has those). The rows go to RESULTS_DIR/tables/gradient_flow.parquet.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,7 +41,7 @@ from ..text.corpus import Document, load_corpus
 from ..training.anchors import Anchors, find_anchors
 from ..training.loss import ttt_loss
 from ..training.record import branch_of
-from .attention import draft_mass
+from .attention import Call, attending, draft_mass, own_query
 from .measuring import Part, described, measure_parts, read_by, write_tables
 
 CONTEXTS = (128, 256, 512, 1024, 2048)
@@ -106,7 +105,7 @@ def watched_gradients(drafter: Drafter) -> Iterator[dict[tuple, Tensor]]:
 def watched_mass(drafter: Drafter) -> Iterator[list[dict]]:
     """Within it every draft step of every attention adds rows ``draft_mass`` and ``draft_share``."""
     rows: list[dict] = []
-    modules, steps = attentions(drafter), Counter()
+    modules = attentions(drafter)
 
     def add(key: tuple, k: int, query: Tensor, prefix: Entries, mask: Tensor, chain: Entries) -> None:
         entries = chain[0].shape[3]
@@ -115,13 +114,11 @@ def watched_mass(drafter: Drafter) -> Iterator[list[dict]]:
         for name, value in (("draft_mass", mass), ("draft_share", share)):
             rows.append(_row((*key, "attention", "draft"), name, value.mean().item(), k))
 
-    def chained(key, forward, inputs, rotary, prefix, mask, chain, append):
-        out, chain = forward(inputs, rotary, prefix, mask, chain, append)
-        if chain is not None:  # `hidden` adds none at step 0: the newest prefix entry is its own
+    def see(call: Call) -> Tensor:
+        if call.chain is not None:  # `hidden` adds none at step 0: the newest prefix entry is its own
             with torch.no_grad():
-                add(key, steps[key], modules[key].project(inputs, rotary, "q")[0], prefix, mask, chain)
-        steps[key] += 1
-        return out, chain
+                add(call.key, call.draft_step, call.query, call.prefix, call.mask, call.chain)
+        return own_query(call)
 
     def blockwise(index: int, attend, inputs: Tensor, rotary: Entries, view: View, slots: int) -> Tensor:
         """Mask slot k + 1 is draft step k, and each slot sees all b of its block."""
@@ -136,20 +133,15 @@ def watched_mass(drafter: Drafter) -> Iterator[list[dict]]:
         return attend(inputs, rotary, view, slots)
 
     blocks = {index: layer for index, layer in enumerate(drafter.layers) if isinstance(layer, BlockLayer)}
-    with watching(blocks, "attend", blockwise), watching({} if blocks else modules, "forward", chained):
+    with watching(blocks, "attend", blockwise), attending({} if blocks else modules, see):
         yield rows
 
 
 def measure(drafter: Drafter, features: Features, anchors: Anchors, draft_length: int = DRAFT_LENGTH) -> list[dict]:
     """All rows of one sequence and one context length; parameters and gradients of the drafter stay as they were."""
-    held = [p.grad for p in drafter.parameters()]
-    try:
-        with watched_gradients(drafter) as gradients, watched_mass(drafter) as rows:
-            drafter.zero_grad()
-            ttt_loss(drafter, features, ttt_steps=draft_length, step_decay=STEP_DECAY, anchors=anchors).loss.backward()
-    finally:
-        for parameter, gradient in zip(drafter.parameters(), held, strict=True):
-            parameter.grad = gradient
+    with watched_gradients(drafter) as gradients, watched_mass(drafter) as rows:
+        loss = ttt_loss(drafter, features, ttt_steps=draft_length, step_decay=STEP_DECAY, anchors=anchors).loss
+        torch.autograd.grad(loss, [p for p in drafter.parameters() if p.requires_grad], allow_unused=True)
     modules = projections(drafter)
     for key, gradient in gradients.items():
         rows.append(_row(key, "grad_norm", gradient.norm().item()))
@@ -213,27 +205,27 @@ def measure_gradients(
     """
     folders = find_runs(results_dir, runs)
     specs = [FeatureSpec.from_json(described(folder)["spec"]) for folder in folders.values()]
+    text = load_corpus(corpus or ("tiny" if specs[0].target.startswith("tiny") else "selfgen"), "evaluation")
 
     @cache  # opened only if there is something to measure
     def opened() -> tuple:
         target = load_target(specs[0].target, device=device)
-        return target, *long_features(target, specs, corpus, documents, contexts)
+        return target, *long_features(target, specs, text.documents, documents, contexts)
 
     def of_run(folder: Path) -> pd.DataFrame:
         target, source, usable = opened()
         return measure_run(load_drafter(folder, target), source, usable)
 
     parts = [Part("gradient_flow", "flow", partial(of_run, folder), folder) for folder in folders.values()]
-    depends = f"{fingerprint} {corpus} {documents} {list(contexts)}"
+    depends = f"{fingerprint} {text.provenance} {documents} {list(contexts)}"
     return write_tables(results_dir, measure_parts(Path(results_dir) / "gradient_flow", depends, parts), keep)
 
 
 def long_features(
-    target: Target, specs: Sequence[FeatureSpec], corpus: str, documents: int, contexts: Sequence[int]
+    target: Target, specs: Sequence[FeatureSpec], text: Sequence[Document], most: int, contexts: Sequence[int]
 ) -> tuple[ResidentFeatures, list[int]]:
     """Target state of the sequences that drafters of ``specs`` read, and the contexts that there is text for."""
-    corpus = corpus or ("tiny" if target.name.startswith("tiny") else "selfgen")
-    text, usable = sequences_for(load_corpus(corpus, "evaluation").documents, contexts, documents)
+    text, usable = sequences_for(text, contexts, most)
     if left_out := [c for c in contexts if c not in usable]:
         print(f"too little text for contexts of {', '.join(map(str, left_out))} tokens", flush=True)
     read = tuple(sorted({layer for spec in specs for layer in spec.kv_layers}))
@@ -263,6 +255,6 @@ def long_documents(documents: Sequence[Document], length: int, most: int) -> lis
     for document in documents:
         tokens, mask = [*tokens, document.tokens], [*mask, document.answer_mask]
         if sum(map(len, tokens)) >= length and len(made) < most:
-            made.append(Document(np.concatenate(tokens)[:length], np.concatenate(mask)[:length]))
+            made.append(Document(np.concatenate(tokens)[:length], np.concatenate(mask)[:length], document.origin))
             tokens, mask = [], []
     return made
