@@ -28,10 +28,10 @@ from ..target.load import Target
 from .checkpoint import load_weights
 from .context import check_target
 from .drafter import Drafter, DrafterConfig
-from .eagle3_format import CONFIG, LAYERS, ROPE_TYPES, fused_layers, layer_sizes, read_config, tensor_names
+from .eagle3_format import CONFIG, LAYERS, ROPE_TYPES, SIZES, fused_layers, layer_sizes, read_config, tensor_names
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+HEAD, EMBEDDING, MAPS = "lm_head.weight", "embed_tokens.weight", ("d2t", "t2d")
 # Of the target, for training alone; and what follows from the config.
 UNUSED = ("verifier_norm.weight", "verifier_lm_head.weight", "rotary_emb.inv_freq")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -63,9 +63,7 @@ def export_eagle3(
         (f"{turn} RoPE, which turns by the length", turn not in ROPE_TYPES),
     ):
         if present:
-            raise StudyError(
-                f"EAGLE-3 has no place for a drafter with {told}; export one of the study's 'hidden' kinds"
-            )
+            raise StudyError(f"EAGLE-3 has no place for a drafter with {told}; export one of the study's 'hidden'")
     state, names, ids = drafter.state_dict(), tensor_names(own), drafter.draft_ids.cpu()
     tensors = {theirs: state[ours] for ours, theirs in names.items()} | {HEAD: drafter.head}
     if own.hidden_norm:
@@ -90,20 +88,11 @@ def _config(drafter: Drafter, dtype: str, trained_tokens: int) -> dict:
     theta, scaled = rope.pop("rope_theta"), rope.get("rope_type", "default") != "default"
     if scaled:
         rope.setdefault("original_max_position_embeddings", sizes.max_position_embeddings)
-    same = (
-        "hidden_size",
-        "intermediate_size",
-        "head_dim",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "rms_norm_eps",
-    )
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
         "num_hidden_layers": own.num_layers,
-        **{name: getattr(sizes, name) for name in same},
-        "hidden_act": sizes.hidden_act,
+        **{name: getattr(sizes, name) for name in (*SIZES, "rms_norm_eps", "hidden_act")},
         "max_position_embeddings": trained_tokens,
         "rope_theta": theta,
         "rope_scaling": rope if scaled else None,
@@ -210,14 +199,10 @@ def _draft_ids(tensors: dict[str, torch.Tensor], found: dict, folder: Path) -> t
     else:
         ids = torch.arange(len(to_target)) + to_target.long()
     if marked is not None and (len(marked) != vocab_size or not torch.equal(ids.sort().values, kept)):
-        raise StudyError(
-            f"{folder}: d2t and t2d name different tokens; one is damaged, delete that tensor if you know which"
-        )
+        raise StudyError(f"{folder}: d2t and t2d name different tokens; delete the damaged one if you know which")
     inside = len(ids) and 0 <= int(ids.min()) and int(ids.max()) < vocab_size
     if not inside or len(ids.unique()) < len(ids):
-        raise StudyError(
-            f"{folder}: d2t names tokens twice or outside 0 … {vocab_size - 1}; fetch the checkpoint again"
-        )
+        raise StudyError(f"{folder}: d2t names tokens twice or outside 0 … {vocab_size - 1}; fetch it again")
     if kept is None and to_target is not None and len(ids) < vocab_size and not to_target.any():
         raise StudyError(f"{folder}: d2t is all zero, so no vocabulary map was written; add t2d, or the map itself")
     return ids
@@ -251,7 +236,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     for path in paths:
         try:
             safe = path.suffix == ".safetensors"
-            read = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+            read = dict(load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:  # of several libraries
             raise StudyError(f"{path} can't be read ({type(error).__name__}); fetch it again") from error
         for name, tensor in read.items():
@@ -260,7 +245,10 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
                 continue
             if name in found:
                 raise StudyError(f"{folder} has {name} twice; keep one of its copies")
-            if tensor.dtype not in FLOATS and name not in ("d2t", "t2d"):
-                raise StudyError(f"{folder} has {name} in {tensor.dtype}; export it unquantised")
-            found[name] = tensor.float() if tensor.is_floating_point() and name != "d2t" else tensor
+            kind = getattr(tensor, "dtype", type(tensor))
+            if not isinstance(tensor, torch.Tensor) or (kind not in FLOATS and name not in MAPS):
+                raise StudyError(f"{folder} has {name} in {kind}; export weights alone, and unquantised")
+            if not tensor.isfinite().all():
+                raise StudyError(f"{folder} has {name} with values that are not finite; fetch it again")
+            found[name] = tensor if name in MAPS else tensor.float()
     return found

@@ -24,15 +24,12 @@ CONFIG = "config.json"
 LAYERS = "eagle_aux_hidden_state_layer_ids"
 OUTPUTS = f"eagle_config.{LAYERS}"
 ORIGIN = "kvshot"  # our own exports say here which target they are for
-REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-COUNTS = (
-    *REQUIRED, "head_dim", "num_key_value_heads", "num_hidden_layers", "draft_vocab_size", "target_hidden_size",
-    "max_position_embeddings", "sliding_window",
-)  # fmt: skip
-READ = {
-    **dict.fromkeys(COUNTS, int), **dict.fromkeys(("rms_norm_eps", "rope_theta"), float),
-    **dict.fromkeys(("fc_norm", "norm_output", "tie_word_embeddings"), bool),
-    **dict.fromkeys((LAYERS, OUTPUTS), tuple[int, ...]),
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+REQUIRED = (*SIZES[:3], "vocab_size")
+READ = dict.fromkeys(SIZES, int) | {
+    "vocab_size": int, "num_hidden_layers": int, "draft_vocab_size": int, "target_hidden_size": int,
+    "max_position_embeddings": int, "sliding_window": int, "rms_norm_eps": float, "rope_theta": float, "fc_norm": bool,
+    "norm_output": bool, "tie_word_embeddings": bool, LAYERS: tuple[int, ...], OUTPUTS: tuple[int, ...],
 }  # fmt: skip
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those that turn a position alike however long the text is
 ROPE = (
@@ -111,7 +108,7 @@ def _check_field(name: str, value: object, found: dict, path: Path) -> None:
         for one in value if isinstance(value, list) else [value]:
             if one != FIXED[name]:
                 raise StudyError(f"{path} has {name}={value!r}: the study's 'hidden' has {FIXED[name]!r}")
-    elif name not in HARMLESS and name != ORIGIN:
+    elif name not in HARMLESS and not (name == ORIGIN and isinstance(value, dict)):
         told = "is not read here and may change what is drafted; if you know that it doesn't, take it out"
         raise StudyError(f"{path} has {name}={value!r}, which {told}")
 
@@ -139,12 +136,9 @@ def _rope(found: dict, path: Path) -> dict:
 def layer_sizes(found: dict) -> LlamaConfig:
     """The sizes of its layers, from what `read_config` gives."""
     heads = found["num_attention_heads"]
-    return LlamaConfig(
-        hidden_size=found["hidden_size"], intermediate_size=found["intermediate_size"], num_attention_heads=heads,
-        num_key_value_heads=found.get("num_key_value_heads", heads), hidden_act="silu",
-        head_dim=found.get("head_dim", found["hidden_size"] // heads), rms_norm_eps=found.get("rms_norm_eps", 1e-6),
-        rope_parameters=found["rope"], max_position_embeddings=found.get("max_position_embeddings", 2048),
-    )  # fmt: skip
+    usual = {"num_key_value_heads": heads, "head_dim": found["hidden_size"] // heads, "rms_norm_eps": 1e-6}
+    said = {name: found[name] for name in (*SIZES, "rms_norm_eps", "max_position_embeddings") if name in found}
+    return LlamaConfig(**{**usual, **said}, rope_parameters=found["rope"], hidden_act="silu")
 
 
 def fused_layers(found: dict, num_layers: int) -> tuple[int, ...]:

@@ -454,9 +454,11 @@ def offsets(ids):
         ({"model.norm.weight": torch.ones(64)}, "has norm.weight twice"),
         (
             {"norm.weight": torch.ones(64).to(torch.float8_e4m3fn)},
-            "has norm.weight in torch.float8_e4m3fn; export it unq",
+            "has norm.weight in torch.float8_e4m3fn; export weights alone,
         ),
-        ({"fc.weight": torch.full((64, 192), torch.nan)}, "fuse_hidden.weight not finite"),
+        ({"fc.weight": torch.full((64, 192), torch.nan)}, "has fc.weight with values that are not finite"),
+        ({"lm_head.weight": torch.full((410, 64), torch.inf)}, "has lm_head.weight with values that are not finite"),
+        ({"config": {"kvshot": "mine"}}, "has kvshot='mine', which is not read here"),
         ({"lm_head.weight": torch.ones(410, 32)}, r"has lm_head.weight \(410, 32\), .* that doesn't fit"),
         ({"embed_tokens.weight": torch.ones(500, 64)}, r"embed_tokens.weight \(500, 64\); that doesn't fit"),
     ],
@@ -483,6 +485,13 @@ def test_files_that_are_no_checkpoint_are_told(exported, tmp_path):
     (folder / "pytorch_model.bin").write_bytes(b"no tensors")
     with pytest.raises(StudyError, match="pytorch_model.bin can't be read"):
         import_eagle3(folder, target)
+    for content, told in (
+        ([1], "can't be read"),
+        ({"state_dict": {}}, "has state_dict in <class 'dict'>; export weights"),
+    ):
+        torch.save(content, folder / "pytorch_model.bin")
+        with pytest.raises(StudyError, match=told):
+            import_eagle3(folder, target)
     for text in ("[]", "{", "{}"):
         (folder / CONFIG).write_text(text)
         with pytest.raises(StudyError, match="give the folder of an EAGLE-3 checkpoint"):
