@@ -174,7 +174,8 @@ def test_a_finished_run_is_measured_once_and_unknown_runs_are_refused(tmp_path, 
     monkeypatch.setattr(flow, "load_target", lambda name, device: examples.target("tiny-llama"))
     monkeypatch.setattr(flow, "load_drafter", lambda folder, target: calls.append(folder) or load(folder, target))
     documents = [examples.document("0" + "1" * 19, seed) for seed in range(8)]
-    monkeypatch.setattr(flow, "load_corpus", lambda *_: SimpleNamespace(documents=documents))
+    text = SimpleNamespace(documents=documents, provenance={"sha256": "0"})
+    monkeypatch.setattr(flow, "load_corpus", lambda *_: text)
     measured = {"fingerprint": "code", "contexts": (16, 24, 512)}
     flow.measure_gradients(tmp_path, **measured)
     flow.measure_gradients(tmp_path, **measured)
@@ -183,5 +184,8 @@ def test_a_finished_run_is_measured_once_and_unknown_runs_are_refused(tmp_path, 
     assert set(table["context_length_tokens"]) == {16, 24} and table["document"].nunique() == 4
     flow.measure_gradients(tmp_path, **measured, documents=2)
     assert len(calls) == 2, "other settings, other numbers"
+    text.provenance["sha256"] = "1"
+    flow.measure_gradients(tmp_path, **measured, documents=2)
+    assert len(calls) == 3, "another text in its place"
     with pytest.raises(StudyError, match="kv_9/seed0: no finished run in"):
         flow.measure_gradients(tmp_path, ["kv_9/seed0"], **measured)
