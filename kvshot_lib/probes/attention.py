@@ -17,7 +17,8 @@ the target alone say how to read the numbers:
     other_document   its row at the same position of another document: recency and sink, nothing of this text
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -37,19 +38,20 @@ MEASURES = ("js", "js_with_sink", "recall", "recall_with_sink")
 
 @dataclass(frozen=True)
 class Call:
-    """One attention over the target's KV at one draft step, of M anchors of one document.
+    """One attention at one draft step, of M anchors of one document.
 
-    inputs : [M, width] what the query projection reads. query : [1, H, M, D]. prefix : keys and values [1, G, N, D].
-    mask : [1, 1, M, N]. chain : keys and values [1, G, M, k+1, D].
+    key : which of the attentions. inputs : [M, width] what the query projection reads. query : [1, H, M, D]. prefix :
+    keys and values [1, G, N, D]. mask : [1, 1, M, N]. chain : keys and values [1, G, M, k+1, D]; one fewer, and None at
+    step 0, where the newest prefix entry is the query's own.
     """
 
-    layer: int
+    key: Hashable
     draft_step: int
     inputs: Tensor
     query: Tensor
     prefix: Entries
     mask: Tensor
-    chain: Entries
+    chain: Entries | None
 
     @property
     def anchors(self) -> Tensor:
@@ -66,24 +68,25 @@ Attend = Callable[[Call], Tensor]
 
 
 def own_query(call: Call) -> Tensor:
-    """The drafter's own attention, unchanged."""
+    """A drafter's own attention, unchanged."""
     return chain_attention(call.query, call.prefix, call.mask, call.chain)
 
 
-def kv_attentions(drafter: Drafter) -> list[nn.Module]:
-    """The attention over the target's KV of each layer, first layer first."""
-    return [getattr(layer, "cross", None) or layer.attention for layer in drafter.layers]
+def kv_attentions(drafter: Drafter) -> dict[int, nn.Module]:
+    """Layer -> its attention over the target's KV."""
+    return {index: getattr(layer, "cross", None) or layer.attention for index, layer in enumerate(drafter.layers)}
 
 
-def attending(drafter: Drafter, attend: Attend) -> AbstractContextManager:
-    """Within it every attention over the target's KV gives what ``attend`` says: of one document, uncompiled."""
-    modules = dict(enumerate(kv_attentions(drafter)))
+def attending(modules: Mapping[Hashable, nn.Module], attend: Attend) -> AbstractContextManager:
+    """Within it attentions, each by its key, give what ``attend`` says: in one run of draft steps, uncompiled."""
+    steps = Counter()
 
-    def stand_in(layer, _forward, inputs, rotary, prefix, mask, chain, append):
-        query, *own = modules[layer].project(inputs, rotary, "q", "k", "v")
-        chain = extend(chain, own)
-        call = Call(layer, chain[0].shape[3] - 1, inputs[0], query, prefix, mask, chain)
-        return modules[layer].merge(attend(call)), chain
+    def stand_in(key, _forward, inputs, rotary, prefix, mask, chain, append):
+        query, *own = modules[key].project(inputs, rotary, *("qkv" if append else "q"))
+        chain = extend(chain, own) if append else chain
+        call = Call(key, steps[key], inputs[0], query, prefix, mask, chain)
+        steps[key] += 1
+        return modules[key].merge(attend(call)), chain
 
     return watching(modules, "forward", stand_in)
 
@@ -98,7 +101,7 @@ def watch(drafter: Drafter, features, anchors: Anchors, steps: Sequence[int]) ->
             calls.append(call)
         return own_query(call)
 
-    with attending(drafter, see):
+    with attending(kv_attentions(drafter), see):
         for _ in draft_steps(drafter, features, anchors, max(steps) + 1):
             pass
     return calls
@@ -156,7 +159,7 @@ def overlap_rows(calls: Iterable[Call], state: TargetState, layers: Sequence[int
         positions, mine = call.places(state.length)[used], layer_row(call)[used]
         for place, layer in enumerate(layers):
             true = state.rows(place, positions).mean(0)[:, : mine.shape[1]]
-            rows += _row("drafter", call.layer, layer, call.draft_step, overlap(mine, true, call.anchors[used]))
+            rows += _row("drafter", call.key, layer, call.draft_step, overlap(mine, true, call.anchors[used]))
     return rows
 
 

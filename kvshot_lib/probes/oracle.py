@@ -88,7 +88,7 @@ def working_copy(drafter: Drafter) -> Drafter:
 
 def output_side(drafter: Drafter) -> list[nn.Parameter]:
     """What is re-trained: output projections of attentions over the target's KV, MLPs and norms, final norm."""
-    modules = [*(attention.o_proj for attention in kv_attentions(drafter)), drafter.norm]
+    modules = [*(attention.o_proj for attention in kv_attentions(drafter).values()), drafter.norm]
     modules += [part for layer in drafter.layers for part in (layer.mlp_norm, layer.mlp)]
     return [parameter for module in modules for parameter in module.parameters()]
 
@@ -109,7 +109,7 @@ def retrain(drafter: Drafter, arm: str, maps: list[Tensor], how: Retraining) -> 
         generator = torch.Generator().manual_seed(how.seed * 1_000_003 + step)
         attend = make_attend(arm, drafter, how.states["train"](document), maps, how.seed + document)
         sampled = {"ttt_steps": how.draft_length, "anchor_fraction": ANCHOR_FRACTION, "generator": generator}
-        with attending(drafter, attend):
+        with attending(kv_attentions(drafter), attend):
             loss = ttt_loss(drafter, features, **sampled).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, CLIP)
@@ -126,7 +126,7 @@ def evaluate(drafter: Drafter, arm: str, maps: list[Tensor], how: Retraining) ->
     visits = visit(source, f"evaluate {arm}", (*drafter.reads, "target_argmax"), how.draft_length, device)
     for document, features, anchors in visits:
         attend = make_attend(arm, drafter, how.states["evaluation"](document), maps, how.seed + document)
-        with attending(drafter, attend):
+        with attending(kv_attentions(drafter), attend):
             match = judge(predict(drafter, features, anchors, how.draft_length), features, anchors)[0].cpu().numpy()
         counts, _ = count_document(match, anchors.valid[0].cpu().numpy())
         rows.append(pd.DataFrame(counts, columns=COUNTS).assign(document=document, draft_step=range(how.draft_length)))
@@ -211,7 +211,7 @@ def _with_query(queries: list[Tensor], state: TargetState, own_length: bool = Fa
     """Attention with the queries [H, n, D] of each layer at t+1+k, over prefix and chain alike."""
 
     def attend(call: Call) -> Tensor:
-        query = queries[call.layer][None, :, call.places(state.queries.shape[2])].to(call.query)
+        query = queries[call.key][None, :, call.places(state.queries.shape[2])].to(call.query)
         if own_length:
             query = query * call.query.norm(dim=-1, keepdim=True)
         return chain_attention(query, call.prefix, call.mask, call.chain)
@@ -227,7 +227,7 @@ def perfect_rows(layers: int, state: TargetState) -> Attend:
         chosen = head_layers(layer, heads, len(state.queries)).tolist()
         needed = {place: state.rows(place, everywhere) for place in set(chosen)}
         picked.append(torch.stack([needed[place][head] for head, place in enumerate(chosen)]))  # [H, n, n]
-    return lambda call: apply_rows(picked[call.layer], call)
+    return lambda call: apply_rows(picked[call.key], call)
 
 
 def apply_rows(rows: Tensor, call: Call) -> Tensor:

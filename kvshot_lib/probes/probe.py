@@ -41,7 +41,7 @@ def probe_data(drafter: Drafter, features, anchors: Anchors, steps: Sequence[int
         return {}
     few = Anchors(anchors.index[:, rows], anchors.valid[:, rows], anchors.weight[:, rows])
     calls = watch(drafter, features, few, steps)
-    return {(c.layer, c.draft_step): (c.inputs.float(), labels[c.places(len(labels))]) for c in calls}
+    return {(c.key, c.draft_step): (c.inputs.float(), labels[c.places(len(labels))]) for c in calls}
 
 
 def fit(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, ...]:

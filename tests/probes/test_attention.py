@@ -40,10 +40,10 @@ def test_watching_changes_nothing_and_sees_every_step_and_place(variant):
 
     def see(call):
         places = call.places(len(DOCUMENTS[0].tokens))
-        seen.append((call.layer, call.draft_step, call.anchors.tolist(), places.tolist()))
+        seen.append((call.key, call.draft_step, call.anchors.tolist(), places.tolist()))
         return own_query(call)
 
-    with attending(built, see):
+    with attending(kv_attentions(built), see):
         watched = outputs(built)
     assert all(torch.equal(a, b) for a, b in zip(before, watched, strict=True))
     assert [key[:2] for key in seen] == [(layer, k) for k in range(STEPS) for layer in range(len(built.layers))]
@@ -57,9 +57,9 @@ def test_watching_changes_nothing_and_sees_every_step_and_place(variant):
 def test_drafter_is_as_it_was_after_an_error():
     built = drafter("hybrid")
     before = outputs(built)
-    with pytest.raises(RuntimeError, match="out of memory"), attending(built, lambda call: _fail()):
+    with pytest.raises(RuntimeError, match="out of memory"), attending(kv_attentions(built), lambda call: _fail()):
         outputs(built)
-    assert all("forward" not in vars(module) for module in kv_attentions(built))
+    assert all("forward" not in vars(module) for module in kv_attentions(built).values())
     assert all(torch.equal(a, b) for a, b in zip(before, outputs(built), strict=True))
 
 
@@ -69,7 +69,7 @@ def _fail():
 
 def test_what_is_replaced_matters():
     built = drafter("kv_2")
-    with attending(built, lambda call: 0 * own_query(call)):
+    with attending(kv_attentions(built), lambda call: 0 * own_query(call)):
         changed = outputs(built)
     assert not torch.allclose(changed[0], outputs(built)[0])
 

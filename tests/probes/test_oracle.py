@@ -95,9 +95,9 @@ def test_oracle_asks_the_mapped_query_of_its_own_true_head(monkeypatch):
     built, state = drafter("kv_2"), states(1)
     maps = all_query_maps(built, key_moments(states, [0, 1, 4]))
     for call, query in queries_of(monkeypatch, built, oracle_query(maps, state)):
-        for head, place in enumerate([[0, 1, 2, 0], [1, 2, 0, 1]][call.layer]):
+        for head, place in enumerate([[0, 1, 2, 0], [1, 2, 0, 1]][call.key]):
             for m, position in enumerate(call.places(19).tolist()):
-                wanted = maps[call.layer][head] @ state.queries[place, head, position]
+                wanted = maps[call.key][head] @ state.queries[place, head, position]
                 assert torch.allclose(query[0, head, m], wanted, atol=1e-5)
 
 
@@ -107,7 +107,7 @@ def test_perfect_rows_equal_a_naive_sum():
     for call in calls_of(built):
         found, length = attend(call)[0], 19
         for head in range(4):
-            rows = state.rows(head_layers(call.layer, 4, 3)[head], torch.arange(length))[head]
+            rows = state.rows(head_layers(call.key, 4, 3)[head], torch.arange(length))[head]
             for m, t in enumerate(call.anchors.tolist()):
                 place = t + 1 + call.draft_step
                 if place >= length:
