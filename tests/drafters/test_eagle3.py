@@ -454,7 +454,7 @@ def offsets(ids):
         ({"model.norm.weight": torch.ones(64)}, "has norm.weight twice"),
         (
             {"norm.weight": torch.ones(64).to(torch.float8_e4m3fn)},
-            "has norm.weight in torch.float8_e4m3fn; export weights alone,
+            "has norm.weight in torch.float8_e4m3fn; export weights alone",
         ),
         ({"fc.weight": torch.full((64, 192), torch.nan)}, "has fc.weight with values that are not finite"),
         ({"lm_head.weight": torch.full((410, 64), torch.inf)}, "has lm_head.weight with values that are not finite"),
