@@ -152,8 +152,8 @@ def cases(
             frontier = after_prefix(drafter, features, prefix)
             if drafter.config.paradigm == "block":
                 slots = drafter.config.block_size - 1
-                make = lambda: slot_logits(drafter, frontier(1), slots).argmax(-1)  # noqa: B023 - called before the next
-                yield f"block {variant}", slots, prefix, make, 1
+                draft = lambda: slot_logits(drafter, frontier(1), slots).argmax(-1)  # noqa: B023 - called at once
+                yield f"block {variant}", slots, prefix, draft, 1
             else:
                 for width in (1, LEVEL):
                     yield f"draft {variant}", width, prefix, partial(steps, drafter, frontier, width, CHAIN), CHAIN

@@ -37,7 +37,7 @@ def verify_lossless(
 ) -> int:  # fmt: skip
     """Decode greedily with trained drafters and compare every token with the target alone: lossless in OUT/tables.
 
-    Answered is the first turn of each of ``count`` prompts. ``out`` is where rows and table go (RESULTS_DIR by default);
+    Answered is the first turn of each of ``count`` prompts. ``out`` is where rows and table go, RESULTS_DIR by default;
     what else is given means what it means in :func:`~timing.measure_speed`.
 
     Returns

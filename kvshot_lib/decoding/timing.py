@@ -166,9 +166,9 @@ def duel(
 
 
 def pairs(known: pd.DataFrame) -> dict[str, list[Plan]]:
-    """``variant/seedN`` -> its plans: the two fastest chains of ``known`` (`decode_prompts`), and C14's pair if it is there.
+    """``variant/seedN`` -> its plans: of the drafters of the two fastest chains in ``known`` (`decode_prompts`), these.
 
-    C14's have the longest chain and the tree.
+    C14's pair, if it is there, has the longest chain and the tree.
     """
     best = fastest(decoding_table(one_dtype(known), 1))
     chains = best[best["mode"] == "chain"].sort_values("speedup", ascending=False, kind="stable")[:2]

@@ -1,8 +1,8 @@
 """The target while it decodes: one growing sequence and its cache, which is verified against and rolled back.
 
 The cache is one of transformers' own, which keeps all positions in sliding layers too: a window that has moved on has
-forgotten what a rollback would need again, so masks alone make those layers slide. Rolling back crops the cache through
-its own method; of a tree's entries the accepted ones are first moved to the front of the tail, in order, so nothing that
+forgotten what a rollback would need again, so masks alone make those layers slide. Rolling back crops the cache by its
+own method; of a tree's entries the accepted ones are first moved to the front of the tail, in order, so nothing that
 was there before the verification is touched or copied.
 """
 

@@ -139,7 +139,7 @@ class Training:
             progress.record(matrix_rows(drafter, self.optimiser, gradients))
 
     def read(self, loss: Loss, gradient_norm: torch.Tensor) -> torch.Tensor:
-        """(loss, matches, pairs) [3, K] of the whole batch, read from the device at once: a step waits for it here alone.
+        """(loss, matches, pairs) [3, K] of the whole batch, read at once: the step's one wait for the device.
 
         Raises
         ------
