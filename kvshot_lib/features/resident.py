@@ -1,24 +1,22 @@
 """Features held in a device's memory: trainings on a GPU, several side by side, must not wait for a disk."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
 
-from .spec import STATE, Features
+from .spec import STATE, Features, OfLayers
 
 
-class ResidentFeatures:
+class ResidentFeatures(OfLayers):
     """Everything of a source (`StoredFeatures`, `LiveFeatures`), loaded once; the same interface.
 
     Each field is one tensor [tokens + 1, …] of all documents end to end, and a row of zeros for the padding.
     """
 
     def __init__(self, source, device: torch.device | str, state: Sequence[str] = STATE, batch_documents: int = 64):
-        self.spec, self.lengths, self.documents_hash = source.spec, source.lengths, source.documents_hash
-        self.device = torch.device(device)
-        self._whole, self._chosen = self.spec, {}  # all that is held; by field, which of its target layers are read
+        super().__init__(source.spec)
+        self.lengths, self.documents_hash, self.device = source.lengths, source.documents_hash, torch.device(device)
         self._lengths = torch.tensor(self.lengths, device=self.device)
         self._starts = self._lengths.cumsum(0) - self._lengths
         self._fields: dict[str, torch.Tensor] = {}
@@ -46,13 +44,6 @@ class ResidentFeatures:
             if name in self._chosen:
                 fields[name] = fields[name][:, :, self._chosen[name]]
         return Features(documents=torch.tensor(list(indices), device=self.device), **fields)
-
-    def with_layers(self, kv: Sequence[int] | None = None, hidden: Sequence[int] | None = None) -> "ResidentFeatures":
-        """The same features, with cache and hidden states of some of their target layers only (None: of all)."""
-        view = copy.copy(self)
-        view.spec = self._whole.of_layers(kv or self.spec.kv_layers, hidden or self.spec.hidden_layers)
-        view._chosen = self._whole.places(view.spec)
-        return view
 
     def _rows(self, indices: Sequence[int]) -> torch.Tensor:
         """Row of every token of these documents [B, n]; the last row, of zeros, for padding."""

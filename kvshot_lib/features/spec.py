@@ -1,5 +1,6 @@
 """What is recorded of a target, and a batch of it: the interface of all sources of features."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -105,6 +106,23 @@ class Features:
             if tensor is not None:
                 moved[f.name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
         return replace(self, **moved)
+
+
+class OfLayers:
+    """Recorded features of some target layers, of which a view may read fewer.
+
+    ``_whole`` is all that was recorded, ``_chosen`` by field which of its target layers are read (absent: all).
+    """
+
+    def __init__(self, spec: FeatureSpec):
+        self.spec, self._whole, self._chosen = spec, spec, {}
+
+    def with_layers(self, kv: Sequence[int] | None = None, hidden: Sequence[int] | None = None) -> "OfLayers":
+        """The same features, with cache and hidden states of some of their target layers only (None: of all)."""
+        view = copy.copy(self)
+        view.spec = self._whole.of_layers(kv or self.spec.kv_layers, hidden or self.spec.hidden_layers)
+        view._chosen = self._whole.places(view.spec)
+        return view
 
 
 def check_target(target: Target, spec: FeatureSpec, what: str) -> None:

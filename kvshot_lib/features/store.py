@@ -1,6 +1,5 @@
 """Target state on disk: safetensors shards with a manifest, resumable, checked on reading, read memory-mapped."""
 
-import copy
 import json
 import shutil
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from .. import parallel
 from ..errors import StudyError
 from ..files import read_json, sha256, write_atomically, write_json
 from .live import LiveFeatures
-from .spec import STATE, Features, FeatureSpec
+from .spec import STATE, Features, FeatureSpec, OfLayers
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -56,20 +55,19 @@ def write_store(
         "dtype": str(dtype).removeprefix("torch."), "lengths": live.lengths, "documents_hash": live.documents_hash,
         "shard_documents": shard_documents, "shards": [], "complete": False,
     }  # fmt: skip
-    if parallel.is_main() and not _take_over(folder, json.loads(json.dumps(manifest)), replace):
+    if parallel.is_main():
+        _take_over(folder, json.loads(json.dumps(manifest)), replace)
         missing = sum(tokens[first] for first, path in paths.items() if not _record(path).exists())
         _check_space(folder, missing * sum(live.spec.bytes_per_token.values()) * dtype.itemsize // 2)
         write_json(folder / MANIFEST, manifest)
     parallel.wait()
-    if not read_manifest(folder)["complete"]:
-        _make_shards(live, paths, tokens, batch_documents, dtype)
-        parallel.wait()
+    _make_shards(live, paths, tokens, batch_documents, dtype)
+    parallel.wait()
     if parallel.is_main():
-        if not read_manifest(folder)["complete"]:
-            shards = [read_json(_record(path), AGAIN) for path in paths.values()]
-            write_json(folder / MANIFEST, manifest | {"shards": shards, "complete": True})
+        shards = [read_json(_record(path), AGAIN) for path in paths.values()]
+        write_json(folder / MANIFEST, manifest | {"shards": shards, "complete": True})
         for path in paths.values():
-            _record(path).unlink(missing_ok=True)
+            _record(path).unlink()
     parallel.wait()
     return read_manifest(folder)
 
@@ -92,29 +90,25 @@ def _make_shards(
             write_json(_record(path), {"file": path.name, **facts})
 
 
-def _take_over(folder: Path, wanted: dict, replace: bool) -> bool:
-    """Whether ``folder`` has all of the store already; what it has of it gets records."""
+def _take_over(folder: Path, wanted: dict, replace: bool) -> None:
+    """Give the shards of a store of the same in ``folder`` their records back; one of something else is refused."""
     if not (folder / MANIFEST).exists():
-        return False
+        return
     found = read_manifest(folder)
-    if differs := _differences({k: wanted[k] for k in wanted if k not in ("shards", "complete")}, found):
-        if not replace:
-            raise StudyError(
-                f"{folder} holds features made with another {differs}; delete it, or set replace_store=True, "
-                "or choose another results_dir"
-            )
+    differs = _differences({k: wanted[k] for k in wanted if k not in ("shards", "complete")}, found)
+    if differs and not replace:
+        raise StudyError(
+            f"{folder} holds features made with another {differs}; delete it, or set replace_store=True, "
+            "or choose another results_dir"
+        )
+    if differs:
         shutil.rmtree(folder)
-        return False
-    bad = [shard for shard in found["shards"] if _trouble(folder / shard["file"], shard)]
-    if found["complete"] and not bad:
-        return True
+        return
     for shard in found["shards"]:
-        if shard not in bad:
-            write_json(_record(folder / shard["file"]), shard)
-    return False
+        write_json(_record(folder / shard["file"]), shard)
 
 
-class StoredFeatures:
+class StoredFeatures(OfLayers):
     """Features read back from a folder that :func:`write_store` made; the same interface as ``LiveFeatures``.
 
     ``verify`` compares every shard's SHA-256 with the manifest first, not its size alone.
@@ -131,7 +125,7 @@ class StoredFeatures:
             raise StudyError(
                 f"the store at {self.folder} is not finished; run notebook 01_extract_kv_cache again, it resumes"
             )
-        self.spec = FeatureSpec.from_json(manifest["spec"])
+        super().__init__(FeatureSpec.from_json(manifest["spec"]))
         self.lengths: list[int] = manifest["lengths"]
         self.documents_hash: str = manifest["documents_hash"]
         self._places: list[tuple[Path, int]] = []  # of each document: its shard and first row there
@@ -143,14 +137,6 @@ class StoredFeatures:
                 self._places.append((path, row))
                 row += length
         self._open: dict[Path, object] = {}
-        self._whole, self._chosen = self.spec, {}  # all that is stored; by field, which of its target layers are read
-
-    def with_layers(self, kv: Sequence[int] | None = None, hidden: Sequence[int] | None = None) -> "StoredFeatures":
-        """The same store, with cache and hidden states of some of its target layers only (None: of all)."""
-        view = copy.copy(self)
-        view.spec = self._whole.of_layers(kv or self.spec.kv_layers, hidden or self.spec.hidden_layers)
-        view._chosen = self._whole.places(view.spec)
-        return view
 
     def __len__(self) -> int:
         return len(self.lengths)
