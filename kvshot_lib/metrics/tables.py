@@ -198,7 +198,12 @@ def write(tables_dir: str | Path, name: str, table: pd.DataFrame) -> Path:
         return write_csv(path, table, listed=True)
 
     def pack(temporary: Path) -> None:
-        table.to_parquet(temporary, index=False, compression="zstd", compression_level=19)
+        whole = [name for name in table if pd.api.types.is_integer_dtype(table[name])]  # small counts: split by bytes
+        encoding = {
+            "use_dictionary": sorted(set(table) - set(whole)),
+            "column_encoding": dict.fromkeys(whole, "BYTE_STREAM_SPLIT"),
+        }
+        table.to_parquet(temporary, index=False, compression="zstd", compression_level=19, **encoding)
         list_file(path, temporary)  # a flipped bit of a Parquet page may be read as another number
 
     return write_atomically(path, pack)
