@@ -97,9 +97,7 @@ def warm_start(drafter: Drafter, folder: str | Path) -> list[str]:
 
 
 def load_weights(drafter: Drafter, tensors: Mapping[str, torch.Tensor], told: str) -> None:
-    """Fill a drafter with weights that must be there, fit and be finite; ``told`` begins the line if they don't."""
-    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise StudyError(f"{told}: {', '.join(broken)} not finite; train or fetch it again")
+    """Fill a drafter with weights that must all be there and fit; ``told`` begins the line if they don't."""
     try:
         drafter.load_state_dict(tensors)
     except RuntimeError as error:
@@ -152,6 +150,8 @@ def _read(folder: Path, **parameters) -> _Kept:
         raise StudyError(f"the drafter in {folder} can't be read ({error}); {remedy}") from error
     if not len(ids) or not torch.equal(ids, ids.unique()) or not 0 <= int(ids[0]) <= int(ids[-1]) < spec.vocab_size:
         raise StudyError(f"the draft vocabulary in {folder} is not made of tokens of {spec.target}; {remedy}")
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise StudyError(f"the weights in {folder} are not finite ({', '.join(broken)}); {remedy}")
     return _Kept(description, spec, config, ids, tensors)
 
 

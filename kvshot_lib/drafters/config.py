@@ -105,11 +105,12 @@ class DrafterConfig:
         self._check_ranges()
         self._check_meaning()
         for name, values, others in _RULES:
-            for other, allowed in others.items():
-                if getattr(self, name) in values and getattr(self, other) not in allowed:
+            value = getattr(self, name)
+            for other, allowed in others.items() if value in values else ():
+                if getattr(self, other) not in allowed:
                     raise StudyError(
-                        f"{name}={getattr(self, name)!r} contradicts {other}={getattr(self, other)!r}; with it, {other} "
-                        f"must be {' or '.join(map(repr, allowed))}"
+                        f"{name}={value!r} contradicts {other}={getattr(self, other)!r}; with it, {other} must be "
+                        f"{' or '.join(map(repr, allowed))}"
                     )
 
     @property

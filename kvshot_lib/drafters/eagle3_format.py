@@ -38,8 +38,9 @@ ROPE = (
 )  # fmt: skip
 # What the study's layers always do; another value is refused.
 FIXED = {
-    "hidden_act": "silu", "layer_types": "full_attention", "is_causal": True, "logit_scale": 1, "use_sliding_window": False,
-    "norm_before_residual": False, "norm_before_fc": False, "partial_rotary_factor": 1, "parallel_drafting": False,
+    "hidden_act": "silu", "layer_types": "full_attention", "use_sliding_window": False, "is_causal": True,
+    "norm_before_residual": False, "norm_before_fc": False, "partial_rotary_factor": 1, "logit_scale": 1,
+    "parallel_drafting": False,
     **dict.fromkeys(("bias", "attention_bias", "qkv_bias", "mlp_bias"), False),
     "speculators_model_type": "eagle3", "speculators_config.algorithm": "eagle3",
     "eagle_config.use_aux_hidden_state": True, "eagle_config.use_input_layernorm_in_first_layer": True,

@@ -90,7 +90,7 @@ def changed(folder, tensors=(), **described):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tensors": {"norm.weight": torch.full((64,), torch.nan)}}, "norm.weight not finite"),
+        ({"tensors": {"norm.weight": torch.full((64,), torch.nan)}}, r"not finite \(norm.weight\)"),
         ({"tensors": {"norm.weight": None}}, "is not what drafter.json describes .*norm.weight"),
         ({"tensors": {"norm.weight": torch.ones(65)}}, "is not what drafter.json describes"),
         ({"tensors": {"other.weight": torch.ones(65)}}, "is not what drafter.json describes .*other.weight"),
