@@ -129,8 +129,8 @@ def check_target(target: Target, spec: FeatureSpec, what: str) -> None:
     """Refuse what was made with another target: other weights, or the same under another config."""
     if spec.target_hash != target.hash:
         raise StudyError(
-            f"{what} come from other weights or another config ({spec.target}, {spec.target_hash[:8]}…) than "
-            f"{target.name} ({target.hash[:8]}…); run notebook 01_extract_kv_cache anew"
+            f"{what} come from other weights of {target.name}, or from it under another config "
+            f"({spec.target_hash[:8]}…, not {target.hash[:8]}…); run notebook 01_extract_kv_cache anew"
         )
 
 

@@ -13,6 +13,7 @@ from ..drafters import context
 from ..drafters.runs import DESCRIPTION, find_runs
 from ..errors import StudyError
 from ..features.shuffled import ShuffledKV
+from ..features.spec import check_target
 from ..features.store import StoredFeatures
 from ..files import read_json
 from ..metrics import tables
@@ -55,10 +56,7 @@ def open_results(results_dir: str | Path, runs: Sequence[str] = (), splits: Sequ
     sources = {split: StoredFeatures(folder / "features" / split) for split in splits}
     spec = next(iter(sources.values())).spec
     target = load_target(spec.target, dtype="float32")
-    if target.hash != spec.target_hash:
-        raise StudyError(
-            f"the features in {folder} come from other weights of {target.name}; run notebook 01_extract_kv_cache anew"
-        )
+    check_target(target, spec, f"the features in {folder}")
     return Results(folder, found, target, sources)
 
 

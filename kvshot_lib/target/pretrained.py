@@ -1,7 +1,5 @@
 """A target's folder or hub id read, and refused by name where its numbers would not be those that were trained."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,13 +29,13 @@ def from_pretrained(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedM
         architecture; a tokenizer that isn't a ``tokenizer.json``.
     """
     shown, own_code = str(folder), {"trust_remote_code": False}
+    logging.disable_progress_bar()
     try:
-        with _no_loading_bars():
-            config = AutoConfig.from_pretrained(folder, **own_code)
-            _refuse_quantised(shown, config)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **own_code)
-            options = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True, **own_code}
-            model, read = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+        config = AutoConfig.from_pretrained(folder, **own_code)
+        _refuse_quantised(shown, config)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **own_code)
+        options = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True, **own_code}
+        model, read = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
     except StudyError:
         raise
     except Exception as error:  # what is wrong with a folder comes as one of a dozen kinds
@@ -69,14 +67,3 @@ def _refuse_quantised(shown: str, config: PreTrainedConfig) -> None:
         told = quantised if isinstance(quantised, dict) else vars(quantised or part)
         kind = str(told.get("quant_method", part.dtype)).removeprefix("torch.")
         raise StudyError(f"target {shown!r} is quantised ({kind}); give the checkpoint that it was made from")
-
-
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -15,11 +15,11 @@ from .. import parallel
 from ..drafters.checkpoint import draft_vocabulary, save_drafter, warm_start
 from ..drafters.context import drafter_spec, read_by
 from ..drafters.drafter import Drafter, build_drafter
-from ..errors import StudyError
 from ..features.extract import read_counts
 from ..features.kept import open_features, read_spec
 from ..features.resident import ResidentFeatures
 from ..features.shuffled import ShuffledKV
+from ..features.spec import check_target
 from ..features.store import StoredFeatures
 from ..files import sha256, write_csv, write_json
 from ..metrics.acceptance import count_axes, count_run
@@ -96,9 +96,7 @@ def prepare_run(variant: str, values: Mapping, results_dir: str | Path, features
     device, dtype = values.get("device", "auto"), values.get("dtype", "auto")
     spec = features["train"].spec if features else read_spec(folders["train"])
     target = load_target(spec.target, device=device, dtype=dtype)
-    if target.hash != spec.target_hash:
-        told = f"the features in {results_dir}/features come from other weights of {spec.target}"
-        raise StudyError(f"{told}; run 01_extract_kv_cache anew")
+    check_target(target, spec, f"the features in {results_dir}/features")
     features = features or {split: open_features(folder, target) for split, folder in folders.items()}
     wanted = drafter_spec(config, target)
     features = {split: read_by(config, wanted, source) for split, source in features.items()}
