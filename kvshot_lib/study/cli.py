@@ -15,7 +15,7 @@ from click import argument, option
 from ..errors import StudyError
 from ..files import disk_trouble
 from .measurements import decode, eagle3, measure
-from .options import device, dtype, keep, options, profile, results, runs, several, tables, target, tell
+from .options import device, dtype, keep, of_runs, options, profile, runs, several, tables, target, tell
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -117,8 +117,7 @@ def generate(**given) -> None:
 
 
 @cli.command()
-@results
-@runs
+@of_runs
 @options("of the bootstrap", samples=2000, seed=0)
 @keep
 def collect(**given) -> None:
@@ -159,17 +158,19 @@ def convert(tables_dir: str) -> None:
 @tables
 def compute(tables_dir: str) -> None:
     """Count the FLOPs and bytes of the runs in these tables: TABLES_DIR/compute.csv."""
-    from .compute import write_compute
+    from ..metrics.tables import read, rounded, write
+    from .compute import compute_table
 
-    print(write_compute(tables_dir))
+    table, untold = compute_table(read(tables_dir, "runs"))
+    print(*(f"not counted: {line}" for line in untold), sep="\n", end="\n" * bool(untold), file=sys.stderr)
+    print(write(tables_dir, "compute", rounded(table)))
 
 
 @cli.command()
 @target
-@options(corpus="selfgen")
+@options(corpus="selfgen", vocabulary=8192)
 @options("the longest of the corpus", documents=8)
 @options("timed training steps", steps=3)
-@options("draft_vocab_size", vocabulary=8192)
 @several("processes", "to train with, one number after the other", 1, 2, kind=int)
 @options("only this process's part of that", share=False)
 def bench(**given) -> None:
@@ -197,8 +198,7 @@ def dry_run(**given) -> None:
 
 
 @cli.command()
-@results
-@runs
+@of_runs
 @options("the folder that gets a folder a drafter", to="data/checkpoints")
 @options("of rounding, in standard deviations of a row", step=0.5)
 def publish(**given) -> None:
@@ -209,7 +209,7 @@ def publish(**given) -> None:
 
 
 @cli.command()
-@results
+@argument("results_dir")
 @argument("name")
 @options("what the run depends on; what another one left is removed", mark="")
 @options("draft steps that are judged", draft_length=7)
@@ -225,9 +225,10 @@ def judge(**given) -> None:
 @options(out="results/report")
 def report(profile: str, out: str) -> None:
     """One web site of notebooks, figures, scorecard and runs: of what is committed, or of results/PROFILE."""
-    from .site import build_report
+    from .site import build, committed, of_profile
 
-    print(build_report(profile, Path(out)))
+    first = build(of_profile(profile) if profile else committed(), Path(out))
+    print(f"{len(list(Path(out).rglob('*.html')))} pages; open {first} in a browser")
 
 
 @notebook.command()

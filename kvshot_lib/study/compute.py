@@ -6,11 +6,9 @@ the run recorded, or the run is left out. Its parameters are those of its profil
 profile's corpus.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -28,14 +26,6 @@ from ..training.cost import CONTEXT, chain_cost, prefix_cost, run_work, target_c
 from .profiles import extract_values, load_profile, train_values
 
 WALK = ("seed", "epochs", "max_steps", "batch_documents", "ttt_steps", "anchor_fraction")  # what a walk depends on
-
-
-def write_compute(tables_dir: str) -> Path:
-    """Count the FLOPs and bytes of the runs in these tables; writes TABLES_DIR/compute.csv."""
-    table, untold = compute_table(tables.read(tables_dir, "runs"))
-    for line in untold:
-        print(f"not counted: {line}", file=sys.stderr)
-    return tables.write(tables_dir, "compute", tables.rounded(table))
 
 
 def compute_table(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:

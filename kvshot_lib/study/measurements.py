@@ -1,14 +1,17 @@
 """Commands that measure trained drafters: `kvshot measure …`, `kvshot decode …`, `kvshot eagle3 …`."""
 
 import sys
+from pathlib import Path
 
 import click
 from click import argument
 
-from .options import device, dtype, keep, options, results, runs, several, tables, target, tell
+from .options import device, dtype, keep, of_runs, options, several, tables, target, tell, together
 
 prompts = options("study, human-eval or a .jsonl file", prompts="study")
 threads = options("of the CPU (0: PyTorch's own choice)", threads=0)
+answers, passes = options("at most, of an answer", new_tokens=64), options("timed; their median counts", repeats=3)
+timed = together(answers, passes, prompts, threads, device, dtype)
 
 
 def code(module: str) -> str:
@@ -24,8 +27,7 @@ def measure() -> None:
 
 
 @measure.command()
-@results
-@runs
+@of_runs
 @options(
     "of an arm of the oracle: training documents, passes over them, learning rate", documents=96, passes=1, rate=5e-4
 )
@@ -39,8 +41,7 @@ def queries(**given) -> None:
 
 
 @measure.command()
-@results
-@runs
+@of_runs
 @options("whose evaluation documents are read (default: selfgen, tiny for a tiny target)", corpus="")
 @options("sequences a run, each of other documents", documents=8)
 @several("contexts", "lengths in tokens", 128, 256, 512, 1024, 2048, kind=int)
@@ -54,8 +55,7 @@ def gradients(**given) -> None:
 
 
 @measure.command()
-@results
-@runs
+@of_runs
 @keep
 def shift(**given) -> None:
     """How far the target's attention moves, and where each drafter was right."""
@@ -70,18 +70,12 @@ def decode() -> None:
 
 
 @decode.command()
-@results
-@runs
-@options("at most, of an answer", new_tokens=64)
-@options("timed passes; their median counts", repeats=3)
-@prompts
+@of_runs
+@timed
 @options("how many, from the file's start", prompts_per_category=2)
 @several("chains", "their lengths", 2, 4, 6, 8, kind=int)
 @several("tree", "depth, top_k and total of EAGLE's tree", 8, 10, 60, kind=int)
 @options("of transformers' prompt lookup", lookup_tokens=10)
-@threads
-@device
-@dtype
 @keep
 def speed(**given) -> None:
     """Time decoding with trained drafters, or with those of a folder of checkpoints: RESULTS_DIR/tables."""
@@ -91,14 +85,9 @@ def speed(**given) -> None:
 
 
 @decode.command()
-@results
+@argument("results_dir")
 @options("with decode_prompts, by which they are chosen (RESULTS_DIR/tables by default)", tables_dir="")
-@options("at most, of an answer", new_tokens=64)
-@options("timed passes; their median counts", repeats=3)
-@prompts
-@threads
-@device
-@dtype
+@timed
 def duel(**given) -> None:
     """Time the fastest drafter of either side and claim C14's pair on other prompts."""
     from ..decoding.timing import duel
@@ -107,8 +96,7 @@ def duel(**given) -> None:
 
 
 @decode.command()
-@results
-@runs
+@of_runs
 @prompts
 @options("the first so many of them", count=105)
 @options("at most, of an answer", new_tokens=320)
@@ -148,11 +136,16 @@ def eagle3() -> None:
 @argument("out")
 @target
 @options("float32, bfloat16 or float16", dtype="bfloat16")
-def export(**given) -> None:
+def export(run_folder: str, out: str, target: str, dtype: str) -> None:
     """A trained `hidden` drafter as the folder of an EAGLE-3 checkpoint, which vLLM and SGLang load."""
-    from .publish import export
+    import torch
 
-    print(export(**given))
+    from ..drafters.checkpoint import load_drafter
+    from ..drafters.eagle3 import export_eagle3
+    from ..target.load import load_target
+
+    model = load_target(target, dtype="float32")
+    print(export_eagle3(load_drafter(Path(run_folder), model), model, Path(out), dtype=getattr(torch, dtype)))
 
 
 @eagle3.command("import")
@@ -161,7 +154,7 @@ def export(**given) -> None:
 @options("whose evaluation answers are drafted", corpus="selfgen")
 @options(documents=64)
 @click.option(
-    "--set", "fields", multiple=True, metavar="FIELD=VALUE",
+    "--set", "fields", multiple=True, default=(), metavar="FIELD=VALUE",
     help="of config.json, taken instead: rope_theta=10000 if it was trained so; may be repeated",
 )  # fmt: skip
 def measure_import(**given) -> None:

@@ -1,6 +1,7 @@
 """Arguments and options that several commands share, and how a command tells what it made."""
 
 from collections.abc import Callable, Iterable
+from functools import reduce
 
 from click import argument, option
 
@@ -33,8 +34,14 @@ def several(name: str, told: str, *default: int | str, kind: type = str) -> Call
     return option(f"--{name}", default=shown, type=read, metavar="A,B", help=told, show_default=True)
 
 
+def together(*parts: Callable) -> Callable:
+    """Several arguments and options as one decorator, in this order."""
+    return lambda command: reduce(lambda made, part: part(made), reversed(parts), command)
+
+
 runs = argument("runs", nargs=-1, metavar="[VARIANT/seedN]...")
-results, tables, profile = argument("results_dir"), argument("tables_dir"), argument("profile")
+tables, profile = argument("tables_dir"), argument("profile")
+of_runs = together(argument("results_dir"), runs)
 target = options("a name of the study, a hub id or a model folder", target="smollm2-135m-instruct")
 device, dtype = options(device="auto"), options("auto, float32 or bfloat16", dtype="auto")
 keep = options("folder of tables made before; rows of theirs that are not measured here stay", keep="")

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-import torch
 import yaml
 
 from ..drafters.checkpoint import STEP, WEIGHTS, load_drafter, read_description, save_rounded
 from ..drafters.config import READS
 from ..drafters.context import read_by
 from ..drafters.drafter import Drafter
-from ..drafters.eagle3 import export_eagle3, import_eagle3
+from ..drafters.eagle3 import import_eagle3
 from ..drafters.runs import DESCRIPTION, training_command
 from ..drafters.variants import VARIANTS
 from ..errors import StudyError
@@ -178,12 +177,6 @@ def judge_checkpoint(results_dir: str, name: str, *, mark: str = "", draft_lengt
     run = Run(variant, drafter, TrainConfig(seed=seed), target, {"evaluation": evaluation}, folder, dtype)
     judge_run(run, history, facts, draft_length)
     return folder
-
-
-def export(run_folder: str, out: str, *, target: str = DEFAULT_TARGET, dtype: str = "bfloat16") -> Path:
-    """A trained `hidden` drafter as the folder of an EAGLE-3 checkpoint, which vLLM and SGLang load."""
-    model = load_target(target, dtype="float32")
-    return export_eagle3(load_drafter(Path(run_folder), model), model, Path(out), dtype=getattr(torch, dtype))
 
 
 def measure_eagle3(

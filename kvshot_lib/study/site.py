@@ -52,15 +52,6 @@ class Source:
     figures: dict[str, Path]
 
 
-def build_report(profile: str = "", *, out: str = "results/report") -> str:
-    """One web site of notebooks, figures, scorecard and runs, to read without a network.
-
-    It shows what is committed, or with a profile what `make study` left in results/PROFILE.
-    """
-    first = build(of_profile(profile) if profile else committed(), Path(out))
-    return f"{len(list(Path(out).rglob('*.html')))} pages; open {first} in a browser"
-
-
 def committed() -> Source:
     """The notebooks, figures and recorded tables of the repository, as they are in the current folder."""
     folders = [{path.name: path for path in sorted(Path(root).glob("*/"))} for root in ("data/recorded", "figures")]

@@ -72,7 +72,7 @@ def append(path, line: str) -> None:
 
 
 def steps() -> dict[str, str]:
-    return {step: fingerprint(step, {}) for step in ("extract", "train", "decay", "probes.shift", "decoding.timing")}
+    return {step: fingerprint(step, {}) for step in ("extract", "train", "decay", "probes.shift", "decoding.timing", "training.cost")}
 
 
 @pytest.mark.parametrize(
@@ -81,9 +81,10 @@ def steps() -> dict[str, str]:
         ("plots/style.py", {"decay"}),
         ("drafters/variants.py", {"decay"}),
         ("study/pipeline.py", set()),
-        ("drafters/layers.py", {"train", "probes.shift", "decoding.timing"}),
+        ("drafters/layers.py", {"train", "probes.shift", "decoding.timing", "training.cost"}),
         ("training/loop.py", {"train"}),
-        ("target/capture.py", {"extract", "train", "probes.shift", "decoding.timing"}),
+        ("training/cost.py", {"train", "training.cost"}),
+        ("target/capture.py", {"extract", "train", "probes.shift", "decoding.timing", "training.cost"}),
     ],
 )
 def test_a_changed_line_makes_out_of_date_what_it_can_change(study, file, changed):
