@@ -26,12 +26,12 @@ from .resident import ResidentFeatures
 from .spec import FeatureSpec, feature_spec
 
 COUNTS = "answer_token_counts.csv"
-SIZES = ("max_length_tokens", "batch_documents", "shard_documents", *(f"{split}_documents" for split in SPLITS))
-KINDS = dict.fromkeys(SIZES, int) | {
-    "replace_store": bool,
-    "state_layers": Literal["eagle", "kv"],
-    "features": Literal["stored", "live"],
-}
+SIZES = ("max_length_tokens", "batch_documents", "shard_documents")
+COUNTED = tuple(f"{split}_documents" for split in SPLITS)  # None: all
+KINDS = {
+    **dict.fromkeys(SIZES, int), **dict.fromkeys(COUNTED, int | None), "replace_store": bool,
+    "state_layers": Literal["eagle", "kv"], "features": Literal["stored", "live"],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def prepare(values: Mapping) -> Extraction:
     """
     for name in KINDS.keys() & values.keys():
         value = check_value(name, values[name], KINDS[name])
-        if KINDS[name] is int and value < 1:
+        if name in SIZES + COUNTED and value is not None and value < 1:
             raise StudyError(f"{name}={value} must be 1 or more")
     target = load_target(values["target"], device=values["device"], dtype=values["dtype"])
     spec = feature_spec(target, values["kv_layers"])

@@ -90,16 +90,14 @@ class LiveFeatures:
 def _check_tokenizer(target: Target, documents: Sequence[Document]) -> None:
     """Refuse documents whose ids mean other text to this target."""
     for origin in {id(document.origin): document.origin for document in documents if document.origin}.values():
-        theirs = origin.get("tokenizer_hash")
+        name, theirs = origin["name"], origin.get("tokenizer_hash")
+        if theirs is None and name != "tiny":
+            print(f"the corpus {name} doesn't say what tokenizer wrote it; read as {target.name}'s", flush=True)
         if theirs not in (None, target.tokenizer_hash):
             raise StudyError(
-                f"the corpus {origin['name']} was written with the tokenizer of {origin.get('target')}, not with that of "
+                f"the corpus {name} was written with the tokenizer of {origin.get('target')}, not with that of "
                 f"{target.name} ({theirs[:8]}…, not {target.tokenizer_hash[:8]}…); set corpus to dialogues that "
                 f"{target.name} wrote (notebook 00_generate_corpus)"
-            )
-        if theirs is None and origin["name"] != "tiny":
-            print(
-                f"the corpus {origin['name']} doesn't say what tokenizer wrote it; read as {target.name}'s", flush=True
             )
     ids = np.concatenate([document.tokens for document in documents])
     strange = ids[(ids < 0) | (ids >= target.vocab_size)]
@@ -115,13 +113,10 @@ def _cut(documents: Sequence[Document], most: int) -> list[Document]:
     kept = [d.until(most) for d in documents if d.answer_mask[:most].any() or not d.answer_mask.any()]
     if not kept:
         raise StudyError(f"no answer begins within max_length_tokens={most}; set more")
-    if len(kept) < len(documents):
+    if gone := len(documents) - len(kept):
         was, now = (sum(int(d.answer_mask.sum()) for d in some) for some in (documents, kept))
-        print(
-            f"{len(documents) - len(kept)} of {len(documents)} documents have no answer within max_length_tokens={most} "
-            f"and are left out; {was - now:,} of {was:,} answer tokens are cut",
-            flush=True,
-        )
+        told = f"{gone} of {len(documents)} documents have no answer within max_length_tokens={most} and are left out"
+        print(f"{told}; {was - now:,} of {was:,} answer tokens are cut", flush=True)
     return kept
 
 

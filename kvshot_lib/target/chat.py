@@ -27,8 +27,8 @@ def chat_headers(tokenizer: PreTrainedTokenizerFast, thinking: bool = False) -> 
     """What stands before a user turn, and between it and the answer (the user's end-of-turn token first); int32 ids.
 
     For SmolLM2: ``<|im_start|>system…<|im_end|>\\n<|im_start|>user\\n`` and ``<|im_end|>\\n<|im_start|>assistant\\n``.
-    Without ``thinking``, Qwen3's template closes an empty thought there. An id that holds part of the turn too (``▁Hi``)
-    is the turn's.
+    Without ``thinking``, Qwen3's template closes an empty thought there. An id that holds part of the turn (``▁Hi``) is
+    the turn's.
 
     Raises
     ------
@@ -53,9 +53,9 @@ def chat_headers(tokenizer: PreTrainedTokenizerFast, thinking: bool = False) -> 
 
 
 def dialogue_ids(tokenizer: PreTrainedTokenizerFast, turns: Sequence[str], thinking: bool = False) -> np.ndarray:
-    """User turn, answer, user turn, … up to where the next one speaks, int32 [tokens], as ``apply_chat_template`` gives.
+    """User turn, answer, user turn, … up to the next answer, int32 [tokens], as ``apply_chat_template`` gives it.
 
-    But a chat marker written in a turn stays text.
+    But a chat marker that is written in a turn stays text.
 
     Raises
     ------

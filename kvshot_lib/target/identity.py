@@ -1,4 +1,4 @@
-"""What a target is, as hashes: equal ones give the same numbers for the same ids, and the same ids for the same text."""
+"""What a target is, as hashes: where they are equal, ids give the same numbers, and text the same ids."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def arithmetic(config: PreTrainedConfig) -> dict:
-    """What a config says of a forward beyond its class's defaults: RoPE, epsilon, windows, caps, scales, kinds of layer."""
+    """What a config says of a forward beyond its class's defaults: RoPE, epsilon, windows, caps, scales, …"""
     usual = {} if config.has_no_defaults_at_init else type(config)().to_dict()
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
