@@ -25,7 +25,7 @@ from ..features.spec import FeatureSpec, feature_spec
 from ..files import read_json, sha256, write_atomically, write_json
 from ..settings import check_settings
 from ..target.load import Target
-from .context import check_target
+from .context import check_origin
 from .drafter import Drafter, DrafterConfig, build_drafter
 from .runs import DESCRIPTION, how_to_train
 
@@ -52,7 +52,7 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     StudyError : no drafter there, altered weights, or another target or tokenizer.
     """
     kept = _read(Path(folder))
-    check_target(vars(kept.spec), target, f"the drafter in {folder} was trained")
+    check_origin(vars(kept.spec), target, f"the drafter in {folder} was trained")
     told = f"the drafter in {folder} is not what {DESCRIPTION} describes"
     try:
         spec = feature_spec(target, kept.spec.kv_layers, kept.spec.hidden_layers)
@@ -84,7 +84,7 @@ def warm_start(drafter: Drafter, folder: str | Path) -> list[str]:
     """
     draft_ids = drafter.draft_ids.cpu()
     kept = _read(Path(folder), draft_vocab_size=len(draft_ids))
-    check_target(vars(kept.spec), drafter.spec, f"can't start from {folder}: it was trained")
+    check_origin(vars(kept.spec), drafter.spec, f"can't start from {folder}: it was trained")
     if not torch.equal(kept.draft_ids, draft_ids):
         raise StudyError(
             f"can't start from {folder}: it drafts from another vocabulary ({_named(kept.draft_ids)}, not "

@@ -128,7 +128,7 @@ def drafter_spec(config: DrafterConfig, target: Target) -> FeatureSpec:
     return replace(spec, hidden_layers=spec.kv_layers) if config.state_layers == "kv" else spec
 
 
-def check_target(origin: Mapping, target: Target | FeatureSpec, told: str) -> None:
+def check_origin(origin: Mapping, target: Target | FeatureSpec, told: str) -> None:
     """Refuse what was made for another target or tokenizer than this; ``origin`` names both as a `FeatureSpec` does.
 
     ``told`` begins the line: "the drafter in runs/a was trained".
@@ -147,7 +147,7 @@ def check_target(origin: Mapping, target: Target | FeatureSpec, told: str) -> No
 
 def read_by(config: DrafterConfig, spec: FeatureSpec, source):
     """A source of features of the drafter's target with just the layers that it reads."""
-    check_target(vars(source.spec), spec, "the features were recorded")
+    check_origin(vars(source.spec), spec, "the features were recorded")
     hidden = spec.hidden_layers if "hidden_states" in config.reads else None
     return source.with_layers(spec.kv_layers if config.reads_kv else None, hidden)
 

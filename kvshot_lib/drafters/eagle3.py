@@ -26,7 +26,7 @@ from ..features.spec import feature_spec
 from ..files import write_atomically
 from ..target.load import Target
 from .checkpoint import load_weights
-from .context import check_target
+from .context import check_origin
 from .drafter import Drafter, DrafterConfig
 from .eagle3_format import CONFIG, LAYERS, ROPE_TYPES, SIZES, fused_layers, layer_sizes, read_config, tensor_names
 
@@ -54,7 +54,7 @@ def export_eagle3(
     StudyError : a drafter that the format has no place for, or of another target.
     """
     own, folder = drafter.config, Path(folder)
-    check_target(vars(drafter.spec), target, f"the drafter for {folder} was trained")
+    check_origin(vars(drafter.spec), target, f"the drafter for {folder} was trained")
     turn = drafter.sizes.rope_parameters.get("rope_type", "default")
     for told, present in (
         (f"paradigm={own.paradigm!r}", own.paradigm != "hidden"),
@@ -181,7 +181,7 @@ def _check_target(found: dict, target: Target, folder: Path) -> None:
             told = f"{folder} has {name}={found[name]}, target {target.name} {size}"
             raise StudyError(f"{told}; load the target that it was trained for")
     if origin := found.get("kvshot"):
-        check_target(origin, target, f"{folder} was trained")
+        check_origin(origin, target, f"{folder} was trained")
 
 
 def _draft_ids(tensors: dict[str, torch.Tensor], found: dict, folder: Path) -> torch.Tensor:
