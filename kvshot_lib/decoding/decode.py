@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..drafters.attention import Entries
+from ..drafters.context import check_origin
 from ..drafters.drafter import Drafter
 from ..drafters.layers import View
 from ..errors import StudyError
@@ -229,12 +230,7 @@ def check_prompt(target: Target, prompt: Sequence[int] | Tensor, max_new_tokens:
 
 def check_drafter(target: Target, drafter: Drafter) -> Drafter:
     """A drafter that can draft for this target."""
-    theirs = drafter.spec
-    if theirs.target_hash != target.hash:
-        told = f"the drafter was made for target {theirs.target} ({theirs.target_hash[:8]}…)"
-        raise StudyError(
-            f"{told}, not for {target.name} ({target.hash[:8]}…); load that target or a drafter of this one"
-        )
+    check_origin(vars(drafter.spec), target, "the drafter was trained")
     if drafter.config.kv_control == "shuffled":
         raise StudyError("kv_control='shuffled' reads another document's KV, which decoding one prompt has not")
     return drafter

@@ -339,11 +339,11 @@ def test_plans_are_whole_numbers_or_refused(field, value):
 def test_every_id_that_ends_a_turn_of_the_target_ends_its_answer(monkeypatch):
     whole = decode(target(), None, prompt(0), max_new_tokens=NEW, eos_token_ids=()).tokens
     first = {token: whole.index(token) for token in whole}
-    one, other = sorted(first, key=first.get)[2:4]
+    (one, other), built = sorted(first, key=first.get)[2:4], trained("hybrid")
     for stops, last in (((one, other), one), ((other, one), one), ((600, other), other)):
         monkeypatch.setattr(Target, "stop_ids", stops)
         for plan in (Chain(0), *PLANS):
-            found = decode(target(), trained("hybrid"), prompt(0), plan, max_new_tokens=NEW).tokens
+            found = decode(target(), built, prompt(0), plan, max_new_tokens=NEW).tokens
             assert found == whole[: first[last] + 1]
 
 
@@ -352,7 +352,7 @@ def test_a_prompt_that_just_fits():
 
 
 def test_a_drafter_of_another_target_or_with_another_documents_kv_is_refused():
-    with pytest.raises(StudyError, match="made for target tiny-qwen2"):
+    with pytest.raises(StudyError, match="trained for target tiny-qwen2"):
         decode(target(), drafter("hidden", "tiny-qwen2"), [5])
     shuffled = build_drafter(DrafterConfig("kv", kv_control="shuffled"), target(), feature_spec(target()), DRAFT_IDS)
     with pytest.raises(StudyError, match="another document's KV"):
