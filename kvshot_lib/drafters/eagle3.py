@@ -32,8 +32,8 @@ from .eagle3_format import CONFIG, LAYERS, ROPE_TYPES, SIZES, fused_layers, laye
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
 HEAD, EMBEDDING, MAPS = "lm_head.weight", "embed_tokens.weight", ("d2t", "t2d")
-# Of the target, for training alone; and what follows from the config.
-UNUSED = ("verifier_norm.weight", "verifier_lm_head.weight", "rotary_emb.inv_freq")
+UNUSED = ("verifier_norm.weight", "verifier_lm_head.weight")  # the target's, for training alone
+ANGLES = "midlayer.self_attn.rotary_emb.inv_freq"  # [D / 2]: RoPE as it was trained with, in older ones
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TRAINED_TOKENS = 512  # length of the study's documents
 
@@ -163,11 +163,16 @@ def import_eagle3(folder: str | Path, target: Target, **overrides: object) -> Dr
     said = found.get("draft_vocab_size", len(ids))
     if said != len(ids) or head.shape != (len(ids), size) or embedding.shape != (found["vocab_size"], size):
         raise StudyError(f"{folder} maps {len(ids)} draft tokens, says {said}, and has {shapes}; that doesn't fit")
+    turned = tensors.pop(ANGLES, None)
     state = _state(tensors, config, len(spec.hidden_layers), folder)
     try:
         drafter = Drafter(config, spec, layer_sizes(found), ids, embedding, head)
     except Exception as error:  # whatever sizes make of it
         raise StudyError(f"{folder / CONFIG} describes no layer ({str(error).strip().splitlines()[-1]})") from error
+    own = drafter.rotary.inv_freq
+    if turned is not None and turned.shape == own.shape and not torch.allclose(turned, own, rtol=0.02):
+        base, said = float(turned[1]) ** -len(turned), found["rope"]["rope_theta"]
+        raise StudyError(f"{folder} says rope_theta={said:g} but was trained at about {base:.3g}; give rope_theta=…")
     load_weights(drafter, state, f"{folder}: {CONFIG} and {WEIGHTS} don't fit")
     return drafter.to(target.device).eval()
 

@@ -395,6 +395,17 @@ def test_fields_can_be_overridden(tmp_path, plain):
         import_eagle3(folder, target)
 
 
+def test_angles_that_a_checkpoint_carries_are_compared_with_its_config(tmp_path, plain):
+    drafter, tensors, config = plain
+    angles = {"midlayer.self_attn.rotary_emb.inv_freq": 10_000.0 ** (-torch.arange(0, 16, 2) / 16)}
+    folder, target = left(tmp_path / "it", tensors | angles, config), examples.target()
+    same_drafter(drafter, import_eagle3(folder, target))
+    left(folder, tensors | angles, config | {"rope_theta": 1e6})
+    with pytest.raises(StudyError, match=r"says rope_theta=1e\+06 but was trained at about 1e\+04; give rope_theta="):
+        import_eagle3(folder, target)
+    same_drafter(drafter, import_eagle3(folder, target, rope_theta=10_000))
+
+
 def offsets(ids):
     return torch.tensor(ids) - torch.arange(len(ids))
 
