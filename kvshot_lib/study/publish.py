@@ -75,7 +75,7 @@ def publish(folder: Path, to: Path, target: Target, evaluation: StoredFeatures, 
     rows = [[name, step_, *vars(draws.mean(AFTER, name, step_)).values()] for name, step_ in METRICS]
     measured = pd.DataFrame(rows, columns=["metric", "draft_step", "value", "low", "high"])
     write_csv(to / "acceptance.csv", tables.rounded(measured.astype({"draft_step": "Int64"})))
-    text = card(record, described, draws, path.stat().st_size)
+    text = card(record, described, draws, path.stat().st_size, max(evaluation.lengths))
     write_atomically(to / "README.md", lambda p: p.write_text(text))
     return draws
 
@@ -99,6 +99,7 @@ CARD = """# Drafter `{variant}`
 | target | {target}, weights of SHA-256 `{target_hash:.16}…` (SmolLM2's are Q4_1, dequantised) |
 | parameters | {parameters:,}, {draft_vocab_size:,} draft tokens; {told} |
 | trained on | {trained_tokens:,} tokens of the corpus `selfgen` (documents `{corpus}`), seed {seed} |
+| length | texts of up to {longest} tokens; what it accepts beyond is not known |
 | training | {minutes:.0f} minutes on {device}, {dtype}, {date}, git revision `{git_revision}`, torch {torch} |
 | weights | {megabytes:.2f} MB: rounded to {rounding_step:g} deviations of their row, SHA-256 `{weights_sha256}` |
 
@@ -123,7 +124,7 @@ To train it again, with the budget of the profile `{profile}` added:
 """
 
 
-def card(record: dict, described: dict, draws: Draws, size_bytes: int) -> str:
+def card(record: dict, described: dict, draws: Draws, size_bytes: int, longest: int) -> str:
     """The card, from what was recorded and measured."""
     config, folder = described["config"], f"runs/{record['variant']}/seed{record['seed']}"
     lines = []
@@ -136,6 +137,7 @@ def card(record: dict, described: dict, draws: Draws, size_bytes: int) -> str:
         says=VARIANTS[record["variant"]].says if record["variant"] in VARIANTS else "A drafter of one's own.",
         told=", ".join(f"{name} {config[name]!r}" for name in ("paradigm", *READS[config["paradigm"]])),
         minutes=record["train_s"] / 60,
+        longest=longest,
         megabytes=size_bytes / 1e6,
         rounding_step=described["rounding_step"],
         weights_sha256=described["weights_sha256"],
