@@ -19,13 +19,19 @@ from .tiny import TINY
 
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+WRONG = {
+    "missing_keys": "lacks weights of",
+    "unexpected_keys": "has weights that are no part of",
+    "broken": "has NaN or infinite weights in",
+}
+
 
 def from_pretrained(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Model, cast to ``dtype``, and tokenizer of a hub id or a local folder.
 
     Raises
     ------
-    StudyError : nothing there that can be read; quantised weights; weights that are missing or belong to another
+    StudyError : nothing there that can be read; quantised weights; weights that are missing, not finite or of another
         architecture; a tokenizer that isn't a ``tokenizer.json``.
     """
     shown, own_code = str(folder), {"trust_remote_code": False}
@@ -51,7 +57,8 @@ def from_pretrained(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedM
         ) from error
     if not tokenizer.is_fast:
         raise StudyError(f"{type(tokenizer).__name__} of target {shown!r} has no tokenizer.json; save it as one")
-    for kind, told in (("missing_keys", "lacks weights of"), ("unexpected_keys", "has weights that are no part of")):
+    read["broken"] = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    for kind, told in WRONG.items():
         if keys := sorted(read[kind]):
             named = f"{type(model).__name__}: {', '.join(keys[:3])}{' …' if keys[3:] else ''}"
             raise StudyError(f"the checkpoint of target {shown!r} {told} {named}; give a whole one of its architecture")

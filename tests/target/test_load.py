@@ -132,6 +132,7 @@ def weights_of(folder, change):
     [
         (lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}), r"no part of .*q_norm\.weight"),
         (lambda t: t.update({"model.norm.weight": torch.ones(16)}), "could not load target"),
+        (lambda t: t["model.norm.weight"][3:4].fill_(torch.nan), r"NaN or infinite weights in .*: model\.norm\.weight"),
     ],
 )  # fmt: skip
 def test_checkpoints_that_are_not_whole_are_refused_by_the_weights_name(tmp_path, change, message):
