@@ -85,10 +85,10 @@ def encode_turn(target: Target, history: Sequence[str | np.ndarray]) -> np.ndarr
     turns, answers = ([], []) if isinstance(history, str) else (history[::2], history[1::2])
     if len(history) % 2 == 0 or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise StudyError("a dialogue to answer is a list of user turn, answer, user turn, …; no user turn may be empty")
-    as_text = [isinstance(answer, str) for answer in answers]
-    if all(as_text):
-        return dialogue_ids(target.tokenizer, history)
-    if any(as_text):
+    texts = [text_of(turn, "a turn of this dialogue") for turn in history if isinstance(turn, str)]
+    if len(texts) == len(history):
+        return dialogue_ids(target.tokenizer, texts)
+    if len(texts) > len(turns):
         raise StudyError("the answers of a dialogue are all token ids, or all text")
     pieces = [dialogue_ids(target.tokenizer, turns[:1])]
     for answer, turn in zip(answers, turns[1:]):

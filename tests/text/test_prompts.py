@@ -239,6 +239,17 @@ def test_what_does_not_end_in_a_user_turn_is_refused(history):
         encode_turn(examples.target(), history)
 
 
+@pytest.mark.parametrize("history", [["\ud83d"], ["w10", "\ud83d", "w30"], ["w10", [20], "\udc00"]])
+def test_half_a_character_is_refused(history):
+    with pytest.raises(StudyError, match="a turn of this dialogue: .*is half a character"):
+        encode_turn(examples.target(), history)
+
+
+def test_answers_are_all_text_or_all_ids():
+    with pytest.raises(StudyError, match="all token ids, or all text"):
+        encode_turn(examples.target(), ["w10", [20], "w30", "w21", "w31"])
+
+
 @pytest.mark.needs_target
 def test_a_chat_marker_in_a_prompt_stays_text():
     target = load_target(device="cpu")
