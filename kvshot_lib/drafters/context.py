@@ -19,6 +19,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ..errors import StudyError
+from ..features.shuffled import ShuffledKV
 from ..features.spec import Features, FeatureSpec, feature_spec
 from ..target.load import Target
 from ..target.shared import norm_gain
@@ -146,10 +147,11 @@ def check_origin(origin: Mapping, target: Target | FeatureSpec, told: str) -> No
 
 
 def read_by(config: DrafterConfig, spec: FeatureSpec, source):
-    """A source of features of the drafter's target with just the layers that it reads."""
+    """A source of features of the drafter's target as it reads them: its layers, another document's KV if shuffled."""
     check_origin(vars(source.spec), spec, "the features were recorded")
     hidden = spec.hidden_layers if "hidden_states" in config.reads else None
-    return source.with_layers(spec.kv_layers if config.reads_kv else None, hidden)
+    source = source.with_layers(spec.kv_layers if config.reads_kv else None, hidden)
+    return ShuffledKV(source) if config.kv_control == "shuffled" else source
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..drafters.attention import Entries
 from ..drafters.checkpoint import load_drafter
+from ..drafters.context import read_by
 from ..drafters.drafter import Drafter
 from ..drafters.hooks import watching
 from ..drafters.layers import BlockLayer, View
@@ -42,7 +43,7 @@ from ..training.anchors import Anchors, find_anchors
 from ..training.loss import ttt_loss
 from ..training.record import branch_of
 from .attention import Call, attending, draft_mass, own_query
-from .measuring import Part, described, measure_parts, read_by, write_tables
+from .measuring import Part, described, measure_parts, write_tables
 
 CONTEXTS = (128, 256, 512, 1024, 2048)
 DRAFT_LENGTH, STEP_DECAY = 7, 0.8
@@ -156,7 +157,7 @@ def _row(key: tuple, quantity: str, value: float, draft_step: int | None = None)
 def measure_run(drafter: Drafter, source, contexts: Sequence[int], draft_length: int = DRAFT_LENGTH) -> pd.DataFrame:
     """Rows of one drafter on every sequence of ``source``: those of ``gradient_flow`` without variant and seed."""
     device, measured = drafter.norm.weight.device, []
-    source = read_by(drafter, source)
+    source = read_by(drafter.config, drafter.spec, source)
     for index in range(len(source)):
         whole = source.batch([index], (*drafter.reads, "final_hidden", "target_argmax")).to(device, torch.float32)
         for context in contexts:

@@ -9,10 +9,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ..drafters import context
 from ..drafters.runs import DESCRIPTION, find_runs
 from ..errors import StudyError
-from ..features.shuffled import ShuffledKV
 from ..features.spec import check_target
 from ..features.store import StoredFeatures
 from ..files import read_json
@@ -67,12 +65,6 @@ def visit(
     for document in tqdm(documents or range(len(source)), desc=told, mininterval=5):
         features = source.batch([document], reads).to(device, torch.float32)
         yield document, features, find_anchors(features.answer_mask, draft_length)
-
-
-def read_by(drafter, source):
-    """Features as ``drafter`` was trained to read them: its layers' KV, another document's if it is that control."""
-    source = context.read_by(drafter.config, drafter.spec, source)
-    return ShuffledKV(source) if drafter.config.kv_control == "shuffled" else source
 
 
 def described(folder: Path) -> dict:

@@ -30,12 +30,13 @@ import torch
 from torch import Tensor
 
 from ..drafters.checkpoint import load_drafter
+from ..drafters.context import read_by
 from ..errors import StudyError
 from ..metrics.acceptance import AXES, axis_steps
 from ..target.capture import uniform_layers
 from ..target.load import Target, full_attention_layers, resolve_dtype
 from ..training.judging import anchor_places, match_documents
-from .measuring import Part, facts_of, measure_parts, open_results, read_by, visit, write_tables
+from .measuring import Part, facts_of, measure_parts, open_results, visit, write_tables
 from .target_rows import check_rows, compute_state, jensen_shannon
 
 KV_LAYERS = 3  # the study's default: uniformly spaced layers, the same for every drafter: shift is of the anchor
@@ -124,7 +125,9 @@ def measure_matches(source, folder: Path, target: Target, draft_length: int) -> 
     """
     drafter = load_drafter(folder, target)
     dtype = resolve_dtype("auto", target.device)
-    matched = match_documents(read_by(drafter, source), drafter, draft_length, device=target.device, dtype=dtype)
+    matched = match_documents(
+        read_by(drafter.config, drafter.spec, source), drafter, draft_length, device=target.device, dtype=dtype
+    )
     rows = [
         [document, k, "".join(map(str, match[valid[:, k], k].astype(int)))]
         for document, (match, valid) in enumerate(matched)

@@ -59,7 +59,7 @@ def convert(tables_dir: str | Path) -> list[Path]:
 
 
 def _read_old(path: Path, words: list[str]) -> pd.DataFrame:
-    """A table as it was: CSV, compressed CSV, or (``.columns.xz``) CSV with a line a column; ``words`` are no numbers."""
+    """A table as it was: CSV, compressed CSV, or (``.columns.xz``) CSV a line a column; ``words`` are text."""
     source = path
     if path.name.endswith(".columns.xz"):
         lines = lzma.decompress(path.read_bytes()).decode().splitlines()

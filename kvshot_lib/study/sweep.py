@@ -31,7 +31,7 @@ _shared: dict = {}  # of a worker process: features, profile, results_dir
 def sweep_profile(
     profile: str, runs: Sequence[str] = (), *, results_dir: str = "", workers: int = 4, stop_after_s: float = 1e8
 ) -> int:
-    """Train a profile's runs (all, or ``VARIANT/seedN`` in this order), so many at a time; returns how many are left."""
+    """Train a profile's runs (all, or ``VARIANT/seedN`` in this order), so many at once; returns how many are left."""
     loaded = profiles.checked_profile(profile)
     folder = Path(results_dir or loaded.results)
     jobs = named_runs(loaded, runs)

@@ -18,7 +18,6 @@ from ..drafters.drafter import Drafter, build_drafter
 from ..features.extract import read_counts
 from ..features.kept import open_features, read_spec
 from ..features.resident import ResidentFeatures
-from ..features.shuffled import ShuffledKV
 from ..features.spec import check_target
 from ..features.store import StoredFeatures
 from ..files import sha256, write_csv, write_json
@@ -107,8 +106,6 @@ def prepare_run(variant: str, values: Mapping, results_dir: str | Path, features
     if on_device:
         state = (*drafter.reads, "final_hidden", "target_argmax")
         features = {split: ResidentFeatures(source, target.device, state) for split, source in features.items()}
-    if config.kv_control == "shuffled":
-        features = {split: ShuffledKV(source) for split, source in features.items()}
     init_from, fresh, runs = values.get("init_from", ""), [], results_dir / "runs"
     if init_from:
         fresh = warm_start(drafter, runs / init_from / f"seed{training.seed}")
