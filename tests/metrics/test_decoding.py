@@ -11,7 +11,15 @@ from kvshot_lib.errors import StudyError
 from kvshot_lib.metrics import tables
 from kvshot_lib.metrics.claims import stated
 from kvshot_lib.metrics.decoding import (
-    ALL, break_even, decode_draws, decoding_table, drawn, fastest, one_dtype, paper_scale, parts_table,
+    ALL,
+    break_even,
+    decode_draws,
+    decoding_table,
+    drawn,
+    fastest,
+    one_dtype,
+    paper_scale,
+    parts_table,
 )  # fmt: skip
 from kvshot_lib.metrics.scorecard import read_paper, scorecard
 
