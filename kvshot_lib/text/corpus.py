@@ -5,6 +5,7 @@ come from and the SHA-256 of each file. Lengths are ragged, so a file holds all 
 """
 
 import lzma
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from ..files import read_json, sha256, write_atomically, write_json
 SPLITS = ("train", "validation", "evaluation")
 CORPORA = {name: Path(__file__).parents[2] / "data/corpus" / name for name in ("selfgen", "sealed")}
 SCHEMA_VERSION = 1
+OPENED = "OPENED.txt"
 REPEAT_TOKENS = 16
 MIN_ANSWER_TOKENS = 16
 
@@ -76,6 +78,10 @@ def load_corpus(name: str | Path, split: str, *, seed: int = 0, whole_answers: b
     Raises
     ------
     StudyError : unknown corpus or split, missing or altered file.
+
+    Notes
+    -----
+    A sealed set says on stderr when it was opened (``OPENED.txt`` in its folder).
     """
     if split not in SPLITS:
         raise StudyError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
@@ -94,6 +100,9 @@ def load_corpus(name: str | Path, split: str, *, seed: int = 0, whole_answers: b
     path = folder / of_split["file"]
     if not path.is_file() or sha256(path) != of_split["sha256"]:
         raise StudyError(f"{path} is missing or is not the file its provenance.json describes; make the corpus anew")
+    if (opened := folder / OPENED).is_file():  # a sealed set: whoever reads it again should know
+        told = f"{name} is a sealed set that was opened. {opened.read_text().strip()}"
+        print(f"{told} What is chosen since then must be judged on other documents.", file=sys.stderr)
     origin = provenance | {"name": str(name)}
     documents = [replace(document, origin=origin) for document in read_documents(path)]
     if not whole_answers:

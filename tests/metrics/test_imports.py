@@ -13,4 +13,4 @@ LIBRARY = Path(__file__).parents[2] / "kvshot_lib"
 def test_the_room_loads_no_torch(room):
     modules = [f"kvshot_lib.{room}.{path.stem}" for path in sorted((LIBRARY / room).glob("[a-z]*.py"))]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
-    assert modules and subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert modules and subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
