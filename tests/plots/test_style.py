@@ -15,7 +15,7 @@ from PIL import Image
 from kvshot_lib.drafters.variants import VARIANTS
 from kvshot_lib.plots import style
 from kvshot_lib.plots.lines import lines
-from kvshot_lib.study.profiles import load_profile
+from kvshot_lib.study.pipeline import drawings
 
 TABLE = pd.DataFrame(
     {"variant": ["hidden"] * 3 + ["kv_2"] * 3, "draft_step": [0, 1, 2] * 2, "value": [0.5, 0.4, 0.35, 0.5, 0.48, 0.47]}
@@ -99,12 +99,13 @@ def test_tracked_figures_fit_a_screen(path):
 @pytest.mark.pipeline
 @pytest.mark.filterwarnings("default")  # as in a kernel
 @pytest.mark.parametrize("profile", sorted({path.parent.name for path in TRACKED}))
-def test_recorded_figures_are_what_their_notebook_draws(profile, tmp_path):
-    """Redraw a profile's figures from its recorded tables: numbers to a thousandth, pictures to 2 grey levels (rms)."""
+def test_recorded_figures_are_what_their_notebook_draws(profile, tmp_path, monkeypatch):
+    """A profile's first notebook that draws, again: numbers to a thousandth, pictures to 2 grey levels (rms)."""
+    monkeypatch.chdir(ROOT)
     folder, drawn_here = ROOT / "figures" / profile, tmp_path / "figures"
-    folders = {"tables_dir": str(ROOT / "data/recorded" / profile), "figures_dir": str(drawn_here)}
-    parameters = load_profile(ROOT / f"notebooks/profiles/{profile}.yaml").notebooks["decay"]
-    run_here(ROOT / "notebooks/04_long_range_decay.ipynb", parameters | folders)
+    notebook, _, parameters = drawings(profile)[0]
+    monkeypatch.chdir(ROOT / "notebooks")
+    run_here(ROOT / notebook, parameters | {"figures_dir": str(drawn_here)})
     assert {path.name for path in drawn_here.iterdir()} <= {path.name for path in folder.iterdir()}
     for path in sorted(drawn_here.glob("*.csv")):
         pd.testing.assert_frame_equal(pd.read_csv(path), pd.read_csv(folder / path.name), rtol=1e-3)
