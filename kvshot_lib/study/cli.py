@@ -15,7 +15,7 @@ from click import argument, option
 from ..errors import StudyError
 from ..files import disk_trouble
 from .measurements import decode, eagle3, measure
-from .options import device, dtype, keep, of_runs, options, profile, runs, several, tables, target, tell
+from .options import device, dtype, keep, of_dialogues, of_runs, options, profile, runs, several, tables, target, tell
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -106,9 +106,7 @@ def processes(**given) -> None:
 @target
 @device
 @dtype
-@options("dialogues whose user turns are answered (default: self-generated)", user_turns="")
-@options("documents to write", train=0, validation=0, evaluation=0)
-@options(max_length_tokens=512, max_user_tokens=96, temperature=1.0, top_p=0.95, batch_size=32, seed=0, thinking=False)
+@of_dialogues
 def generate(**given) -> None:
     """Let the target write dialogues into the folder OUT; a killed run goes on where it was."""
     from ..text.generate import generate

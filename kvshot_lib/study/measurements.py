@@ -6,12 +6,7 @@ from pathlib import Path
 import click
 from click import argument
 
-from .options import device, dtype, keep, of_runs, options, several, tables, target, tell, together
-
-prompts = options("study, human-eval or a .jsonl file", prompts="study")
-threads = options("of the CPU (0: PyTorch's own choice)", threads=0)
-answers, passes = options("at most, of an answer", new_tokens=64), options("timed; their median counts", repeats=3)
-timed = together(answers, passes, prompts, threads, device, dtype)
+from .options import device, dtype, keep, of_runs, of_speed, options, prompts, several, target, tell, threads, timed
 
 
 def code(module: str) -> str:
@@ -71,11 +66,9 @@ def decode() -> None:
 
 @decode.command()
 @of_runs
-@timed
-@options("how many, from the file's start", prompts_per_category=2)
-@several("chains", "their lengths", 2, 4, 6, 8, kind=int)
-@several("tree", "depth, top_k and total of EAGLE's tree", 8, 10, 60, kind=int)
-@options("of transformers' prompt lookup", lookup_tokens=10)
+@of_speed
+@device
+@dtype
 @keep
 def speed(**given) -> None:
     """Time decoding with trained drafters, or with those of a folder of checkpoints: RESULTS_DIR/tables."""
@@ -88,6 +81,8 @@ def speed(**given) -> None:
 @argument("results_dir")
 @options("with decode_prompts, by which they are chosen (RESULTS_DIR/tables by default)", tables_dir="")
 @timed
+@device
+@dtype
 def duel(**given) -> None:
     """Time the fastest drafter of either side and claim C14's pair on other prompts."""
     from ..decoding.timing import duel
@@ -113,7 +108,7 @@ def lossless(**given) -> None:
 
 
 @decode.command()
-@tables
+@argument("tables_dir")
 @options("qwen3-8b, on a GPU; tiny tries the command out", architecture="qwen3-8b")
 @several("drafters", "variants", "hidden", "kv_1", "kv_2", "kv_4", "hybrid", "cross_only_warm", "block_kv_2")
 @several("prefixes", "context lengths in tokens", 512, 2048, 8192, kind=int)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from functools import reduce
 
-from click import argument, option
+from click import argument, command, option
 
 from ..errors import StudyError
 
@@ -45,6 +45,29 @@ of_runs = together(argument("results_dir"), runs)
 target = options("a name of the study, a hub id or a model folder", target="smollm2-135m-instruct")
 device, dtype = options(device="auto"), options("auto, float32 or bfloat16", dtype="auto")
 keep = options("folder of tables made before; rows of theirs that are not measured here stay", keep="")
+prompts = options("study, human-eval or a .jsonl file", prompts="study")
+threads = options("of the CPU (0: PyTorch's own choice)", threads=0)
+timed = together(
+    options("at most, of an answer", new_tokens=64), options("timed; their median counts", repeats=3), prompts, threads
+)
+# What a profile's `dialogues` and `speed` may say, too.
+of_dialogues = together(
+    options("dialogues whose user turns are answered (default: self-generated)", user_turns=""),
+    options("documents to write", train=0, validation=0, evaluation=0),
+    options(max_length_tokens=512, max_user_tokens=96, temperature=1.0, top_p=0.95, batch_size=32, seed=0),
+    options(thinking=False),
+)
+of_speed = together(
+    timed, options("how many, from the file's start", prompts_per_category=2),
+    several("chains", "their lengths", 2, 4, 6, 8, kind=int),
+    several("tree", "depth, top_k and total of EAGLE's tree", 8, 10, 60, kind=int),
+    options("of transformers' prompt lookup", lookup_tokens=10),
+)  # fmt: skip
+
+
+def option_names(part: Callable) -> list[str]:
+    """The options that it adds to a command."""
+    return [own.name for own in command()(part(lambda **given: None)).params]
 
 
 def tell(lines: Iterable) -> None:

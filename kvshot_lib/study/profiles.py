@@ -10,8 +10,8 @@ import yaml
 from ..drafters.variants import VARIANTS, check_current, parameters_of
 from ..errors import StudyError
 from ..training.config import configurations
-from . import cli, measurements
 from .notebooks import check_names, check_no_number_as_text, check_parameters, parameter_defaults
+from .options import of_dialogues, of_speed, option_names
 
 NOTEBOOKS = {
     "generate": "notebooks/00_generate_corpus.ipynb",
@@ -29,7 +29,6 @@ DRAWING = tuple(NOTEBOOKS)[3:]  # these read tables and draw; those before them 
 FOLDER = Path("notebooks/profiles")
 CHECKPOINTS = Path("data/checkpoints")
 SET_BY_PIPELINE = {"results_dir", "figures_dir", "tables_dir", "variant", "seed", "profile"}
-SAID_ONCE = {"target", "device", "dtype", "keep"}  # by the extraction, not again as options of a command
 ALWAYS = {"extract": {}, "train": {}, "decay": {}}
 KINDS = {"dialogues": dict, "speed": dict, "checkpoints": list, "seeds": list, "parallel_trainings": int}
 
@@ -106,9 +105,8 @@ def load_profile(name_or_path: str | Path) -> Profile:
             if name in SET_BY_PIPELINE:
                 raise StudyError(f"{where}, {section}: '{name}' is set by the pipeline; take it out")
             check_no_number_as_text(f"{where}, {section}, {name}", value)
-    for section, command in (("dialogues", cli.generate), ("speed", measurements.speed)):
-        options = [own.name for own in command.params if own.param_type_name == "option" and own.name not in SAID_ONCE]
-        check_names(content.get(section, {}), options, f"{where}, {section}")
+    for section, part in (("dialogues", of_dialogues), ("speed", of_speed)):
+        check_names(content.get(section, {}), option_names(part), f"{where}, {section}")
     if "dialogues" in content and "corpus" in notebooks["extract"]:
         raise StudyError(f"{where}, extract: with 'dialogues' they are the corpus; take 'corpus' out")
     return Profile(path.stem, notebooks, drafters=drafters, **content)
