@@ -88,6 +88,11 @@ def measure_probe(run: Run) -> pd.DataFrame:
     return pd.DataFrame(probe_rows(data, run.layers))
 
 
+def measure_arm(run: Run, arm: str, how: Retraining) -> pd.DataFrame:
+    """Rows of ``query_oracle`` of one run and arm."""
+    return run_arm(run.drafter, arm, how)
+
+
 def measure_queries(
     results_dir: str | Path, runs: Sequence[str] = (), *, fingerprint: str, documents: int = RETRAINED, passes: int = 1,
     rate: float = RATE, oracle: bool = True, keep: str | Path = "",
@@ -122,14 +127,7 @@ def measure_queries(
         parts.append(Part("attention_overlap", "overlap", partial(measure_overlap, run), run.folder))
         parts.append(Part("query_probe", "probe", partial(measure_probe, run), run.folder))
         for arm in QUERY_ARMS if oracle else ("as_trained",):
-            parts.append(
-                Part(
-                    "query_oracle",
-                    f"oracle_{arm}",
-                    lambda run=run, arm=arm, how=how: run_arm(run.drafter, arm, how),
-                    run.folder,
-                )
-            )
+            parts.append(Part("query_oracle", f"oracle_{arm}", partial(measure_arm, run, arm, how), run.folder))
     depends = f"{fingerprint} {results.hashes} {documents} {passes} {rate} {results.draft_length}"
     made = measure_parts(results.folder / "query_estimation", depends, parts)
     tokens = int(made["query_oracle"]["trained_tokens"].max())

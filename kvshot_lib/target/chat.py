@@ -138,10 +138,8 @@ def _encode(tokenizer: PreTrainedTokenizerFast, pieces: Sequence[str]) -> np.nda
     if marker is None:
         return _ids(tokenizer, "".join(pieces))
     markers = [number for number in special.values() if number != tokenizer.unk_token_id]
-    ids, plain = (
-        _cut(tokenizer, pieces, special),
-        ["Hi" if number % 2 else piece for number, piece in enumerate(pieces)],
-    )
+    ids = _cut(tokenizer, pieces, special)
+    plain = ["Hi" if number % 2 else piece for number, piece in enumerate(pieces)]
     joined = _ids(tokenizer, "".join(plain))  # cut or not must make no difference, and no marker more come out of it
     same = np.array_equal(_cut(tokenizer, plain, special), joined)
     if not same or np.isin(ids, markers).sum() != np.isin(joined, markers).sum():
