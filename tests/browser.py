@@ -4,7 +4,9 @@ import asyncio
 import base64
 import itertools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -35,14 +37,17 @@ class Seen:
 
 def visit(pages: list[Path], width: int = 1280, height: int = 900, pictures: Path | None = None) -> dict[str, Seen]:
     """Load every page in one browser; a picture of each goes to ``pictures``, if wanted."""
-    with tempfile.TemporaryDirectory() as profile:
+    # its helper processes may still write for a moment after it is gone, so the profile's removal may fail
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         command += ["--disable-background-networking", "--remote-debugging-port=0", f"--user-data-dir={profile}"]
-        process = subprocess.Popen([*command, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         try:
             return asyncio.run(_visit(_address(Path(profile), process), pages, (width, height), pictures))
         finally:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
