@@ -16,6 +16,7 @@ What must agree, and where it is easy to be wrong by one:
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -129,13 +130,16 @@ vLLM: `speculative_config={{"method": "eagle3", "model": FOLDER, "num_speculativ
 """
 
 
-def import_eagle3(folder: str | Path, target: Target, **overrides: object) -> Drafter:
+def import_eagle3(
+    folder: str | Path, target: Target, tensors: Mapping[str, torch.Tensor] | None = None, **overrides: object
+) -> Drafter:
     """Read an EAGLE-3 checkpoint, exported here or published, as a `hidden` drafter with an LM head of its own.
 
     Others' checkpoints don't say which weights they were trained for: only sizes can be checked.
 
     Parameters
     ----------
+    tensors : in place of the folder's own (`read_tensors`).
     overrides : fields of ``config.json`` to take instead, such as ``rope_theta=10_000``: some drafters were trained
         with that base whatever their config says, and accept less with another. ``norm_output=False`` is for
         SpecForge's of before September 2026, which said true of plain EAGLE-3.
@@ -146,7 +150,7 @@ def import_eagle3(folder: str | Path, target: Target, **overrides: object) -> Dr
         `hidden` doesn't have.
     """
     folder = Path(folder)
-    found, tensors = read_config(folder, overrides), _tensors(folder)
+    found, tensors = read_config(folder, overrides), dict(read_tensors(folder) if tensors is None else tensors)
     _check_target(found, target, folder)
     spec = feature_spec(target, fused_layers=fused_layers(found, target.num_layers))
     config = DrafterConfig(
@@ -232,7 +236,7 @@ def _state(tensors: dict[str, torch.Tensor], config: DrafterConfig, fused: int, 
     return state
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The checkpoint's tensors, from one file or several, under EAGLE's names; floats as float32."""
     paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not paths:

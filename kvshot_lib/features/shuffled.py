@@ -13,10 +13,12 @@ class ShuffledKV:
 
     Documents are ranked by length and each takes the KV of the next in rank (the last that of the first), so that
     lengths are about equal; where the other document is shorter, its entries are repeated from its start.
+
+    fields : of `Features` that are another document's; ``hidden_states`` may be one.
     """
 
-    def __init__(self, source):
-        self.source, self.spec, self.lengths = source, source.spec, source.lengths
+    def __init__(self, source, fields: Sequence[str] = ("keys", "values")):
+        self.source, self.spec, self.lengths, self.fields = source, source.spec, source.lengths, fields
         self.documents_hash = f"shuffled {source.documents_hash}"
         ranked = sorted(range(len(source)), key=lambda i: (self.lengths[i], i))
         self.partner = dict(zip(ranked, ranked[1:] + ranked[:1], strict=True))
@@ -27,7 +29,7 @@ class ShuffledKV:
     def batch(self, indices: Sequence[int], state: Sequence[str] = STATE) -> Features:
         """As the source's, with keys and values of each document's partner."""
         features = self.source.batch(indices, state)
-        wanted = [name for name in ("keys", "values") if name in state]
+        wanted = [name for name in self.fields if name in state]
         if not wanted:
             return features
         partners = [self.partner[i] for i in indices]
