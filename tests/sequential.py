@@ -115,7 +115,9 @@ def fused_entry(drafter, weights, layer: str, features, document: int, position:
     if config.kv_norm:
         eps = drafter.sizes.rms_norm_eps
         keys = torch.stack([rms_norm(layer.reshape(-1), weights[f"{name}.keys_norm.weight"], eps) for layer in keys])
-        values = torch.stack([rms_norm(layer.reshape(-1), weights[f"{name}.values_norm.weight"], eps) for layer in values])
+        values = torch.stack(
+            [rms_norm(layer.reshape(-1), weights[f"{name}.values_norm.weight"], eps) for layer in values]
+        )
     key, value = (
         fuse(weights, f"{name}.{part}", config.kv_fusion, x).view(-1, size)
         for part, x in (("keys", keys.reshape(-1)), ("values", values.reshape(-1)))
@@ -168,18 +170,28 @@ def _kv_chain(drafter, weights, features, document, anchor, steps):
     for position in range(0 if alone else anchor + 1, anchor + 1 + steps):
         x = drafter.embedding[features.tokens[document, position]]
         for layer in layers:
-            x = plain_layer(drafter, weights, layer, x, position, caches[layer])
+            x = plain_layer(
+                drafter, weights, layer, x, position, caches[layer], asked_at(drafter, features, document, position)
+            )
         if position > anchor:
             yield x
 
 
-def plain_layer(drafter, weights, layer: str, x, position: int, cache: list):
+def asked_at(drafter, features, document: int, position: int):
+    """What the query is made from, if not from the drafter's own input."""
+    if drafter.config.query_from == "target":
+        states = features.hidden_states[document, position]
+        return rms_norm(states, 1.0, torch.finfo(states.dtype).eps).reshape(-1)
+    return torch.ones(1) if drafter.config.query_from == "constant" else None
+
+
+def plain_layer(drafter, weights, layer: str, x, position: int, cache: list, asked=None):
     """One token through one pre-norm layer, over the entries so far and its own, which joins them."""
     eps = drafter.sizes.rms_norm_eps
     u = rms_norm(x, weights[f"{layer}.attention_norm.weight"], eps)
     cache.append(own_entry(drafter, weights, f"{layer}.attention", u, position))
-    read = attend(own_query(drafter, weights, f"{layer}.attention", u, position), cache)
-    x = x + weights[f"{layer}.attention.o_proj.weight"] @ read
+    query = own_query(drafter, weights, f"{layer}.attention", u if asked is None else asked, position)
+    x = x + weights[f"{layer}.attention.o_proj.weight"] @ attend(query, cache)
     return x + mlp(weights, layer, rms_norm(x, weights[f"{layer}.mlp_norm.weight"], eps))
 
 
@@ -188,7 +200,11 @@ def _hidden_chain(drafter, weights, features, document, anchor, steps):
 
     Of several layers the first reads (f_s, x_{s+1}), and every column passes all of them, as every draft token does.
     """
-    eps, layer, deeper = drafter.sizes.rms_norm_eps, "layers.0", [f"layers.{i}" for i in range(1, drafter.config.num_layers)]
+    eps, layer, deeper = (
+        drafter.sizes.rms_norm_eps,
+        "layers.0",
+        [f"layers.{i}" for i in range(1, drafter.config.num_layers)],
+    )
     deep_caches = {name: [] for name in deeper}
 
     def read(token_place, state):

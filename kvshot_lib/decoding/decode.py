@@ -19,18 +19,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..drafters.attention import Entries
 from ..drafters.context import check_origin
 from ..drafters.drafter import Drafter
-from ..drafters.layers import View
 from ..errors import StudyError
 from ..settings import check_value
 from ..target.capture import capture
 from ..target.load import Target
 from ..target.shared import check_length
+from ..target.static import STATIC
 from .clock import part
-from .propose import ALONE, CHAIN, Chain, Frontier, Proposal, Tree, draft_block, draft_chain, draft_tree
+from .drafting import Drafting, NoDrafting
+from .propose import ALONE, CHAIN, Chain, Proposal, Tree
 from .sampling import GREEDY, Chooser, Sampling
+from .static import static_parts
 from .verify import TargetRun
 
 
@@ -92,9 +93,12 @@ def decode(
     stops = check_value("eos_token_ids", tuple(stops) if isinstance(stops, Iterable) else stops, tuple[int, ...])
     drafter = check_drafter(target, drafter) if drafter else None
     drafts = drafter and plan != ALONE
-    drafting = Drafting(drafter, plan, len(prompt) + max_new_tokens) if drafts else NoDrafting()
+    capacity = len(prompt) + max_new_tokens
+    drafting = Drafting(drafter, plan, capacity) if drafts else NoDrafting(capacity)
     with capture(target.model, hidden=drafting.hidden_layers) as taken:
         run = TargetRun(target, taken, drafting.kv_layers)
+        if target.device.type in STATIC:
+            run, drafting = static_parts(target, drafting, plan if drafts else ALONE, taken)
         return speculate(run, drafting, prompt, Chooser(sampling), max_new_tokens, set(stops))
 
 
@@ -120,10 +124,10 @@ def accept(proposal: Proposal, logits: Tensor, chooser: Chooser) -> tuple[list[i
 
     ``logits`` [T, V]: the target's, after each node.
     """
-    path = [0]
+    path, rows = [0], chooser.rows(logits)
     while True:
         children = proposal.children[path[-1]]
-        token, place = chooser.choose(logits[path[-1]], [proposal.tokens[child] for child in children])
+        token, place = chooser.choose(rows[path[-1]], [proposal.tokens[child] for child in children])
         if place is None:
             return path, token
         path.append(children[place])
@@ -137,74 +141,6 @@ def until(eos: set[int], tokens: list[int]) -> list[int]:
     """
     ends = [place for place, token in enumerate(tokens) if token in eos]
     return tokens[: ends[0] + 1] if ends else tokens
-
-
-class Drafting:
-    """A drafter over the same sequence: its prefix entries, made once each and kept, and its proposals.
-
-    ``capacity`` : most positions the sequence can have; the room for entries is taken once.
-    """
-
-    def __init__(self, drafter: Drafter, plan: Chain | Tree, capacity: int):
-        self.drafter, self.plan, self.capacity = drafter, plan, capacity
-        self.hidden_layers = drafter.spec.hidden_layers if "hidden_states" in drafter.reads else ()
-        self.kv_layers = drafter.spec.kv_layers if "keys" in drafter.reads else ()
-        self.entries: list[dict[str, Entries]] = []
-        self.length, self.state = 0, None
-
-    @part("project")
-    def extend(self, run: TargetRun, tokens: list[int]) -> None:
-        """Add the entries of the positions that ``run`` kept last."""
-        features = run.features(tokens, self.drafter.reads, self.drafter.norm.weight.dtype)
-        made, fused = self.drafter.prefix(features, self.length, self.first(self.length))
-        if not self.entries:
-            self.entries = [{name: self.room(pair) for name, pair in layer.items()} for layer in made]
-        end = self.length + features.tokens.shape[1] - 1
-        for layer, new in zip(self.entries, made, strict=True):
-            for name, pair in new.items():
-                for kept, entries in zip(layer[name], pair, strict=True):
-                    kept[:, :, self.length : end] = entries
-        self.length, self.state = end, None if fused is None else fused[:, -1:]
-
-    def room(self, pair: Entries) -> Entries:
-        """Empty keys and values [1, G, capacity, D]."""
-        return tuple(entries.new_empty(1, entries.shape[1], self.capacity, entries.shape[3]) for entries in pair)
-
-    def first(self, count: int) -> list[dict[str, Entries]]:
-        """Views of the first ``count`` entries, per layer and branch."""
-        return [
-            {name: (keys[:, :, :count], values[:, :, :count]) for name, (keys, values) in layer.items()}
-            for layer in self.entries
-        ]
-
-    def root(self, token: int) -> Frontier:
-        """x_{t+1} at position t+1, seeing the entries that anchor t = length - 1 may."""
-        device = self.drafter.draft_ids.device
-        seen = int(self.drafter.visible(torch.tensor(self.length - 1)))
-        mask = torch.zeros(1, 1, 1, seen, device=device)
-        views = [View(prefix, mask, {}, True) for prefix in self.first(seen)]
-        return Frontier(torch.tensor([token], device=device), self.length, self.state, views)
-
-    @part("bookkeeping")
-    def propose(self, token: int, levels: int) -> Proposal:
-        """Drafts below x_{t+1} = ``token``, at most ``levels`` deep."""
-        if self.drafter.config.paradigm == "block":
-            return draft_block(self.drafter, self.root(token), self.plan, levels)
-        if isinstance(self.plan, Tree):
-            return draft_tree(self.drafter, self.root(token), self.plan, levels)
-        return draft_chain(self.drafter, self.root(token), min(self.plan.length, levels))
-
-
-class NoDrafting:
-    """The target alone: proposes nothing."""
-
-    hidden_layers, kv_layers = (), ()
-
-    def extend(self, run: TargetRun, tokens: list[int]) -> None:
-        pass
-
-    def propose(self, token: int, levels: int) -> Proposal:
-        return Proposal.chain([token])
 
 
 def check_prompt(target: Target, prompt: Sequence[int] | Tensor, max_new_tokens: int) -> list[int]:
@@ -233,4 +169,7 @@ def check_drafter(target: Target, drafter: Drafter) -> Drafter:
     check_origin(vars(drafter.spec), target, "the drafter was trained")
     if drafter.config.kv_control == "shuffled":
         raise StudyError("kv_control='shuffled' reads another document's KV, which decoding one prompt has not")
+    if drafter.config.query_from != "own":
+        told = f"query_from={drafter.config.query_from!r} is for judging along a known text"
+        raise StudyError(f"{told}; decode the same drafter with its own queries")
     return drafter

@@ -203,14 +203,19 @@ class PrefixAttention(nn.Module):
         return out
 
     def forward(
-        self, inputs: Tensor, rotary: Entries, prefix: Entries, mask: Tensor, chain: Entries | None, append: bool
-    ) -> tuple[Tensor, Entries | None]:
-        """[B, M, width] -> [B, M, d], and the chain [B, G, M, J, D]; with ``append`` own entries join it first."""
-        if append:
+        self, inputs: Tensor, rotary: Entries, prefix: Entries, mask: Tensor, chain: Entries | None, append: bool,
+        asked: Tensor | None = None,
+    ) -> tuple[Tensor, Entries | None]:  # fmt: skip
+        """[B, M, width] -> [B, M, d], and the chain [B, G, M, J, D]; with ``append`` own entries join it first.
+
+        Queries are made from ``inputs``, or from ``asked`` if it is given.
+        """
+        if append and asked is None:
             query, *own = self.project(inputs, rotary, "q", "k", "v")
-            chain = extend(chain, own)
         else:
-            (query,) = self.project(inputs, rotary, "q")
+            (query,) = self.project(inputs if asked is None else asked, rotary, "q")
+            own = self.project(inputs, rotary, "k", "v") if append else ()
+        chain = extend(chain, own) if append else chain
         return self.merge(chain_attention(query, prefix, mask, chain)), chain
 
     def columns(self, inputs: Tensor, rotary: Entries, entries: Entries) -> Tensor:

@@ -13,7 +13,7 @@ READS = {
     "hidden": ("num_layers", "feedback", "hidden_norm", "state_layers", "kv_layers", "qk_norm"),
     "kv": (
         "num_layers", *_CACHE, "kv_control", "kv_with_hidden", "kv_lag_tokens", "kv_grad_scale", "state_layers",
-        "qk_norm",
+        "qk_norm", "query_from",
     ),
     "hybrid": (
         "feedback", "hidden_norm", *_CACHE, "kv_grad_scale", "state_layers", "cross_only", "gate_bias", "gate_floor",
@@ -30,6 +30,7 @@ _RULES = (
     ("kv_with_hidden", (True,), {"kv_fusion": ("linear", "mlp"), "kv_control": ("",), "qk_norm": (False,)}),
     ("kv_init", ("target",), {"kv_control": ("", "shuffled", "lagged"), "kv_fusion": ("linear", "heads")}),
     ("kv_init", ("target",), {"kv_norm": (False,)}),
+    ("query_from", ("target",), {"state_layers": ("kv",)}),
     ("cross_only", (True,), {"gate_bias": (0.0,), "gate_floor": (0.0,)}),
     ("block_context", ("hidden",), {"kv_init": ("random",), **_PLAIN}),
 )
@@ -58,6 +59,9 @@ class DrafterConfig:
     state_layers : whose inputs the hidden states are: EAGLE's three (``eagle``), or the layers whose KV
         is reused (``kv``).
     qk_norm : norm the queries and keys of the drafter's attention per head, before RoPE.
+    query_from : what queries at t+1+k are made from: the drafter's ``own`` input, the ``target``'s inputs of the read
+        layers there (its true queries are maps of them; no drafter knows them), or nothing (``constant``). The last
+        two are teacher-forced only.
     cross_only : a hybrid without its self-attention branch.
     feedback : what ``hidden`` and ``hybrid`` feed back as state: ``pre_norm`` (EAGLE-3) or ``post_norm``
         (EAGLE-3.1).
@@ -92,6 +96,7 @@ class DrafterConfig:
     kv_norm: bool = False
     state_layers: Literal["eagle", "kv"] = "eagle"
     qk_norm: bool = False
+    query_from: Literal["own", "target", "constant"] = "own"
 
     @classmethod
     def of(cls, values: Mapping) -> "DrafterConfig":
@@ -129,6 +134,7 @@ class DrafterConfig:
     def reads(self) -> tuple[str, ...]:
         """Fields of `Features` that its prefix is made from."""
         states = self.fuses_hidden or self.kv_with_hidden or self.kv_control == "from_hidden"
+        states = states or self.query_from == "target"
         return ("hidden_states",) * states + ("keys", "values") * self.reads_kv
 
     def _check_ranges(self) -> None:

@@ -143,6 +143,20 @@ class Drafter(nn.Module):
             out, view.chains = layer(embedding, out, rotary, view)
         return out
 
+    def asked(self, features: Features, places: Tensor) -> Tensor | None:
+        """What queries at ``places`` [B, M] are made from where it isn't the layer's own input: [B, M, width].
+
+        With ``query_from="target"`` the target's inputs of the read layers at t+1+k, each normed without gains: its
+        true query of layer l is a linear map of the l-th, so what `q_proj` can make of them holds every true query.
+        """
+        if self.config.query_from == "own":
+            return None
+        if self.config.query_from == "constant":
+            return self.norm.weight.new_ones(*places.shape, 1)
+        documents = torch.arange(len(places), device=places.device)[:, None]
+        states = features.hidden_states[documents, places]  # [B, M, S, d]
+        return nn.functional.rms_norm(states, states.shape[-1:]).flatten(2)
+
     def feedback(self, output: Tensor) -> Tensor:
         """State for the next draft step, from this step's output."""
         return self.norm(output) if self.config.feedback == "post_norm" else output

@@ -27,6 +27,7 @@ class View:
     first : draft step 0.
     lagged_mask : what branches over the target's KV see instead, in a training that lags it (None: the same).
     cross_alone : a hybrid's output is its cross branch alone, as if its gate were 1.
+    asked : [B, M, width] what queries are made from instead of the layer's own input (`DrafterConfig.query_from`).
     """
 
     prefix: dict[str, Entries]
@@ -35,6 +36,7 @@ class View:
     first: bool
     lagged_mask: Tensor | None = None
     cross_alone: bool = False
+    asked: Tensor | None = None
 
     @property
     def kv_mask(self) -> Tensor:
@@ -167,6 +169,9 @@ class PlainLayer(DecoderLayer):
             self.context_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
         groups = self.fusion.groups if self.fusion else sizes.num_key_value_heads
         self.attention = PrefixAttention(sizes, sizes.hidden_size, groups, config.kv_grad_scale, config.qk_norm)
+        if config.query_from != "own":
+            width = len(spec.hidden_layers) * spec.hidden_size if config.query_from == "target" else 1
+            self.attention.q_proj = nn.Linear(width, self.attention.q_proj.out_features, bias=False)
         self.mlp = LlamaMLP(sizes)
 
     def inputs(self, embedding: Tensor, state: Tensor) -> Tensor:
@@ -215,7 +220,8 @@ def _attend(
     attention: PrefixAttention, branch: str, inputs: Tensor, rotary: Entries, view: View, mask: Tensor, append: bool
 ) -> tuple[Tensor, dict[str, Entries]]:
     """One branch at one draft step -> its output [B, M, d], and its chain if there is one by now."""
-    out, chain = attention(inputs, rotary, view.prefix[branch], mask, view.chains.get(branch), append)
+    chain = view.chains.get(branch)
+    out, chain = attention(inputs, rotary, view.prefix[branch], mask, chain, append, view.asked)
     return out, {} if chain is None else {branch: chain}
 
 

@@ -46,6 +46,7 @@ COMBINED = {"gate_floor": 0.3, **UNROTATE_MLP}
 BLOCK_KV, BLOCK_STATES, BLOCK_BOTH = ({**BLOCK, "block_context": read} for read in ("kv", "hidden", "both"))
 BLOCK_KV_2 = {**BLOCK_KV, "num_layers": 2}
 QK_NORM = {"qk_norm": True}
+ORACLE, CONSTANT = {"query_from": "target", "state_layers": "kv"}, {"query_from": "constant"}
 EVERY_ANCHOR = {"anchor_fraction": 1.0}
 
 # The looks of kin that no figure sets against one another.
@@ -94,6 +95,14 @@ _ENTRIES = (
             {**KV_2, **QUERY}, "kv_2", "sources", "#e07b39", "*"),
     Variant("query_4", "Four layers whose queries read the last target layer's own cache, without maps.",
             {**KV_4, **QUERY}, "kv_4", "sources", "#8a4b1f", "*"),
+    Variant("kv_1_oracle_query", "kv_1 whose queries are made from the target's own state at the place that they ask for.",
+            {**KV, **ORACLE}, "kv_1", "controls", *KV_LOOK),
+    Variant("kv_2_oracle_query", "kv_2 whose queries are made from the target's own state at the place that they ask for.",
+            {**KV_2, **ORACLE}, "kv_2", "controls", *KV_LOOK),
+    Variant("kv_1_constant_query", "kv_1 that asks the same at every place.",
+            {**KV, **CONSTANT}, "kv_1", "controls", *KV_LOOK),
+    Variant("kv_2_constant_query", "kv_2 that asks the same at every place.",
+            {**KV_2, **CONSTANT}, "kv_2", "controls", *KV_LOOK),
     Variant("states_1", "One layer over entries made from hidden states: kv_1 with another source.",
             {**KV, **STATES}, "kv_1", "sources", "#8ecbf0", "s"),
     Variant("states_1_qk_norm", "states_1 that norms the queries and keys of its attention, head by head.",

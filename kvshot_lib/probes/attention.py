@@ -81,9 +81,9 @@ def attending(modules: Mapping[Hashable, nn.Module], attend: Attend) -> Abstract
     """Within it attentions, each by its key, give what ``attend`` says: in one run of draft steps, uncompiled."""
     steps = Counter()
 
-    def stand_in(key, _forward, inputs, rotary, prefix, mask, chain, append):
-        query, *own = modules[key].project(inputs, rotary, *("qkv" if append else "q"))
-        chain = extend(chain, own) if append else chain
+    def stand_in(key, _forward, inputs, rotary, prefix, mask, chain, append, asked):
+        (query,) = modules[key].project(inputs if asked is None else asked, rotary, "q")
+        chain = extend(chain, modules[key].project(inputs, rotary, "k", "v")) if append else chain
         call = Call(key, steps[key], inputs[0], query, prefix, mask, chain)
         steps[key] += 1
         return modules[key].merge(attend(call)), chain

@@ -8,9 +8,14 @@ import sequential
 import torch
 from examples import DRAFT_IDS, STEPS, VARIANTS, logits_by_pair
 
+from kvshot_lib.decoding.decode import decode
+from kvshot_lib.drafters.attention import rotated
+from kvshot_lib.drafters.context import drafter_spec
 from kvshot_lib.drafters.drafter import DrafterConfig, build_drafter
+from kvshot_lib.errors import StudyError
 from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.features.spec import feature_spec
+from kvshot_lib.target.capture import capture
 from kvshot_lib.training.anchors import Anchors, find_anchors
 from kvshot_lib.training.judging import predict
 from kvshot_lib.training.ttt import draft_steps
@@ -198,3 +203,77 @@ def test_a_lag_hides_new_kv_from_a_hybrid_and_no_hidden_state(name):
     row = int((anchors.index[1] == last).nonzero()[-1])
     assert torch.equal(before[1, row], after[1, row]) == (name == "keys")
     assert not torch.equal(before[0], after[0])
+
+
+# Queries that are made from something else than the drafter's own input
+
+WAYS = ("target", "constant")
+
+
+def asking(query_from: str, depth: int = 2, documents=(0, 1, 2), length: int = 99):
+    """A drafter whose queries are made so, and features of the layers that it reads."""
+    read = {"state_layers": "kv"} if query_from == "target" else {}
+    config = DrafterConfig("kv", depth, kv_rope="unrotate", kv_norm=True, query_from=query_from, **read)
+    target = examples.target()
+    spec = drafter_spec(config, target)
+    drafter = build_drafter(config, target, spec, DRAFT_IDS, seed=1)
+    batch = LiveFeatures(target, examples.DOCUMENTS, spec).batch(documents)
+    cut = {name: tensor[:, :length] for name, tensor in vars(batch).items() if name != "documents"}
+    return examples.roughened(drafter), replace(batch, **cut)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS)
+def test_replaced_queries_equal_the_sequential_drafter(way):
+    drafter, features = asking(way)
+    for (document, anchor, step), logits in logits_by_pair(drafter, features).items():
+        if step in (0, 3):
+            naive = sequential.draft(drafter, features, document, anchor, STEPS)[step]
+            assert (logits - naive).abs().max() < 1e-5 * max(1, naive.abs().max())
+
+
+@pytest.mark.parametrize(
+    "way, depth, first, later", [("target", 1, True, False), ("target", 2, True, True), ("constant", 2, False, False)]
+)
+def test_an_oracle_sees_the_target_up_to_the_place_that_it_asks_for(way, depth, first, later):
+    """State at t+1+k is seen by step k; by later steps through entries that a second layer makes of the first's output."""
+    drafter, features = asking(way, depth, documents=(0, 1), length=16)
+    anchors = one_anchor(features, 5)
+    before = logits_with(drafter, features, anchors)
+    for k in range(STEPS):
+        after = logits_with(drafter, changed(features, state=slice(6 + k, 7 + k)), anchors)
+        seen = (after != before).any(-1)[0, 0].tolist()
+        assert seen == [(step == k and first) or (step > k and later) for step in range(STEPS)]
+
+
+@torch.no_grad()
+def test_every_true_query_is_among_those_that_an_oracle_can_make():
+    """With the target's own projection (its input norm's gains folded in) as its map it asks what the target asks."""
+    drafter, features = asking("target", 1)
+    target, layers, attention = examples.target(), drafter.spec.kv_layers, drafter.layers[0].attention
+    places = torch.arange(8)[None]
+    asked = drafter.asked(features, places)
+    rotary = drafter.rotary(asked, places)
+    with capture(target.model, kv=layers, queries=True) as taken:
+        target.model.get_decoder()(input_ids=features.tokens[:1, :8], use_cache=False)
+    width = drafter.spec.hidden_size
+    for place, layer in enumerate(layers):
+        source = target.model.get_decoder().layers[layer]
+        attention.q_proj.weight.zero_()
+        attention.q_proj.weight[:, place * width : (place + 1) * width] = (
+            source.self_attn.q_proj.weight * source.input_layernorm.weight
+        )
+        heads = attention.q_proj(asked[:1]).unflatten(-1, (-1, drafter.spec.head_dim)).transpose(1, 2)
+        assert torch.allclose(rotated(heads, rotary), taken.queries[layer], atol=1e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_can_be_judged_but_not_decoded(way):
+    drafter, _ = asking(way)
+    with pytest.raises(StudyError, match=f"^query_from='{way}' is for judging along a known text"):
+        decode(examples.target(), drafter, [1, 2, 3])
+
+
+def test_an_oracle_reads_the_inputs_of_the_layers_whose_cache_it_reads():
+    with pytest.raises(StudyError, match="query_from='target' contradicts state_layers='eagle'"):
+        DrafterConfig("kv", query_from="target")
