@@ -127,13 +127,13 @@ class Proposal:
 class Frontier:
     """M nodes of one level of a draft, about to be run.
 
-    tokens : [M] target ids. position : RoPE position of them all.
+    tokens : [M] target ids. position : RoPE position of them all (a number, or [] int64).
     state : [1, M, d] what is fed back, None for `kv`.
     views : what each drafter layer sees; row m of their chains holds the entries of node m's ancestors.
     """
 
     tokens: Tensor
-    position: int
+    position: int | Tensor
     state: Tensor | None
     views: list[View]
 
@@ -141,7 +141,7 @@ class Frontier:
 @part("draft")
 def run_frontier(drafter: Drafter, frontier: Frontier) -> Tensor:
     """One draft step of all nodes -> logits [M, V_draft]; state and chains move on, tokens don't."""
-    positions = torch.full_like(frontier.tokens, frontier.position)
+    positions = torch.zeros_like(frontier.tokens) + frontier.position
     output = drafter.step(frontier.tokens[None], positions[None], frontier.state, frontier.views)
     frontier.state, frontier.position = drafter.feedback(output), frontier.position + 1
     for view in frontier.views:
@@ -161,11 +161,16 @@ def branch(frontier: Frontier, tokens: Tensor, rows: Tensor) -> None:
 
 def draft_chain(drafter: Drafter, frontier: Frontier, length: int) -> Proposal:
     """``length`` draft steps from the root, each on the token that the last one found most likely."""
+    return Proposal.chain(chain_tokens(drafter, frontier, length).tolist())
+
+
+def chain_tokens(drafter: Drafter, frontier: Frontier, length: int) -> Tensor:
+    """The root and the ``length`` drafts of `draft_chain`, [length + 1], before anybody waits for them."""
     drafted = [frontier.tokens]
     for _ in range(length):
         frontier.tokens = drafter.draft_ids[run_frontier(drafter, frontier).argmax(-1)]
         drafted.append(frontier.tokens)
-    return Proposal.chain(torch.cat(drafted).tolist())
+    return torch.cat(drafted)
 
 
 def draft_tree(drafter: Drafter, frontier: Frontier, tree: Tree, levels: int) -> Proposal:

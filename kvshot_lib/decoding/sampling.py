@@ -67,10 +67,14 @@ class Chooser:
         self.sampling = sampling
         self.generator = torch.Generator().manual_seed(sampling.seed)
 
-    def choose(self, logits: Tensor, proposals: Sequence[int] = ()) -> tuple[int, int | None]:
+    def rows(self, logits: Tensor) -> Sequence[Tensor | int]:
+        """What `choose` reads at each node of [T, V]: if greedy the best token, of all nodes at one wait for the device."""
+        return logits.argmax(-1).tolist() if self.sampling.temperature == 0 else logits
+
+    def choose(self, logits: Tensor | int, proposals: Sequence[int] = ()) -> tuple[int, int | None]:
         """The token where the target's logits are [V], and which of the ``proposals`` it is (None: none of them)."""
         if self.sampling.temperature == 0:
-            token = int(logits.argmax())
+            token = logits if isinstance(logits, int) else int(logits.argmax())
             return token, proposals.index(token) if token in proposals else None
         return self.accept(distribution(logits, self.sampling), proposals)
 

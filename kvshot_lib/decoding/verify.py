@@ -25,20 +25,21 @@ class TargetRun:
     def __init__(self, target: Target, taken: Captured, kv_layers: Sequence[int] = ()):
         self.model, self.config, self.device = target.model, target.config, target.device
         self.cache, self.taken, self.kv_layers = DynamicCache(), taken, kv_layers
-        self.length, self.kept = 0, slice(0, 0)  # positions cached before the last forward; its rows that were kept
+        self.length, self.end = 0, 0  # positions cached before the last forward, and those that count after it
+        self.kept = slice(0, 0)  # rows of the last forward that were kept
 
     @part("prefill")
     def prefill(self, tokens: list[int]) -> Tensor:
         """Logits [V] after the last token of the prompt."""
         ids = torch.tensor([tokens], device=self.device)
         logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
-        self.kept = slice(0, len(tokens))
+        self.kept, self.end = slice(0, len(tokens)), len(tokens)
         return logits[0, -1]
 
     @part("bookkeeping")
     def verify(self, proposal: Proposal) -> Tensor:
         """Logits [T, V] after each node of the proposal; the cache takes them all in."""
-        self.length = self.cache.get_seq_length()
+        self.length = self.end
         ids, extra = torch.tensor([proposal.tokens], device=self.device), {}
         if not proposal.is_chain:
             depths = torch.tensor([proposal.depths], device=self.device)
@@ -72,16 +73,19 @@ class TargetRun:
     @part("bookkeeping")
     def keep(self, path: list[int]) -> None:
         """Roll the cache back to the accepted nodes of the last verification, in order: only the tail is touched."""
-        surplus = self.cache.get_seq_length() - self.length - len(path)
         if path[-1] != len(path) - 1:  # not the first nodes: move the accepted entries up
             rows = torch.tensor(path, device=self.device)
             for layer in self.cache.layers:
                 for part in (layer.keys, layer.values):
                     tail = part[:, :, self.length :]
                     tail[:, :, : len(path)] = tail[:, :, rows]
-        if surplus:
+        self.kept, self.end = path, self.length + len(path)
+        self.crop()
+
+    def crop(self) -> None:
+        """Take what does not count off the cache."""
+        if surplus := self.cache.get_seq_length() - self.end:
             self.cache.crop(-surplus)
-        self.kept = path
 
     def features(self, tokens: list[int], reads: Sequence[str], dtype: torch.dtype) -> Features:
         """Target state at the kept positions s, with x_s and one token more: what prefix entries are made from."""
@@ -90,6 +94,7 @@ class TargetRun:
         if "hidden_states" in reads:
             state["hidden_states"] = torch.stack([hidden[layer][:, self.kept] for layer in hidden], dim=2)
         for name in {"keys", "values"} & set(reads):
-            layers = [getattr(self.cache.layers[layer], name)[:, :, self.length :] for layer in self.kv_layers]
+            new = slice(self.length, self.end)
+            layers = [getattr(self.cache.layers[layer], name)[:, :, new] for layer in self.kv_layers]
             state[name] = torch.stack(layers, dim=2).permute(0, 3, 2, 1, 4)  # [1, m, S_kv, G, D]
         return Features(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 0], **state).to(self.device, dtype)

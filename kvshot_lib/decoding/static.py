@@ -1,0 +1,192 @@
+"""Decoding with fixed shapes, for GPUs: verifying a proposal is one CUDA graph, drafting the next chain another.
+
+A proposal is filled up to the plan's number of tokens with nodes that nobody sees. The cache has room for more than the
+sequence; its columns hold their own positions, and what lies behind the sequence is written over by the next proposal.
+So are the drafter's entries: they're made for all verified tokens, and only the accepted ones are ever seen. Both
+graphs are kept for the next prompt of about the same length.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..drafters.attention import prefix_mask
+from ..drafters.drafter import Drafter
+from ..drafters.layers import View
+from ..features.spec import Features
+from ..target.capture import Captured, capture
+from ..target.load import Target
+from ..target.static import recorded, static_cache, static_forward
+from .clock import part
+from .drafting import Drafting, NoDrafting
+from .propose import Chain, Frontier, Proposal, Tree, chain_tokens
+from .verify import TargetRun
+
+ROUNDED_TO = 256  # positions: prompts of different lengths share their graphs
+
+
+class Verifier:
+    """The target's forward over ``width`` nodes behind a sequence of ``length`` tokens, of ``capacity`` at most.
+
+    ``states`` [1, width, m, d] : inputs of the hidden ``layers`` at the nodes.
+    """
+
+    def __init__(self, target: Target, layers: tuple[int, ...], width: int, capacity: int):
+        self.target, self.layers, device = target, layers, target.device
+        self.cache = static_cache(target, capacity)
+        zeros = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=device)
+        self.tokens, self.depths, self.length = zeros(1, width), zeros(1, width), zeros()
+        self.sees = torch.eye(width, dtype=torch.bool, device=device)
+        self.row, self.columns = torch.arange(width, device=device), torch.arange(capacity, device=device)
+        self.all_seen = torch.ones(width, capacity, dtype=torch.bool, device=device)
+        self.states = torch.zeros(1, width, len(layers), target.config.hidden_size, dtype=target.dtype, device=device)
+        self.run = recorded(self.forward, device)
+
+    def forward(self) -> Tensor:
+        """Logits [width, V]; ``states`` is filled."""
+        places, positions = self.length + self.row, self.length + self.depths
+        held = self.columns[None].index_copy(1, places, positions)
+        sees = self.all_seen.index_copy(1, places, self.sees)
+        with capture(self.target.model, hidden=self.layers) as taken:
+            logits = static_forward(self.target, self.cache, self.tokens, positions, self.length, held, sees)
+        if self.layers:
+            self.states.copy_(torch.stack([taken.hidden_states[layer] for layer in self.layers], dim=2))
+        return logits[0]
+
+    def fill(self, proposal: Proposal, length: int) -> None:
+        """What the next forward is over."""
+        spare = [0] * (len(self.row) - len(proposal.tokens))
+        numbers = torch.tensor([[*proposal.tokens, *spare], [*proposal.depths, *spare]])
+        self.tokens.copy_(numbers[:1])
+        self.depths.copy_(numbers[1:])
+        self.sees.copy_(torch.block_diag(proposal.sees, torch.eye(len(spare), dtype=torch.bool)))
+        self.length.fill_(length)
+
+
+class StaticRun(TargetRun):
+    """A `TargetRun` over the cache of a `Verifier`, from which nothing needs to be taken off again."""
+
+    def __init__(self, target: Target, taken: Captured, kv_layers: tuple[int, ...], verifier: Verifier):
+        super().__init__(target, taken, kv_layers)
+        self.verifier, self.cache = verifier, verifier.cache
+
+    def prefill(self, tokens: list[int]) -> Tensor:
+        for layer in self.cache.layers:
+            layer.cumulative_length.zero_()
+        return super().prefill(tokens)
+
+    @part("verify")
+    def verify(self, proposal: Proposal) -> Tensor:
+        self.length, verifier = self.end, self.verifier
+        verifier.fill(proposal, self.length)
+        logits = verifier.run()[: len(proposal.tokens)]
+        self.taken.hidden_states.update(zip(verifier.layers, verifier.states.unbind(2)))
+        return logits
+
+    def crop(self) -> None:
+        pass
+
+
+class Redrafter:
+    """Entries of the tokens verified last, then the next chain, of ``width`` - 1 drafts.
+
+    ``tokens`` [1, width + 1] : the ``count`` accepted ones (the root is the first) and the newest, then whatever.
+    ``start`` : entries made before them. ``entries`` [1, G, capacity, D] each, per layer and branch.
+    """
+
+    def __init__(self, drafter: Drafter, verifier: Verifier, kv_layers: tuple[int, ...]):
+        self.drafter, self.verifier, self.kv_layers, self.entries = drafter, verifier, kv_layers, []
+        self.tokens = torch.cat([verifier.tokens, verifier.tokens[:, :1]], dim=1)
+        self.start, self.count = verifier.length.clone(), verifier.length.clone()
+        self.recorded = None
+
+    def run(self, tokens: list[int], start: int) -> Tensor:
+        """The newest of the ``tokens`` behind the first ``start``, and the drafts after it, [width]."""
+        new = tokens[start:]
+        self.tokens.copy_(torch.tensor([new + [0] * (self.tokens.shape[1] - len(new))]))
+        self.start.fill_(start)
+        self.count.fill_(len(new) - 1)
+        self.recorded = self.recorded or recorded(self.forward, self.tokens.device)
+        return self.recorded()
+
+    def forward(self) -> Tensor:
+        """The newest token and the drafts after it, [width]; ``entries`` has those of all verified tokens."""
+        drafter, places, length = self.drafter, self.start + self.verifier.row, self.start + self.count
+        made, fused = drafter.prefix(self.features(places), self.start)
+        for layer, new in zip(self.entries, made, strict=True):
+            for name, pair in new.items():
+                for kept, own in zip(layer[name], pair, strict=True):
+                    kept.index_copy_(2, places, own)
+        mask = prefix_mask(drafter.visible(length - 1)[None, None], len(self.verifier.columns))
+        views = [View(layer, mask, {}, True) for layer in self.entries]
+        state = None if fused is None else fused.index_select(1, (self.count - 1)[None])
+        root = Frontier(self.tokens[0].index_select(0, self.count[None]), length, state, views)
+        return chain_tokens(drafter, root, len(self.verifier.row) - 1)
+
+    def features(self, places: Tensor) -> Features:
+        """The target's state at all verified positions."""
+        ids, state = self.tokens, {}
+        if "hidden_states" in self.drafter.reads:
+            state["hidden_states"] = self.verifier.states
+        for name in {"keys", "values"} & {*self.drafter.reads}:
+            layers = [getattr(self.verifier.cache.layers[layer], name) for layer in self.kv_layers]
+            state[name] = torch.stack([part.index_select(2, places) for part in layers], 2).permute(0, 3, 2, 1, 4)
+        batch = Features(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 0], **state)
+        return batch.to(ids.device, self.drafter.norm.weight.dtype)
+
+
+class StaticDrafting(Drafting):
+    """A `Drafting` of chains over entries of fixed size; the prompt's entries and first chain are made as ever."""
+
+    def __init__(self, drafter: Drafter, plan: Chain, redrafter: Redrafter):
+        super().__init__(drafter, plan, len(redrafter.verifier.columns))
+        self.redrafter, self.entries, self.tokens = redrafter, redrafter.entries, []
+
+    def extend(self, run: StaticRun, tokens: list[int]) -> None:
+        if self.length:
+            self.tokens = tokens
+        else:
+            super().extend(run, tokens)
+
+    @part("draft")
+    def propose(self, token: int, levels: int) -> Proposal:
+        if not self.tokens:
+            return super().propose(token, levels)
+        drafted = self.redrafter.run(self.tokens, self.length)
+        self.length = len(self.tokens) - 1
+        return Proposal.chain(drafted[: levels + 1].tolist())
+
+
+def static_parts(
+    target: Target, drafting: Drafting | NoDrafting, plan: Chain | Tree, taken: Captured
+) -> tuple[StaticRun, Drafting | NoDrafting]:
+    """Target and drafter with fixed shapes, the drafter as far as it can have them: in chains."""
+    width = max(1, plan.total if isinstance(plan, Tree) else plan.length + 1)
+    capacity = -(-(drafting.capacity + width) // ROUNDED_TO) * ROUNDED_TO
+    layers, kv_layers = tuple(drafting.hidden_layers), tuple(drafting.kv_layers)
+    verifier = _verifier(target, layers, width, capacity, _address(target.model))
+    drafter = getattr(drafting, "drafter", None)
+    if isinstance(drafter, Drafter) and isinstance(plan, Chain) and has_chain(drafter):
+        drafting = StaticDrafting(drafter, plan, _redrafter(drafter, verifier, kv_layers, _address(drafter)))
+    return StaticRun(target, taken, kv_layers, verifier), drafting
+
+
+def has_chain(drafter: Drafter) -> bool:
+    """Whether it drafts step by step, and its entries are made from the target's state alone."""
+    return drafter.config.paradigm != "block" and not (len(drafter.layers) > 1 and drafter.layers[0].own_prefix)
+
+
+def _address(module: torch.nn.Module) -> int:
+    """A graph reads the weights where they were: a module that was moved since needs another."""
+    return next(module.parameters()).data_ptr()
+
+
+@lru_cache(maxsize=8)
+def _verifier(target: Target, layers: tuple[int, ...], width: int, capacity: int, _address: int) -> Verifier:
+    return Verifier(target, layers, width, capacity)
+
+
+@lru_cache(maxsize=8)
+def _redrafter(drafter: Drafter, verifier: Verifier, kv_layers: tuple[int, ...], _address: int) -> Redrafter:
+    return Redrafter(drafter, verifier, kv_layers)

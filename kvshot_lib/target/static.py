@@ -1,0 +1,115 @@
+"""The target with fixed shapes: a cache of fixed size, and a forward over it that a GPU can record once and replay.
+
+One forward of a small target is some 600 kernels, which take a GPU a millisecond and Python twenty to launch. With every
+shape and address fixed a CUDA graph holds them all. Elsewhere the same code is called as it is, and tests hold it there
+to the growing cache.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.cache_utils import StaticLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from .load import Target
+
+STATIC = ("cuda",)  # devices on which text is written and decoded with fixed shapes
+EMPTY = 2**31  # what a column without an entry holds: after every position
+_GROUPED = "kvshot_grouped_sdpa"
+
+
+def static_cache(target: Target, columns: int) -> Cache:
+    """Room for ``columns`` entries in every layer; sliding ones keep all of them too, and their masks slide."""
+    return Cache(layers=[StaticLayer(columns) for _ in range(target.num_layers)])
+
+
+def static_forward(
+    target: Target, cache: Cache, ids: Tensor, positions: Tensor, column: Tensor, held: Tensor,
+    sees: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Logits [B, T, V] after each of T new tokens in B rows; nothing in it waits for the device.
+
+    Parameters
+    ----------
+    ids, positions : [B, T] int64.
+    column : [] int64, where in the ``cache`` the first new entry goes; the others follow it.
+    held : [B, C] int64, the position of each column's entry, new ones included; `EMPTY` where there is none.
+    sees : [T, C] bool, what the new tokens may see of the entries at or before their positions (None: all).
+    """
+    config, dtype = target.config, target.dtype
+    torch._foreach_copy_([layer.cumulative_length for layer in cache.layers], [column] * len(cache.layers))
+    visible = held[:, None] <= positions[:, :, None]  # [B, T, C]
+    if sees is not None:
+        visible = visible & sees
+    shared = config.num_attention_heads // config.num_key_value_heads
+
+    def additive(seen: Tensor) -> Tensor:
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None].repeat(1, 1, shared, 1)
+
+    mask = additive(visible)
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        inside = held[:, None] > positions[:, :, None] - config.sliding_window
+        mask = {"full_attention": mask, "sliding_attention": additive(visible & inside)}
+    given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+    with _attending(target.model, _GROUPED):
+        return target.model(input_ids=ids, **given).logits
+
+
+def recorded(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """``work``, whose tensors stay where they are, as a CUDA graph that returns the same tensors at every replay.
+
+    It runs four times meanwhile. Where it can't be recorded, or on another device, it's called each time.
+    """
+    if device.type != "cuda":
+        return work
+    here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    try:
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                work()
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=aside):
+            out = work()
+    except RuntimeError as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        logging.getLogger(__name__).warning("no CUDA graph here (%s): every kernel is launched by itself, slowly", why)
+        return work
+
+    def replay():
+        graph.replay()
+        return out
+
+    return replay
+
+
+@contextmanager
+def _attending(model, name: str):
+    """Within it the model's attention is the registered one of that name."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **_):
+    """Fused attention, heads that share a KV head as rows of one: the cache is read in place, not repeated for each.
+
+    query [B, H, T, D], key and value [B, G, C, D], mask [B, 1, H/G · T, C] -> [B, T, H, D]
+    """
+    rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [B, G, H/G · T, D]
+    out = scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.unflatten(2, (-1, query.shape[2])).flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_GROUPED, _grouped_sdpa)
+AttentionMaskInterface.register(_GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
