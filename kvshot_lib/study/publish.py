@@ -28,7 +28,7 @@ from ..metrics.collect import read_record
 from ..metrics.resampling import Draws, draw
 from ..parts import claim
 from ..target.load import Target, load_target, resolve_dtype
-from ..target.smollm2 import DEFAULT_TARGET
+from ..target.wheels import DEFAULT_TARGET
 from ..text.corpus import load_corpus
 from ..training.config import TrainConfig
 from ..training.judging import acceptance_by_step, match_documents, outside_vocabulary

@@ -32,8 +32,8 @@ from ..features.spec import feature_spec
 from ..features.store import StoredFeatures, write_store
 from ..provenance import device_name
 from ..target.load import Target, resolve_device, resolve_dtype
-from ..target.smollm2 import DEFAULT_TARGET, smollm2_folder
 from ..target.tiny import tiny_tokenizer
+from ..target.wheels import DEFAULT_TARGET, PACKED, packed_folder
 from ..text.corpus import Document
 from ..text.generate import GeneratorSettings, write_answers
 from ..training.config import TrainConfig, configurations
@@ -202,7 +202,7 @@ def target_config(target: str) -> PretrainedConfig:
     if known := {"Qwen/Qwen3-8B": "qwen3-8b", "tiny": "tiny"}.get(target):
         return AutoConfig.for_model("qwen3", **ARCHITECTURES[known])
     try:
-        return AutoConfig.from_pretrained(str(smollm2_folder()) if target == DEFAULT_TARGET else target)
+        return AutoConfig.from_pretrained(packed_folder(target) if target in PACKED else target)
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
         raise StudyError(f"can't read the config of target {target!r}: {why}; known without: Qwen/Qwen3-8B") from error

