@@ -1,0 +1,163 @@
+"""Texts written many at a time with fixed shapes, for GPUs: each row takes up the next text when its own has ended.
+
+All rows take one step together, over one new column of a cache that is written round and round. What a column holds for
+a row is told by the position there, so rows can be at different places of their texts: a prompt goes in token by token,
+its own next one instead of a chosen one. No text is longer than the cache, so none loses an entry. A step is one CUDA
+graph, and the host looks only at every sixteenth.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..target.load import Target
+from ..target.static import EMPTY, recorded, static_cache, static_forward
+
+ROWS = 1024  # at most, of one step
+STEPS = 16  # between two looks at what has ended
+
+
+def write_rows(
+    target: Target, prompts: Sequence[np.ndarray], stops: Sequence[int], length: int, new: int, *, rows: int,
+    temperature: float = 0.0, top_p: float = 1.0,
+) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
+    """Continue every prompt up to and including its first stop token: its number and int32 [new tokens], as they end.
+
+    Parameters
+    ----------
+    length : tokens of a text at most, prompt included. new : tokens of a continuation at most.
+    rows : texts in hand at a time. temperature : 0 takes the most likely token; draws follow torch's global seed.
+
+    Notes
+    -----
+    Which draw a token gets depends on its row and step: equal prompts, rows and seed give equal texts on one machine.
+    """
+    told = length, temperature, top_p, tuple(stops), next(target.model.parameters()).data_ptr()
+    writer = _writer(target, rows, *told)
+    writer.ended.fill_(True)
+    writer.column.zero_()
+    waiting, inside = list(enumerate(prompts))[::-1], {}
+    while waiting or inside:
+        free = np.flatnonzero(writer.ended.cpu().numpy()).tolist()
+        ended = [row for row in free if row in inside]
+        for row, text in zip(ended, writer.written(ended)):
+            number, begun = inside.pop(row)
+            yield number, text[begun:]
+        begun = {row: waiting.pop() for row in free[: len(waiting)]}
+        inside |= {row: (number, len(prompt)) for row, (number, prompt) in begun.items()}
+        writer.begin({row: prompt for row, (_, prompt) in begun.items()}, new)
+        for _ in range(STEPS if inside else 0):
+            writer.step()
+
+
+def rows_at_once(target: Target, length: int, texts: int) -> int:
+    """`ROWS`, or as many as there are texts, or as have room in a third of the GPU's memory."""
+    config, most = target.config, min(ROWS, texts)
+    if target.device.type != "cuda":
+        return most
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    entries = 2 * target.num_layers * config.num_key_value_heads * head * length * target.dtype.itemsize
+    scores = 20 * target.vocab_size  # logits, probabilities and noise, in float32 for the most part
+    room = torch.cuda.get_device_properties(target.device).total_memory // 3
+    return max(1, min(most, room // (entries + scores)))
+
+
+def sampled(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> Tensor:
+    """A token [B] of each row of [B, V], drawn after temperature and top-p by ``noise`` [B, V] ~ Exp(1).
+
+    argmax p / noise is distributed as p (the exponential race).
+    """
+    probabilities = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        least = least_probability(probabilities, top_p)
+        probabilities = torch.where(probabilities >= least[:, None], probabilities, 0)
+    return (probabilities / noise).argmax(-1)
+
+
+def least_probability(probabilities: Tensor, top_p: float) -> Tensor:
+    """The least probability [B] that top-p keeps in each row of [B, V] float32, without sorting them.
+
+    Kept is what has less than ``top_p`` of the mass above it: all from the largest t on with Σ p[p ≥ t] ≥ ``top_p``. The
+    bits of positive floats are ordered as they are, so t is found two bits at a time, from the highest.
+    """
+    bits = torch.zeros(len(probabilities), dtype=torch.int32, device=probabilities.device)
+    for shift in range(28, -1, -2):  # below 2.0, so the two highest bits are 0
+        enough = 0
+        for part in (1, 2, 3):
+            trial = (bits + (part << shift)).view(torch.float32)[:, None]
+            enough = enough + (torch.where(probabilities >= trial, probabilities, 0).sum(-1) >= top_p).int()
+        bits = bits + (enough << shift)
+    return bits.view(torch.float32)
+
+
+class Writer:
+    """``rows`` texts of at most ``length`` tokens, a step of all of them, and which have ``ended``.
+
+    ``place`` [B] : of the token that goes in next. ``given``, ``limit`` [B] : tokens of the prompt, and at most of all.
+    """
+
+    def __init__(self, target: Target, rows: int, length: int, temperature: float, top_p: float, stops: Sequence[int]):
+        self.target, self.temperature, self.top_p, device = target, temperature, top_p, target.device
+        columns = -(-length // 8) * 8  # as the attention kernel likes its mask
+        numbers = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=device)
+        self.cache, self.text, self.column = static_cache(target, columns), numbers(rows, length + 1), numbers()
+        self.place, self.given, self.limit = numbers(rows), numbers(rows), numbers(rows)
+        self.held, self.stops = numbers(rows, columns), torch.tensor(stops, device=device)
+        self.ended = torch.ones(rows, dtype=torch.bool, device=device)
+        self.noise = torch.ones(rows, target.vocab_size if temperature else 0, device=device)
+        self.sampled = torch.compile(sampled, dynamic=False) if device.type == "cuda" else sampled
+        self.recorded = recorded(self.forward, device)
+
+    def begin(self, prompts: Mapping[int, np.ndarray], new: int) -> None:
+        """New texts in rows that have ended, of at most ``new`` tokens more than the prompt."""
+        if not prompts:
+            return
+        lengths = np.array([len(prompt) for prompt in prompts.values()])
+        padded = np.zeros((len(prompts), lengths.max()), dtype=np.int64)
+        for row, prompt in zip(padded, prompts.values()):
+            row[: len(prompt)] = prompt
+        limits = np.minimum(lengths + new, self.text.shape[1] - 1)
+        put = lambda array: torch.from_numpy(array).to(self.text.device)
+        rows = put(np.array([*prompts]))
+        self.text[rows, : padded.shape[1]] = put(padded)
+        self.given[rows], self.limit[rows] = put(np.stack([lengths, limits]))
+        self.held[rows], self.place[rows], self.ended[rows] = EMPTY, 0, False
+
+    def written(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """The texts of rows that have ended, int32."""
+        chosen = torch.tensor(rows, dtype=torch.int64, device=self.text.device)
+        texts, lengths = self.text[chosen].cpu().numpy().astype(np.int32), (self.place[chosen] + 1).tolist()
+        return [text[:length] for text, length in zip(texts, lengths)]
+
+    def step(self) -> None:
+        """One token more in every row that has not ended."""
+        if self.temperature:
+            self.noise.exponential_()
+        self.recorded()
+
+    def forward(self) -> None:
+        """The step; an ended row goes on writing behind its end, where nobody reads."""
+        here = self.place[:, None]
+        self.held.index_copy_(1, self.column[None], here)
+        ids = self.text.gather(1, here)
+        logits = static_forward(self.target, self.cache, ids, here, self.column, self.held)[:, -1].float()
+        if self.temperature:
+            chosen = self.sampled(logits, self.noise, self.temperature, self.top_p)
+        else:
+            chosen = logits.argmax(-1)
+        after = self.place + 1
+        own = after >= self.given
+        token = torch.where(own, chosen, self.text.gather(1, after[:, None])[:, 0])
+        self.text.scatter_(1, after[:, None], token[:, None])
+        self.place.copy_(torch.where(self.ended, self.place, after))
+        self.ended |= own & (torch.isin(token, self.stops) | (after + 1 >= self.limit))
+        self.column.copy_((self.column + 1) % len(self.cache.layers[0].keys[0, 0]))
+
+
+@lru_cache(maxsize=2)  # user turns are sampled, evaluation answers are not
+def _writer(target: Target, rows: int, length: int, temperature: float, top_p: float, stops: tuple, _address: int):
+    with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
+        return Writer(target, rows, length, temperature, top_p, stops)
