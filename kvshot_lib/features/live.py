@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
@@ -16,7 +15,7 @@ from ..settings import check_value
 from ..target.capture import capture, check_layers
 from ..target.load import Target
 from ..target.shared import check_length
-from ..text.corpus import Document
+from ..text.corpus import Document, check_tokenizer
 from .spec import STATE, Features, FeatureSpec, check_target, pad_documents
 
 
@@ -34,7 +33,7 @@ class LiveFeatures:
         check_target(target, spec, "these features")
         if check_value("max_length_tokens", max_length_tokens, int) < 1 or not documents:
             raise StudyError(f"{len(documents)} documents of {max_length_tokens} tokens at most hold nothing to read")
-        _check_tokenizer(target, documents)
+        check_tokenizer(target, documents)
         self.target, self.spec, self.max_length_tokens = target, spec, max_length_tokens
         self.given_documents, self.documents = len(documents), _cut(documents, max_length_tokens)
         check_length(target, max(self.lengths), "set a smaller max_length_tokens")
@@ -85,27 +84,6 @@ class LiveFeatures:
         flat = final_hidden.flatten(0, 1)
         found = torch.cat([self.target.logits(part).argmax(-1) for part in flat.split(rows)])
         return found.view(final_hidden.shape[:-1])
-
-
-def _check_tokenizer(target: Target, documents: Sequence[Document]) -> None:
-    """Refuse documents whose ids mean other text to this target."""
-    for origin in {id(document.origin): document.origin for document in documents if document.origin}.values():
-        name, theirs = origin["name"], origin.get("tokenizer_hash")
-        if theirs is None and name != "tiny":
-            print(f"the corpus {name} doesn't say what tokenizer wrote it; read as {target.name}'s", flush=True)
-        if theirs not in (None, target.tokenizer_hash):
-            raise StudyError(
-                f"the corpus {name} was written with the tokenizer of {origin.get('target')}, not with that of "
-                f"{target.name} ({theirs[:8]}…, not {target.tokenizer_hash[:8]}…); set corpus to dialogues that "
-                f"{target.name} wrote (notebook 00_generate_corpus)"
-            )
-    ids = np.concatenate([document.tokens for document in documents])
-    strange = ids[(ids < 0) | (ids >= target.vocab_size)]
-    if len(strange):
-        raise StudyError(
-            f"the corpus has token id {strange[0]}, target {target.name} only {target.vocab_size}; "
-            "use a corpus made with this target"
-        )
 
 
 def _cut(documents: Sequence[Document], most: int) -> list[Document]:

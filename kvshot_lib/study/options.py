@@ -45,7 +45,7 @@ of_runs = together(argument("results_dir"), runs)
 target = options("a name of the study, a hub id or a model folder", target="smollm2-135m-instruct")
 device, dtype = options(device="auto"), options("auto, float32 or bfloat16", dtype="auto")
 keep = options("folder of tables made before; rows of theirs that are not measured here stay", keep="")
-prompts = options("study, human-eval or a .jsonl file", prompts="study")
+prompts = options("study, human-eval, a .jsonl file or a corpus folder", prompts="study")
 threads = options("of the CPU (0: PyTorch's own choice)", threads=0)
 timed = together(
     options("at most, of an answer", new_tokens=64), options("timed; their median counts", repeats=3), prompts, threads
@@ -56,6 +56,7 @@ of_dialogues = together(
     options("documents to write", train=0, validation=0, evaluation=0),
     options(max_length_tokens=512, max_user_tokens=96, temperature=1.0, top_p=0.95, batch_size=32, seed=0),
     options(thinking=False),
+    options("write plain text, the first so many tokens as prompt (0: dialogues)", text_prefix_tokens=0),
 )
 of_speed = together(
     timed, options("how many, from the file's start", prompts_per_category=2),

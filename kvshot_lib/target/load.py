@@ -67,6 +67,12 @@ class Target:
         """Every id that ends an answer, sorted: `eos_token_id` and all that config and generation config name."""
         return tuple(sorted({*self._ends()}))
 
+    @property
+    def start_id(self) -> int:
+        """The token that a text begins with; where none is named, the one that ends a text stands between texts."""
+        named = (self.tokenizer.bos_token_id, self.config.bos_token_id)
+        return next((token for token in named if token is not None), self.eos_token_id)
+
     def _ends(self) -> list[int]:
         configs = (self.config, self.model.config, self.model.generation_config)
         named = [config.eos_token_id for config in configs if config]

@@ -26,7 +26,7 @@ MIN_ANSWER_TOKENS = 16
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """One dialogue of one user turn and one answer.
+    """One dialogue of one user turn and one answer, or a text whose beginning stands for the turn.
 
     tokens : int32 [n], chat markers included.
     answer_mask : bool [n], True on assistant tokens: from the first token after the assistant header to the closing
@@ -149,6 +149,27 @@ def check_disjoint(splits: Mapping[str, Sequence[Document]]) -> None:
             if key in home:
                 raise StudyError(f"the same user turn is in {home[key]} and in {split}; drop one of the two documents")
             home[key] = split
+
+
+def check_tokenizer(target, documents: Sequence[Document]) -> None:
+    """Refuse documents whose ids mean other text to this target."""
+    for origin in {id(document.origin): document.origin for document in documents if document.origin}.values():
+        name, theirs = origin["name"], origin.get("tokenizer_hash")
+        if theirs is None and name != "tiny":
+            print(f"the corpus {name} doesn't say what tokenizer wrote it; read as {target.name}'s", flush=True)
+        if theirs not in (None, target.tokenizer_hash):
+            raise StudyError(
+                f"the corpus {name} was written with the tokenizer of {origin.get('target')}, not with that of "
+                f"{target.name} ({theirs[:8]}…, not {target.tokenizer_hash[:8]}…); set corpus to dialogues that "
+                f"{target.name} wrote (notebook 00_generate_corpus)"
+            )
+    ids = np.concatenate([document.tokens for document in documents])
+    strange = ids[(ids < 0) | (ids >= target.vocab_size)]
+    if len(strange):
+        raise StudyError(
+            f"the corpus has token id {strange[0]}, target {target.name} only {target.vocab_size}; "
+            "use a corpus made with this target"
+        )
 
 
 def prompt_key(document: Document) -> bytes:

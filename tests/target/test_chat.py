@@ -169,7 +169,7 @@ ONCE = "{{ messages[0]['content'] }}"
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "no chat template to write dialogues with; choose an instruct model, or put .* chat_template.jinja"),
+        (None, "no chat template to write dialogues with; .*text_prefix_tokens=32.* or put .* chat_template.jinja"),
         (f"<s>{ONCE}<|end|>{ONCE}", "writes a turn's text 2 times, not once"),
         ("<s>Hello", "writes a turn's text 0 times, not once"),
         ("{{ raise_exception('only in pairs') }}", r"can't write a dialogue of user and assistant \(only in pairs\)"),

@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from kvshot_lib.decoding.decode import decode
 from kvshot_lib.errors import StudyError
+from kvshot_lib.features.live import LiveFeatures
+from kvshot_lib.features.spec import feature_spec
 from kvshot_lib.target.load import load_target
 from kvshot_lib.text import generate
 from kvshot_lib.text.corpus import SPLITS, check_disjoint, load_corpus
 from kvshot_lib.text.generate import GeneratorSettings, generate_batch, generate_corpus, write_answers
+from kvshot_lib.text.prompts import encode_turn, load_prompts
 
 SETTINGS = GeneratorSettings(max_length_tokens=60, max_user_tokens=24, batch_size=8, seed=0)
 END, START, NEWLINE, USER, ASSISTANT = 2, 1, 3, 5, 6  # of the tiny tokenizer
@@ -53,6 +57,54 @@ def test_turns_end_at_their_end_of_turn_token(target, monkeypatch):
         [START, USER, NEWLINE, 14, END, NEWLINE, START, ASSISTANT, NEWLINE] + [22] * 47,
     ]
     assert [d.answer.tolist() for d in documents] == [[20, 21, END], [22] * 47]
+
+
+def test_a_text_begins_with_the_start_token_and_a_prefix_of_the_length_asked_for(target, monkeypatch):
+    # Prefixes: a whole one, one that ended early, one that ended just there, one with a marker, and a whole one.
+    prefixes = [[10, 11, 12], [13, END], [14, 15, END], [16, START], [17, 18, 19]]
+    script(target, monkeypatch, prefixes, [[20, 21, END], [22] * 56])
+    documents = generate_batch(target, "train", 0, replace(SETTINGS, batch_size=5, text_prefix_tokens=3))
+    assert [d.prompt.tolist() for d in documents] == [[START, 10, 11, 12], [START, 17, 18, 19]]
+    assert [d.answer.tolist() for d in documents] == [[20, 21, END], [22] * 56]
+
+
+def test_a_base_model_writes_texts_and_is_decoded_from_what_they_begin_with(tmp_path):
+    """Text mode from end to end; in dialogue mode the same model is told of it."""
+    base = load_target("tiny-gemma3", device="cpu", dtype="float32")
+    base.tokenizer.chat_template = None
+    settings, counts = replace(SETTINGS, text_prefix_tokens=5), {"train": 9, "evaluation": 3}
+    with pytest.raises(StudyError, match="no chat template .*let a base model write plain text .text_prefix_tokens=32"):
+        generate_corpus(base, tmp_path / "dialogues", counts, SETTINGS)
+    folder = generate_corpus(base, tmp_path / "texts", counts, settings)
+    found = {split: load_corpus(folder, split).documents for split in counts}
+    assert {(len(d.prompt), int(d.prompt[0])) for split in found.values() for d in split} == {(6, base.start_id)}
+    whole = {len(d.answer) for d in found["train"]}
+    live = LiveFeatures(base, found["evaluation"], feature_spec(base, 1))
+    for prompt, document in zip(load_prompts(folder), found["evaluation"], strict=True):
+        ids = encode_turn(base, prompt.turns)
+        assert prompt.category == "held_out" and ids.tolist() == document.prompt.tolist()
+        decoded = decode(base, None, ids, max_new_tokens=len(document.answer)).tokens
+        assert decoded == document.answer.tolist()
+    assert live.batch([0]).answer_mask[0, :7].tolist() == [False] * 6 + [True] and max(whole) == 54
+    other = replace(base, tokenizer_hash="another")
+    with pytest.raises(StudyError, match="written with the tokenizer of tiny-gemma3"):
+        encode_turn(other, load_prompts(folder)[0].turns)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"text_prefix_tokens": -1}, "text_prefix_tokens=-1 must be 0 or more"),
+        ({"text_prefix_tokens": 44}, "a prompt alone may take 45; raise it"),
+        ({"text_prefix_tokens": 5, "user_turns": "turns.jsonl"}, "text mode has no user turns; leave out user_turns"),
+    ],
+)  # fmt: skip
+def test_what_text_mode_cannot_do_is_refused(target, tmp_path, given, message):
+    turns, given = given.get("user_turns", ""), {k: v for k, v in given.items() if k != "user_turns"}
+    (tmp_path / "turns.jsonl").write_text('{"prompt": "w9"}\n')
+    with pytest.raises(StudyError, match=message):
+        settings = replace(SETTINGS, **given)
+        generate_corpus(target, tmp_path / "made", {"train": 1}, settings, user_turns=turns and str(tmp_path / turns))
 
 
 def test_an_answer_with_a_stray_marker_is_dropped_and_a_long_one_cut(target, monkeypatch):

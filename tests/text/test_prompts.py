@@ -172,7 +172,7 @@ def test_a_bad_line_is_named(tmp_path, line, complaint):
 
 
 def test_bad_files_and_names_are_refused(tmp_path):
-    with pytest.raises(StudyError, match="no prompts named 'gsm8k'; choose study, human-eval or a .jsonl file"):
+    with pytest.raises(StudyError, match="no prompts named 'gsm8k'; choose study, human-eval, a .jsonl file or"):
         load_prompts("gsm8k")
     with pytest.raises(StudyError, match="questions.jsonl holds no prompts"):
         load_prompts(write(tmp_path, "", " "))
