@@ -38,9 +38,9 @@ class GeneratorSettings:
     max_user_tokens : a user turn that has not ended by then is dropped.
     temperature, top_p : of all sampling; no other sampling rule is applied.
     thinking : whether a target that can think aloud before it answers (Qwen3) may; most templates don't know of it.
+    text_prefix_tokens : above 0, text mode with prompts of so many tokens (and the start token); 0 for dialogues.
     """
 
-    text_prefix_tokens : above 0, text mode with prompts of so many tokens (and the start token); 0 for dialogues.
     max_length_tokens: int = 512
     max_user_tokens: int = 96
     temperature: float = 1.0
@@ -48,9 +48,9 @@ class GeneratorSettings:
     batch_size: int = 32
     seed: int = 0
     thinking: bool = False
+    text_prefix_tokens: int = 0
 
     def __post_init__(self):
-    text_prefix_tokens: int = 0
         check_settings(self)
         for name in ("seed", "text_prefix_tokens"):
             if getattr(self, name) < 0:
@@ -63,9 +63,9 @@ def generate(
     out: str, *, target: str = DEFAULT_TARGET, device: str = "auto", dtype: str = "auto", user_turns: str = "",
     train: int = 0, validation: int = 0, evaluation: int = 0, max_length_tokens: int = 512, max_user_tokens: int = 96,
     temperature: float = 1.0, top_p: float = 0.95, batch_size: int = 32, seed: int = 0, thinking: bool = False,
+    text_prefix_tokens: int = 0,
 ) -> Path:  # fmt: skip
     """Let the target write dialogues, or texts; a killed run goes on where it was.
-    text_prefix_tokens: int = 0,
 
     Parameters
     ----------
@@ -104,10 +104,10 @@ def generate_corpus(
     facts = {"target": target.name, "target_hash": target.hash, "tokenizer_hash": target.tokenizer_hash}
     facts |= {"vocab_size": target.vocab_size, "dtype": str(target.dtype).removeprefix("torch."), **asdict(settings)}
     turns = by_split(user_turns) if user_turns else {}
-    if turns:
-        facts |= {
     if turns and settings.text_prefix_tokens:
         raise StudyError("text mode has no user turns; leave out user_turns, or set text_prefix_tokens=0")
+    if turns:
+        facts |= {
             "user_turns": user_turns,
             "user_turns_sha256": turns_hash(turn for split in SPLITS for turn in turns[split]),
         }
