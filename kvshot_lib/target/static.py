@@ -68,16 +68,16 @@ def recorded(work: Callable[[], object], device: torch.device) -> Callable[[], o
     """
     if device.type != "cuda":
         return work
-    here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     try:
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(3):
-                work()
-        here.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=aside):
-            out = work()
+        with torch.cuda.device(device):
+            here, aside, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                for _ in range(3):
+                    work()
+            here.wait_stream(aside)
+            with torch.cuda.graph(graph, stream=aside):
+                out = work()
     except RuntimeError as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         logging.getLogger(__name__).warning("no CUDA graph here (%s): every kernel is launched by itself, slowly", why)

@@ -73,7 +73,7 @@ def sampled(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> 
     probabilities = (logits / temperature).softmax(-1)
     if top_p < 1:
         least = least_probability(probabilities, top_p)
-        probabilities = torch.where(probabilities >= least[:, None], probabilities, 0)
+        probabilities = probabilities * (probabilities >= least[:, None])
     return (probabilities / noise).argmax(-1)
 
 
@@ -88,7 +88,7 @@ def least_probability(probabilities: Tensor, top_p: float) -> Tensor:
         enough = 0
         for part in (1, 2, 3):
             trial = (bits + (part << shift)).view(torch.float32)[:, None]
-            enough = enough + (torch.where(probabilities >= trial, probabilities, 0).sum(-1) >= top_p).int()
+            enough = enough + ((probabilities * (probabilities >= trial)).sum(-1) >= top_p).int()
         bits = bits + (enough << shift)
     return bits.view(torch.float32)
 
@@ -153,7 +153,7 @@ class Writer:
         token = torch.where(own, chosen, self.text.gather(1, after[:, None])[:, 0])
         self.text.scatter_(1, after[:, None], token[:, None])
         self.place.copy_(torch.where(self.ended, self.place, after))
-        self.ended |= own & (torch.isin(token, self.stops) | (after + 1 >= self.limit))
+        self.ended |= own & ((token[:, None] == self.stops).any(-1) | (after + 1 >= self.limit))
         self.column.copy_((self.column + 1) % len(self.cache.layers[0].keys[0, 0]))
 
 
