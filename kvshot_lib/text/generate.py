@@ -23,8 +23,10 @@ from ..provenance import provenance
 from ..settings import check_settings, check_value
 from ..target.chat import chat_headers, dialogue_ids
 from ..target.load import Target, load_target
+from ..target.static import STATIC
 from ..target.wheels import DEFAULT_TARGET
 from .corpus import MIN_ANSWER_TOKENS, SPLITS, Document, prompt_key, read_documents, save_corpus, write_documents
+from .rows import rows_at_once, write_rows
 from .user_turns import by_split, turns_hash
 
 MAX_EMPTY_BATCHES = 20
@@ -199,8 +201,15 @@ def _check_room(longest: int, settings: GeneratorSettings) -> None:
 def _continue(target, prompts, settings, max_new_tokens, *, greedy) -> list[np.ndarray]:
     """Continue each prompt up to and including its first special token, int32 [new tokens] each.
 
-    Prompts are padded on the left and the padding is masked, so that all continuations start in the same column.
+    Prompts are padded on the left and the padding is masked, so that all continuations start in the same column. On a
+    GPU they are written in rows of fixed shapes instead (`rows`).
     """
+    if target.device.type in STATIC:
+        most, drawn = settings.max_length_tokens, {"temperature": settings.temperature, "top_p": settings.top_p}
+        given = {"rows": rows_at_once(target, most, settings.batch_size)} | ({} if greedy else drawn)
+        texts = write_rows(target, prompts, sorted(target.special_ids), most, max_new_tokens, **given)
+        shown = {"desc": "batch in hand", "unit": "text", "delay": 5, "leave": False, "position": 0}
+        return [text for _, text in sorted(tqdm(texts, total=len(prompts), **shown), key=lambda pair: pair[0])]
     width, stops, filler = max(map(len, prompts)), sorted(target.special_ids), target.eos_token_id
     padded = np.full((len(prompts), width), filler)  # [B, width]
     for row, prompt in zip(padded, prompts):
