@@ -1,0 +1,60 @@
+"""Forwards of fixed shapes give what plain ones give, row by row, wherever each stands; a graph that can't be made is none."""
+
+import pytest
+import torch
+from greedy import prompt
+
+from kvshot_lib.target.load import load_target
+from kvshot_lib.target.static import EMPTY, recorded, static_cache, static_forward
+
+COLUMNS, LENGTH, DELAYS = 18, 12, (0, 3, 9)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-gemma3"])
+@torch.inference_mode()
+def test_logits_are_those_of_a_plain_forward_wherever_a_row_stands(name, width, device):
+    """Three rows start one after the other, the third over columns that the first has used; Gemma's window is 8."""
+    target = load_target(name, device=device, dtype="float32")
+    texts = [torch.tensor(prompt(seed, LENGTH), device=device) for seed in range(3)]
+    plain = [target.model(text[None]).logits[0] for text in texts]
+    cache, held = static_cache(target, COLUMNS), torch.full((3, COLUMNS), EMPTY, device=device)
+    ids, positions = (torch.zeros(3, width, dtype=torch.int64, device=device) for _ in range(2))
+    column, seen = torch.zeros((), dtype=torch.int64, device=device), 0
+    step = recorded(lambda: static_forward(target, cache, ids, positions, column, held), target.device)
+    for start in range(0, LENGTH + max(DELAYS), width):
+        columns = slice(first := start % COLUMNS, first + width)
+        for row, (text, delay) in enumerate(zip(texts, DELAYS)):
+            if start == delay:
+                held[row] = EMPTY
+            if delay <= start < delay + LENGTH:
+                positions[row] = start - delay + torch.arange(width, device=device)
+                ids[row], held[row, columns] = text[positions[row]], positions[row]
+        column.fill_(first)
+        logits = step()
+        for row, delay in enumerate(DELAYS):
+            if delay <= start < delay + LENGTH:
+                wanted = plain[row][start - delay : start - delay + width]
+                torch.testing.assert_close(logits[row], wanted, atol=5e-5, rtol=1e-4)
+                seen += width
+    assert seen == 3 * LENGTH
+
+
+def test_work_that_a_card_refuses_to_record_is_called_each_time(monkeypatch, caplog):
+    def refuses(*_):
+        raise RuntimeError("out of graphs\nsecond line")
+
+    monkeypatch.setattr(torch.cuda, "device", refuses)
+    calls = []
+    work = recorded(lambda: calls.append(1) or len(calls), torch.device("cuda"))
+    assert (work(), work()) == (1, 2) and "no CUDA graph here (out of graphs)" in caplog.text
+
+
+@pytest.mark.gpu
+def test_a_recorded_graph_reads_what_its_tensors_hold_now():
+    number = torch.tensor(3, device="cuda")
+    work = recorded(lambda: number * number, number.device)
+    number += 1
+    assert int(work()) == 16
+    number += 1
+    assert int(work()) == 25
