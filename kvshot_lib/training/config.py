@@ -14,6 +14,7 @@ are the drafter's):
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 
@@ -92,7 +93,7 @@ def configurations(values: Mapping) -> tuple[DrafterConfig, TrainConfig]:
 
 BESIDE = {
     "draft_vocab_size": int, "draft_length": int, "init_from": str, "device": str, "dtype": str, "compile_steps": bool,
-    "features_on_device": bool,
+    "features_on_device": bool, "log_to": Literal["", "tensorboard"],
 }  # fmt: skip
 """What else a training is given, and its kind."""
 BRANCH_CURES = {"branch_warmup_steps": 0, "branch_loss_weight": 0.0, "branch_learning_rate_scale": 1.0}

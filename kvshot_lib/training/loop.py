@@ -18,6 +18,7 @@ from ..features.spec import Features
 from ..files import check_seal, write_sealed
 from ..metrics.acceptance import COUNTS, count_document
 from .config import TrainConfig, batches, check_training, learning_rate, total_steps
+from .curves import curves
 from .judging import match_documents
 from .loss import Loss, training_loss
 from .record import gate_rows, gradient_norms, matrix_rows, recorded
@@ -25,7 +26,7 @@ from .record import gate_rows, gradient_norms, matrix_rows, recorded
 
 def train(
     drafter: Drafter, source, validation, config: TrainConfig, run_dir: str | Path, *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, log_to: str = "",
 ) -> pd.DataFrame:  # fmt: skip
     """Train ``drafter`` in place, by TTT or block-wise, going on from ``run_dir/checkpoint.pt`` if it is there.
 
@@ -33,6 +34,7 @@ def train(
     ----------
     source, validation : `StoredFeatures` or `LiveFeatures`.
     dtype : bfloat16 computes under autocast with float32 weights.
+    log_to : where else the history goes (`curves`).
 
     Returns
     -------
@@ -52,7 +54,10 @@ def train(
     training = Training(drafter, source, validation, config, run_dir, dtype)
     progress, total, saved = training.progress, training.total, time.perf_counter()
     hidden = None if parallel.is_main() else True  # one bar
-    with tqdm(total=total, initial=progress.step, unit="step", desc="train", mininterval=2, disable=hidden) as bar:
+    with (
+        tqdm(total=total, initial=progress.step, unit="step", desc="train", mininterval=2, disable=hidden) as bar,
+        curves(log_to, run_dir, progress.step) as log,
+    ):
         for indices in batches(source.lengths, config, progress.step, total):
             started = time.perf_counter()
             training.step(indices)
@@ -61,7 +66,9 @@ def train(
             if recorded(progress.step, total):
                 progress.record(gate_rows(drafter, validation, config.ttt_steps, dtype))
             if progress.step == total or (config.validate_every and progress.step % config.validate_every == 0):
-                bar.set_postfix_str(_headline(training.report()))
+                rows = training.report()
+                bar.set_postfix_str(_headline(rows))
+                log(rows)
             due = progress.step == total or time.perf_counter() - saved > config.checkpoint_every_s
             if due and parallel.is_main():
                 training.save()

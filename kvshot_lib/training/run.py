@@ -68,7 +68,7 @@ def train_run(variant: str, values: Mapping, results_dir: str | Path, features: 
     """
     run = prepare_run(variant, values, results_dir, features)
     splits = run.features["train"], run.features["validation"]
-    history = train(run.drafter, *splits, run.training, run.folder, dtype=run.dtype)
+    history = train(run.drafter, *splits, run.training, run.folder, dtype=run.dtype, log_to=values.get("log_to", ""))
     facts = run_facts(run, history)
     if parallel.is_main():
         finish_run(run, history, facts, values["draft_length"])

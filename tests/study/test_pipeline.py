@@ -39,14 +39,14 @@ import os, time
 run = Path(results_dir) / "runs" / variant / f"seed{seed}"
 with open(run / "checkpoint", "a") as handle:
     handle.write("x")
-print("started", len((run / "checkpoint").read_text()), "times with", os.environ["OMP_NUM_THREADS"], "threads")
+print("started", len((run / "checkpoint").read_text()), "times with", os.environ["OMP_NUM_THREADS"], "threads, log to", log_to)
 until = time.monotonic() + wait_s
 while time.monotonic() < until and not Path("../go").exists():
     time.sleep(0.1)
 for name in ("run.json", "counts.csv", "run_lengths.csv", "axes.csv", "history.csv"):
     (run / name).write_text("{}")"""
 PROFILE = """extract: {target: tiny}
-train: {wait_s: 0}
+train: {wait_s: 0, log_to: tensorboard}
 drafters:
   hidden:
   kv_1: {paradigm: kv}
@@ -62,7 +62,7 @@ def small_study(folder: Path) -> Path:
         write_notebook(notebooks / f"{name}.ipynb", 'tables_dir = ""\nfigures_dir = ""', "print(1)")
     write_notebook(notebooks / "08_paper_scorecard.ipynb", 'tables_dir = ""\nfigures_dir = ""\nsamples = 9')
     write_notebook(notebooks / "01_extract_kv_cache.ipynb", common + 'target = "tiny"\ntrain_documents = 4', EXTRACT)
-    train = 'variant = "a"\nseed = 0\nparadigm = "hidden"\nnum_layers = 1\ninit_from = ""\nwait_s = 0\nlearning_rate = 0.001'
+    train = 'variant = "a"\nseed = 0\nparadigm = "hidden"\nnum_layers = 1\ninit_from = ""\nwait_s = 0\nlearning_rate = 0.001\nlog_to = ""'
     write_notebook(notebooks / "03_train_drafter.ipynb", common + train, TRAIN)
     write_notebook(notebooks / "04_long_range_decay.ipynb", 'tables_dir = ""\nfigures_dir = ""', "print(1)")
     (notebooks / "profiles").mkdir()
@@ -119,7 +119,7 @@ def test_trainings_share_the_cores_evenly(finished):
     threads = max(1, os.cpu_count() // min(os.cpu_count(), 3))
     for variant in ("hidden", "kv_1", "warm"):
         text = (finished / f"results/small/notebooks/03_train_drafter.{variant}.seed0.ipynb").read_text()
-        assert f"started 1 times with {threads} threads" in text
+        assert f"started 1 times with {threads} threads, log to tensorboard" in text
 
 
 @pytest.mark.pipeline
@@ -145,6 +145,7 @@ def test_nothing_runs_again_after_a_reader_ran_and_saved_notebooks(study, capfd)
             {"train": 2},
         ),
         ("notebooks/profiles/small.yaml", "target: tiny", "target: tiny-qwen3", {"extract": 1, "train": 3}),
+        ("notebooks/profiles/small.yaml", ", log_to: tensorboard", "", {}),
     ],
 )
 def test_a_change_runs_what_depends_on_it_and_nothing_else(study, capfd, path, old, new, jobs):
