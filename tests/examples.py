@@ -30,6 +30,7 @@ VARIANTS = {
     "kv_1_unrotate": DrafterConfig("kv", kv_rope="unrotate"),
     "none_1": DrafterConfig("kv", kv_control="none"),
     "kv_1_zero": DrafterConfig("kv", kv_control="zero"),
+    "kv_2_windowed": DrafterConfig("kv", 2, window_tokens=4),
     "kv_2_lagged": DrafterConfig("kv", 2, kv_control="lagged", kv_lag_tokens=2),
     "states_2": DrafterConfig("kv", 2, kv_control="from_hidden"),
     "both_2": DrafterConfig("kv", 2, kv_with_hidden=True),

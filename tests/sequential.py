@@ -156,6 +156,11 @@ def seen_positions(config, anchor: int) -> int:
     return max(1, anchor + 1 - config.kv_lag_tokens) if config.kv_control == "lagged" else anchor + 1
 
 
+def seen_entries(config, cache: list, later: int) -> list:
+    """The newest of a layer's entries, so many as the window holds and those of ``later`` draft tokens; all without."""
+    return cache[-(config.window_tokens + later) :] if config.window_tokens else cache
+
+
 def _kv_chain(drafter, weights, features, document, anchor, steps):
     """Per layer the target's projected KV at s ≤ t, then the layer's own entries; each draft token passes all layers.
 
@@ -170,9 +175,8 @@ def _kv_chain(drafter, weights, features, document, anchor, steps):
     for position in range(0 if alone else anchor + 1, anchor + 1 + steps):
         x = drafter.embedding[features.tokens[document, position]]
         for layer in layers:
-            x = plain_layer(
-                drafter, weights, layer, x, position, caches[layer], asked_at(drafter, features, document, position)
-            )
+            asked = asked_at(drafter, features, document, position)
+            x = plain_layer(drafter, weights, layer, x, position, caches[layer], max(0, position - anchor), asked)
         if position > anchor:
             yield x
 
@@ -185,13 +189,13 @@ def asked_at(drafter, features, document: int, position: int):
     return torch.ones(1) if drafter.config.query_from == "constant" else None
 
 
-def plain_layer(drafter, weights, layer: str, x, position: int, cache: list, asked=None):
+def plain_layer(drafter, weights, layer: str, x, position: int, cache: list, later: int, asked=None):
     """One token through one pre-norm layer, over the entries so far and its own, which joins them."""
     eps = drafter.sizes.rms_norm_eps
     u = rms_norm(x, weights[f"{layer}.attention_norm.weight"], eps)
     cache.append(own_entry(drafter, weights, f"{layer}.attention", u, position))
     query = own_query(drafter, weights, f"{layer}.attention", u if asked is None else asked, position)
-    x = x + weights[f"{layer}.attention.o_proj.weight"] @ attend(query, cache)
+    x = x + weights[f"{layer}.attention.o_proj.weight"] @ attend(query, seen_entries(drafter.config, cache, later))
     return x + mlp(weights, layer, rms_norm(x, weights[f"{layer}.mlp_norm.weight"], eps))
 
 
@@ -214,7 +218,8 @@ def _hidden_chain(drafter, weights, features, document, anchor, steps):
 
     def pass_deeper(output, position):
         for name in deeper:
-            output = plain_layer(drafter, weights, name, output, position, deep_caches[name])
+            later = max(0, position - anchor - 1)
+            output = plain_layer(drafter, weights, name, output, position, deep_caches[name], later)
         return output
 
     cache, cross_cache = [], []
@@ -228,7 +233,8 @@ def _hidden_chain(drafter, weights, features, document, anchor, steps):
         if drafter.config.paradigm == "hybrid":
             cross_cache.append(fused_entry(drafter, weights, layer, features, document, s))
         if deeper and s < anchor:  # column t is draft step 0
-            seen = attend(own_query(drafter, weights, f"{layer}.attention", read(s + 1, state), s + 1), cache)
+            query = own_query(drafter, weights, f"{layer}.attention", read(s + 1, state), s + 1)
+            seen = attend(query, seen_entries(drafter.config, cache, 0))
             output = state + weights[f"{layer}.attention.o_proj.weight"] @ seen
             output = output + mlp(weights, layer, rms_norm(output, weights[f"{layer}.mlp_norm.weight"], eps))
             pass_deeper(output, s + 1)
@@ -238,11 +244,13 @@ def _hidden_chain(drafter, weights, features, document, anchor, steps):
         if not drafter.config.cross_only:
             if step > 0:  # the entry of step 0 is column s = t
                 cache.append(own_entry(drafter, weights, f"{layer}.attention", u, position))
-            seen = attend(own_query(drafter, weights, f"{layer}.attention", u, position), cache)
+            entries = seen_entries(drafter.config, cache, step)
+            seen = attend(own_query(drafter, weights, f"{layer}.attention", u, position), entries)
             mixed = weights[f"{layer}.attention.o_proj.weight"] @ seen
         if drafter.config.paradigm == "hybrid":
             cross_cache.append(own_entry(drafter, weights, f"{layer}.cross", u, position))
-            crossed = attend(own_query(drafter, weights, f"{layer}.cross", u, position), cross_cache)
+            entries = seen_entries(drafter.config, cross_cache, step + 1)
+            crossed = attend(own_query(drafter, weights, f"{layer}.cross", u, position), entries)
             crossed = weights[f"{layer}.cross.o_proj.weight"] @ crossed
             if drafter.config.cross_only:
                 mixed = crossed

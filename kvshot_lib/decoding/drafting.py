@@ -51,8 +51,9 @@ class Drafting:
     def root(self, token: int) -> Frontier:
         """x_{t+1} at position t+1, seeing the entries that anchor t = length - 1 may."""
         device = self.drafter.draft_ids.device
-        seen = int(self.drafter.visible(torch.tensor(self.length - 1)))
-        mask = torch.zeros(1, 1, 1, seen, device=device)
+        anchor = torch.tensor([[self.length - 1]], device=device)
+        seen = int(self.drafter.visible(anchor))
+        mask = self.drafter.mask(anchor, seen)
         views = [View(prefix, mask, {}, True) for prefix in self.first(seen)]
         return Frontier(torch.tensor([token], device=device), self.length, self.state, views)
 

@@ -11,7 +11,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..drafters.attention import prefix_mask
 from ..drafters.drafter import Drafter
 from ..drafters.layers import View
 from ..features.spec import Features
@@ -118,7 +117,7 @@ class Redrafter:
             for name, pair in new.items():
                 for kept, own in zip(layer[name], pair, strict=True):
                     kept.index_copy_(2, places, own)
-        mask = prefix_mask(drafter.visible(length - 1)[None, None], len(self.verifier.columns))
+        mask = drafter.mask((length - 1)[None, None], len(self.verifier.columns))
         views = [View(layer, mask, {}, True) for layer in self.entries]
         state = None if fused is None else fused.index_select(1, (self.count - 1)[None])
         root = Frontier(self.tokens[0].index_select(0, self.count[None]), length, state, views)

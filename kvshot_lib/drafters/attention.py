@@ -21,8 +21,9 @@ Entries = tuple[Tensor, Tensor]
 FUSED = ("cpu", "cuda")  # devices with a fused attention that returns its log-sum-exp
 
 
-def prefix_mask(visible: Tensor, length: int) -> Tensor:
-    """Additive mask that shows row m the first ``visible[b, m]`` of ``length`` prefix entries.
+def prefix_mask(visible: Tensor, length: int, window: int = 0) -> Tensor:
+    """Additive mask that shows row m the first ``visible[b, m]`` of ``length`` prefix entries, or the last ``window`` of
+    these.
 
     [B, M] -> [B, 1, M, N] float32, 0 where visible and -inf elsewhere. Anchor t sees t + 1 entries, s ≤ t.
 
@@ -30,7 +31,10 @@ def prefix_mask(visible: Tensor, length: int) -> Tensor:
     tensor([[0., -inf, -inf],
             [0., 0., -inf]])
     """
-    hidden = torch.arange(length, device=visible.device) >= visible[..., None]
+    place = torch.arange(length, device=visible.device)
+    hidden = place >= visible[..., None]
+    if window:
+        hidden = hidden | (place < visible[..., None] - window)
     return torch.zeros(hidden.shape, device=visible.device).masked_fill(hidden, float("-inf"))[:, None]
 
 
@@ -218,12 +222,12 @@ class PrefixAttention(nn.Module):
         chain = extend(chain, own) if append else chain
         return self.merge(chain_attention(query, prefix, mask, chain)), chain
 
-    def columns(self, inputs: Tensor, rotary: Entries, entries: Entries) -> Tensor:
+    def columns(self, inputs: Tensor, rotary: Entries, entries: Entries, window: int) -> Tensor:
         """The prefix's last M of N columns, each over the entries up to its own: [B, M, width] -> [B, M, d]"""
         (query,) = self.project(inputs, rotary, "q")
         rows, length = query.shape[2], entries[0].shape[2]
         visible = torch.arange(length - rows, length, device=query.device) + 1
-        mask = prefix_mask(visible.expand(len(query), -1), length)
+        mask = prefix_mask(visible.expand(len(query), -1), length, window)
         return self.merge(chain_attention(query, entries, mask, None))
 
     def merge(self, heads: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..errors import StudyError
 from ..features.spec import Features
-from .attention import prefix_mask
 from .layers import View
 
 
@@ -62,7 +61,7 @@ def draft_blocks(drafter, features: Features, anchors: Tensor, draft_length: int
         )
     entries, _ = drafter.prefix(features)
     last = features.tokens.shape[1] - 1
-    mask = prefix_mask(drafter.visible(anchors), last)
+    mask = drafter.mask(anchors, last)
     views = [View(layer, mask, {}, True) for layer in entries]
     tokens = features.tokens.gather(1, (anchors + 1).clamp(max=last))
     return run_blocks(drafter, tokens, anchors + 1, views)[:, 1 : draft_length + 1]

@@ -10,15 +10,16 @@ from ..settings import check_settings
 # Which parameters mean something to which paradigm; elsewhere they must keep their default.
 _CACHE = ("kv_layers", "kv_fusion", "kv_rope", "kv_norm", "kv_init")
 READS = {
-    "hidden": ("num_layers", "feedback", "hidden_norm", "state_layers", "kv_layers", "qk_norm"),
+    "hidden": ("num_layers", "feedback", "hidden_norm", "state_layers", "kv_layers", "qk_norm", "window_tokens"),
     "kv": (
         "num_layers", *_CACHE, "kv_control", "kv_with_hidden", "kv_lag_tokens", "kv_grad_scale", "state_layers",
-        "qk_norm", "query_from",
+        "qk_norm", "query_from", "window_tokens",
     ),
     "hybrid": (
         "feedback", "hidden_norm", *_CACHE, "kv_grad_scale", "state_layers", "cross_only", "gate_bias", "gate_floor",
+        "window_tokens",
     ),
-    "block": ("num_layers", "block_context", "block_size", "hidden_norm", *_CACHE, "state_layers"),
+    "block": ("num_layers", "block_context", "block_size", "hidden_norm", *_CACHE, "state_layers", "window_tokens"),
 }  # fmt: skip
 _PLAIN = {"kv_fusion": ("linear",), "kv_rope": ("raw",), "kv_norm": (False,)}
 # A parameter, some of its values, and what others may be then.
@@ -62,6 +63,7 @@ class DrafterConfig:
     query_from : what queries at t+1+k are made from: the drafter's ``own`` input, the ``target``'s inputs of the read
         layers there (its true queries are maps of them; no drafter knows them), or nothing (``constant``). The last
         two are teacher-forced only.
+    window_tokens : an anchor sees the newest of its prefix entries, so many in each layer; 0 for all.
     cross_only : a hybrid without its self-attention branch.
     feedback : what ``hidden`` and ``hybrid`` feed back as state: ``pre_norm`` (EAGLE-3) or ``post_norm``
         (EAGLE-3.1).
@@ -97,6 +99,7 @@ class DrafterConfig:
     state_layers: Literal["eagle", "kv"] = "eagle"
     qk_norm: bool = False
     query_from: Literal["own", "target", "constant"] = "own"
+    window_tokens: int = 0
 
     @classmethod
     def of(cls, values: Mapping) -> "DrafterConfig":
@@ -146,6 +149,8 @@ class DrafterConfig:
             value = getattr(self, name)
             if not (value if isinstance(value, tuple) else value > 0):
                 raise StudyError(f"{name}={value} must be above 0")
+        if self.window_tokens < 0:
+            raise StudyError(f"window_tokens={self.window_tokens} must be 0 (no window) or more")
         if not 0 <= self.gate_floor < 1:
             raise StudyError(f"gate_floor={self.gate_floor} must be 0 or more and below 1")
         if self.block_size < 2:

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from ..features.spec import Features, FeatureSpec
 from ..target.load import Target
 from ..target.shared import capped, rope_parameters, shared_parts
-from .attention import Entries
+from .attention import Entries, prefix_mask
 from .config import DrafterConfig
 from .context import PrefixSource, start_from_target
 from .layers import COMPILED, View, make_layers
@@ -115,13 +115,21 @@ class Drafter(nn.Module):
             entries.append(layer.prefix(source))
             if layer.own_prefix and index + 1 < len(self.layers):
                 whole = joined(past[index], entries[-1]) if past else entries[-1]
-                source = replace(source, stream=layer.columns(source, whole))
+                source = replace(source, stream=layer.columns(source, whole, self.config.window_tokens))
         return entries, fused
 
     def visible(self, anchors: Tensor) -> Tensor:
         """How many prefix entries each anchor [B, M] sees: s ≤ t, or s ≤ t - lag, but one at least."""
         lag = self.config.kv_lag_tokens if self.config.kv_control == "lagged" else 0
         return (anchors + 1 - lag).clamp(min=1)
+
+    def mask(self, anchors: Tensor, length: int, lag: Tensor | None = None) -> Tensor:
+        """Additive mask over ``length`` prefix entries, [B, 1, M, length], for anchors [B, M]; ``lag`` [B] hides the
+        newest but one.
+        """
+        visible = self.visible(anchors)
+        visible = visible if lag is None else (visible - lag[:, None]).clamp(min=1)
+        return prefix_mask(visible, length, self.config.window_tokens)
 
     def step(self, tokens: Tensor, positions: Tensor, state: Tensor | None, views: list[View]) -> Tensor:
         """One draft step of every anchor.

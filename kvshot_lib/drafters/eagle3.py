@@ -60,6 +60,7 @@ def export_eagle3(
     for told, present in (
         (f"paradigm={own.paradigm!r}", own.paradigm != "hidden"),
         ("qk_norm=True", own.qk_norm),
+        (f"window_tokens={own.window_tokens}", own.window_tokens > 0),
         (f"capped logits ({drafter.logit_cap:g})", drafter.logit_cap),
         (f"{turn} RoPE, which turns by the length", turn not in ROPE_TYPES),
     ):

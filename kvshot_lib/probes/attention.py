@@ -56,7 +56,8 @@ class Call:
     @property
     def anchors(self) -> Tensor:
         """[M] t: an anchor sees t + 1 prefix entries."""
-        return (self.mask[0, 0] == 0).sum(-1) - 1
+        seen = self.mask[0, 0] == 0
+        return torch.where(seen, torch.arange(seen.shape[-1], device=seen.device), -1).amax(-1)
 
     def places(self, length: int) -> Tensor:
         """[M] the query's position t+1+k, clamped to a document of ``length`` tokens where the step isn't valid."""

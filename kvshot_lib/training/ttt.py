@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ..drafters.attention import Entries, prefix_mask
+from ..drafters.attention import Entries
 from ..drafters.block import draft_blocks
 from ..drafters.drafter import Drafter
 from ..drafters.layers import View
@@ -66,9 +66,8 @@ def draft_steps(
 
 def _masks(drafter: Drafter, anchors: Anchors, length: int, kv_lag: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Masks over the prefix, and over the target's KV if that lags behind (one entry stays)."""
-    visible = drafter.visible(anchors.index)
-    lagged = None if kv_lag is None else prefix_mask((visible - kv_lag[:, None]).clamp(min=1), length)
-    return prefix_mask(visible, length), lagged
+    lagged = None if kv_lag is None else drafter.mask(anchors.index, length, kv_lag)
+    return drafter.mask(anchors.index, length), lagged
 
 
 def _at(rows: Tensor, index: Tensor) -> Tensor:

@@ -126,7 +126,10 @@ def test_nothing_but_the_visible_reaches_a_draft(variant, path):
     last = anchor - 2 if variant == "kv_2_lagged" else anchor  # of the target state that it may see
     unseen = path(drafter, changed(features, state=slice(last + 1, anchor + 1)), anchors)
     assert torch.equal(unseen, before), "target state that is too new is seen"
-    for s in (last, 0):
+    first = last - 3 if variant == "kv_2_windowed" else 0
+    older = path(drafter, changed(features, state=slice(0, first)), anchors)
+    assert torch.equal(older, before), "target state before the window is seen"
+    for s in (last, first):
         allowed = path(drafter, changed(features, state=slice(s, s + 1)), anchors)
         seen = (allowed != before).any(-1)
         assert not seen.any() if variant in BLIND else seen.all(), f"target state at s = {s}"
@@ -203,6 +206,28 @@ def test_a_lag_hides_new_kv_from_a_hybrid_and_no_hidden_state(name):
     row = int((anchors.index[1] == last).nonzero()[-1])
     assert torch.equal(before[1, row], after[1, row]) == (name == "keys")
     assert not torch.equal(before[0], after[0])
+
+
+# A window on the prefix
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [{"paradigm": "hidden"}, {"paradigm": "kv", "kv_control": "none"}])
+def test_a_window_moves_with_the_columns_of_every_layer(config):
+    config = DrafterConfig(num_layers=3, window_tokens=3, **config)
+    drafter = examples.roughened(build_drafter(config, examples.target(), examples.live().spec, DRAFT_IDS, seed=1))
+    features = examples.features()
+    for (document, anchor, step), logits in logits_by_pair(drafter, features).items():
+        if step in (0, 3):
+            naive = sequential.draft(drafter, features, document, anchor, STEPS)[step]
+            assert (logits - naive).abs().max() < 1e-5 * max(1, naive.abs().max())
+
+
+def test_a_window_as_long_as_the_text_changes_nothing():
+    drafter, features = examples.drafter("kv_2"), examples.features()
+    whole = logits_of(drafter, features)
+    drafter.config = replace(drafter.config, window_tokens=features.tokens.shape[1])
+    assert torch.equal(logits_of(drafter, features), whole)
 
 
 # Queries that are made from something else than the drafter's own input
