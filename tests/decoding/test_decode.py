@@ -37,7 +37,7 @@ CASES += [(variant, name) for name in NAMES[1:] for variant in ("hidden", "kv_2"
 class Scripted:
     """Acts like a drafter, reads no target state, and proposes by ``rule``: positions [M] -> scores over ``draft_ids`` [M, V']."""
 
-    config, reads = SimpleNamespace(kv_control="", paradigm=""), ()
+    config, reads = SimpleNamespace(kv_control="", paradigm="", query_from="own"), ()
 
     def __init__(self, rule, draft_ids=None, name="tiny-llama"):
         self.rule, self.draft_ids = rule, torch.arange(512) if draft_ids is None else draft_ids

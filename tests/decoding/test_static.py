@@ -1,0 +1,123 @@
+"""Decoding with fixed shapes proposes, accepts and answers what decoding with growing ones does, prompt after prompt."""
+
+import copy
+
+import pytest
+import torch
+from examples import VARIANTS, drafter
+from greedy import alone, prompt, trained
+from static_shapes import nothing_waits
+from test_propose import FORK, PROMPT
+
+from kvshot_lib.decoding import decode as decoding
+from kvshot_lib.decoding.decode import decode
+from kvshot_lib.decoding.drafting import Drafting
+from kvshot_lib.decoding.propose import ALONE, Chain, Tree
+from kvshot_lib.decoding.sampling import GREEDY, Sampling
+from kvshot_lib.decoding.static import StaticDrafting, StaticRun, Verifier, has_chain, static_parts
+from kvshot_lib.target.capture import Captured
+from kvshot_lib.target.load import load_target
+
+NAME, NEW = "tiny-llama", 12
+
+
+def on(device: str, name: str = NAME):
+    """A tiny target there, always the same."""
+    return KNOWN.setdefault((device, name), load_target(name, device=device, dtype="float32"))
+
+
+KNOWN: dict = {}
+
+
+@pytest.fixture
+def both(device, monkeypatch):
+    """Decodes with growing shapes, then with fixed ones, and gives both."""
+
+    def decoded(built, tokens, plan, sampling=GREEDY, name=NAME, new=NEW, **given):
+        found = []
+        for devices in ((), ("cpu", "cuda")):
+            monkeypatch.setattr(decoding, "STATIC", devices)
+            given = {"max_new_tokens": new, "eos_token_ids": ()} | given
+            found.append(decode(on(device, name), built, tokens, plan, sampling, **given))
+        return found
+
+    return decoded
+
+
+LEARNED = [
+    (variant, plan) for variant in ("hidden", "kv_2", "hybrid", "block_kv_1") for plan in (Chain(4), Tree(2, 3, 9))
+]
+
+
+@pytest.mark.parametrize("variant, plan", [*LEARNED, ("states_2", Chain(3)), ("hidden_31_3", Chain(3))], ids=str)
+def test_rounds_are_the_same_with_fixed_shapes(variant, plan, both, device):
+    """Also for the prompt that comes after another in the same graphs, and again."""
+    learned = (variant, plan) in LEARNED
+    built, accepted = copy.deepcopy((trained if learned else drafter)(variant)).to(device), 0
+    for seed in (0, 2, 0) if learned else (0,):
+        growing, fixed = both(built, prompt(seed), plan)
+        assert fixed.rounds == growing.rounds and fixed.tokens == alone(NAME, seed)[:NEW]
+        accepted += sum(fixed.accepted)
+    assert accepted > 2 or not learned
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen3", "tiny-gemma3"])
+def test_the_target_alone_answers_the_same(name, both):
+    for seed in (0, 1):
+        growing, fixed = both(None, prompt(seed), ALONE, name=name)
+        assert fixed.tokens == growing.tokens == alone(name, seed)[:NEW]
+
+
+def test_answers_end_where_they_should(both, device):
+    built = copy.deepcopy(trained("hybrid")).to(device)
+    for new in (1, 2, 3):
+        assert both(built, prompt(0), Chain(5), new=new)[1].tokens == alone(NAME, 0)[:new]
+    stop = alone(NAME, 0)[9]
+    growing, fixed = both(built, prompt(0), Chain(5), eos_token_ids=[stop])
+    assert fixed.tokens == growing.tokens and fixed.tokens[-1] == stop and len(fixed.tokens) <= 10
+
+
+def test_draws_are_the_same(both, device):
+    built = copy.deepcopy(trained("hidden")).to(device)
+    growing, fixed = both(built, prompt(0), Chain(3), Sampling(1.0, top_p=0.9, seed=3))
+    assert fixed.rounds == growing.rounds and fixed.tokens == growing.tokens
+
+
+@torch.inference_mode()
+def test_filler_is_seen_by_no_node_and_sees_none(device):
+    """Five nodes of a tree in a forward of eight: logits and states of each are those of its branch alone."""
+    target = on(device)
+    run = StaticRun(target, taken := Captured(), (), Verifier(target, (1, 2), 8, 32))
+    run.prefill(PROMPT)
+    logits = run.verify(FORK)
+    for node, branch in enumerate([[40], [40, 41], [40, 42], [40, 41, 43], [40, 42, 44]]):
+        ids = torch.tensor([PROMPT + branch], device=device)
+        plain = target.model(ids, output_hidden_states=True)
+        torch.testing.assert_close(logits[node], plain.logits[0, -1], atol=5e-5, rtol=1e-4)
+        torch.testing.assert_close(taken.hidden_states[2][0, node], plain.hidden_states[2][0, -1], atol=5e-5, rtol=1e-4)
+    run.keep([0, 2, 4])
+    plain = target.model(torch.tensor([[*PROMPT, 40, 42, 44]], device=device)).past_key_values
+    for layer, wanted in zip(run.cache.layers, plain.layers):
+        torch.testing.assert_close(layer.keys[:, :, : run.end], wanted.keys, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["hidden", "kv_1_unrotate", "hybrid", "kv_2_lagged"])
+@torch.inference_mode()
+def test_nothing_in_a_round_waits_for_the_device(variant, monkeypatch):
+    built, target = drafter(variant), on("cpu")
+    monkeypatch.setattr(decoding, "STATIC", ("cpu",))
+    decode(target, built, prompt(0), Chain(3), max_new_tokens=9, eos_token_ids=())  # makes the buffers
+    drafting = static_parts(target, Drafting(built, Chain(3), 18), Chain(3), Captured())[1]
+    with nothing_waits():
+        drafting.redrafter.verifier.run()
+        drafting.redrafter.forward()
+
+
+def test_who_drafts_from_state_alone_has_fixed_shapes():
+    """Not blocks, nor stacks whose entries are made of the layer below."""
+    chains = {name for name in VARIANTS if has_chain(drafter(name))}
+    assert {*VARIANTS} - chains == {"none_2", "hidden_31_3", "hidden_2_qk_norm"}
+    built = drafter("kv_2")
+    for plan, kind in ((Chain(2), StaticDrafting), (Tree(2, 2, 5), Drafting)):
+        run, drafting = static_parts(on("cpu"), Drafting(built, plan, 20), plan, Captured())
+        assert type(drafting) is kind and type(run) is StaticRun
