@@ -80,6 +80,14 @@ def next_turn_ids(tokenizer: PreTrainedTokenizerFast, turn: str, thinking: bool 
     return _encode(tokenizer, [between.lstrip(), *rest])
 
 
+def turn_header(tokenizer: PreTrainedTokenizerFast, thinking: bool = False) -> np.ndarray:
+    """What stands between an answer and the next user turn, its end-of-turn token first; int32 ids.
+
+    For SmolLM2: ``<|im_end|>\\n<|im_start|>user\\n``. Raises what `next_turn_ids` raises.
+    """
+    return np.array(_common([next_turn_ids(tokenizer, probe, thinking) for probe in PROBES]), np.int32)
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """The id that the chat template puts behind an answer; None without a template, or if it is no added token."""
     return _leading_token(tokenizer, _pieces(tokenizer, MARKS)[-1]) if tokenizer.chat_template else None

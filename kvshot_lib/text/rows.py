@@ -144,17 +144,19 @@ class Writer:
         self.held.index_copy_(1, self.column[None], here)
         ids = self.text.gather(1, here)
         logits = static_forward(self.target, self.cache, ids, here, self.column, self.held)[:, -1].float()
-        if self.temperature:
-            chosen = self.sampled(logits, self.noise, self.temperature, self.top_p)
-        else:
-            chosen = logits.argmax(-1)
         after = self.place + 1
         own = after >= self.given
-        token = torch.where(own, chosen, self.text.gather(1, after[:, None])[:, 0])
+        token = torch.where(own, self.choose(logits, own), self.text.gather(1, after[:, None])[:, 0])
         self.text.scatter_(1, after[:, None], token[:, None])
         self.place.copy_(torch.where(self.ended, self.place, after))
         self.ended |= own & ((token[:, None] == self.stops).any(-1) | (after + 1 >= self.limit))
         self.column.copy_((self.column + 1) % len(self.cache.layers[0].keys[0, 0]))
+
+    def choose(self, logits: Tensor, own: Tensor) -> Tensor:
+        """The next token [B] of each row of logits [B, V]; it counts where ``own`` [B], behind the prompt."""
+        if self.temperature:
+            return self.sampled(logits, self.noise, self.temperature, self.top_p)
+        return logits.argmax(-1)
 
 
 @lru_cache(maxsize=2)  # user turns are sampled, evaluation answers are not
