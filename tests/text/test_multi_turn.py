@@ -1,0 +1,89 @@
+"""Dialogues of many turns: what a step makes is what a plain loop makes, and only what the target chose is its answer."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from static_shapes import nothing_waits
+
+from kvshot_lib.target.chat import chat_headers, dialogue_ids, next_turn_ids, turn_header
+from kvshot_lib.target.load import load_target
+from kvshot_lib.text.multi_turn import DialogueWriter, write_dialogues
+
+LENGTH, MOST = 90, (5, 9)
+
+
+@cache
+def on(device: str):
+    return load_target("tiny", device=device, dtype="float32")
+
+
+def by_hand(target, most) -> tuple[list[int], list[bool]]:
+    """Greedy, token by token, without a cache."""
+    opening, after_user = (part.tolist() for part in chat_headers(target.tokenizer))
+    frames, text = (after_user, turn_header(target.tokenizer).tolist()), opening
+    own, speaker, spent = [False] * len(text), 0, 0
+    while len(text) < LENGTH:
+        logits = target.model(torch.tensor([text], device=target.device)).logits[0, -1].clone()
+        if not spent:
+            logits[sorted(target.special_ids)] = float("-inf")
+        token = int(logits.argmax())
+        if spent < most[speaker] and token not in target.special_ids:
+            text, own, spent = [*text, token], [*own, speaker == 1], spent + 1
+            continue
+        chosen = spent < most[speaker] and token == frames[speaker][0]
+        text, own = [*text, *frames[speaker]], [*own, chosen and speaker == 1, *[False] * (len(frames[speaker]) - 1)]
+        speaker, spent = 1 - speaker, 0
+    return text[:LENGTH], own[:LENGTH]
+
+
+@pytest.mark.parametrize("most", [MOST, (40, 60)])
+@torch.inference_mode()
+def test_a_dialogue_is_what_a_plain_loop_writes(most, device):
+    target = on(device)
+    written = write_dialogues(target, 2, LENGTH, most, temperature=0.0, top_p=1.0)
+    text, own = by_hand(target, most)
+    for document in written:
+        assert document.tokens.tolist() == text
+        assert document.answer_mask.tolist() == own
+
+
+def test_turns_are_framed_as_the_chat_template_frames_them_and_end_in_time(device):
+    target = on(device)
+    torch.manual_seed(1)
+    first, second = write_dialogues(target, 2, 200, MOST, temperature=1.0, top_p=0.95)
+    assert first.tokens.tolist() != second.tokens.tolist()
+    (opening, after_user), again = chat_headers(target.tokenizer), turn_header(target.tokenizer)
+    rest, answers = first.tokens[len(opening) :].tolist(), []
+    assert first.tokens[: len(opening)].tolist() == opening.tolist()
+    for speaker in [0, 1] * 3:
+        frame = (after_user, again)[speaker].tolist()
+        turn = next(n for n in range(MOST[speaker] + 1) if rest[n : n + len(frame)] == frame)
+        assert 1 <= turn <= MOST[speaker] and not target.special_ids & {*rest[:turn]}
+        answers += rest[:turn] if speaker else []
+        rest = rest[turn + len(frame) :]
+    words = [token for token in first.answer.tolist() if token not in target.special_ids]
+    assert words[: len(answers)] == answers
+    torch.manual_seed(1)
+    assert (
+        write_dialogues(target, 2, 200, MOST, temperature=1.0, top_p=0.95)[0].tokens.tolist() == first.tokens.tolist()
+    )
+
+
+def test_headers_between_turns_are_those_of_the_template():
+    tokenizer = on("cpu").tokenizer
+    between, after_user = turn_header(tokenizer), chat_headers(tokenizer)[1]
+    turn = next_turn_ids(tokenizer, "Hello there")
+    assert np.array_equal(turn[: len(between)], between) and np.array_equal(turn[-len(after_user) :], after_user)
+    whole = dialogue_ids(tokenizer, ["Hi", "Yes", "Hello there"])
+    assert np.array_equal(whole[-len(turn) :], turn)
+
+
+@torch.inference_mode()
+def test_nothing_in_a_step_waits_for_the_device():
+    writer = DialogueWriter(on("cpu"), 4, LENGTH, 1.0, 0.9, MOST)
+    writer.begin({0: writer.opening}, LENGTH)
+    writer.forward()
+    with nothing_waits():
+        writer.forward()
