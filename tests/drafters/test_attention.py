@@ -11,11 +11,16 @@ B, H, G, M, N, D = 2, 4, 2, 5, 7, 8
 VISIBLE = torch.tensor([[1, 2, 7, 7, 4], [3, 1, 1, 5, 6]])
 
 
-def example(chain_entries: int, dtype=torch.float32):
+def example(chain_entries: int, dtype=torch.float32, device="cpu"):
     """Query, prefix keys and values, chain keys and values: leaves that take gradients."""
     generator = torch.Generator().manual_seed(chain_entries)
     shapes = [(B, H, M, D), (B, G, N, D), (B, G, N, D), (B, G, M, chain_entries, D), (B, G, M, chain_entries, D)]
-    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+
+
+def exact(leaves):
+    """The same as float64 leaves on the CPU."""
+    return [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
 
 
 def naive(query, keys, values, chain_keys, chain_values, prefix: bool = True):
@@ -38,34 +43,36 @@ def plain(query, prefix, mask, chain):
 def run(attention, leaves, weight):
     query, keys, values, chain_keys, chain_values = leaves
     chain = (chain_keys, chain_values) if chain_keys.shape[3] else None
-    out = attention(query, (keys, values), prefix_mask(VISIBLE, N), chain)
+    out = attention(query, (keys, values), prefix_mask(VISIBLE.to(query.device), N), chain)
     used = leaves if chain else leaves[:3]
-    return out, torch.autograd.grad((out * weight).sum(), used)
+    return out, torch.autograd.grad((out * weight.to(out)).sum(), used)
 
 
 @pytest.mark.parametrize("attention", [chain_attention, plain])
 @pytest.mark.parametrize("chain_entries", [0, 1, 3, 7])
-def test_numbers_and_gradients_equal_one_softmax_a_query(attention, chain_entries):
-    leaves, weight = example(chain_entries), torch.randn(B, H, M, D, generator=torch.Generator().manual_seed(1))
+def test_numbers_and_gradients_equal_one_softmax_a_query(attention, chain_entries, device):
+    leaves = example(chain_entries, device=device)
+    weight = torch.randn(B, H, M, D, generator=torch.Generator().manual_seed(1))
     out, gradients = run(attention, leaves, weight)
+    leaves = exact(leaves)
     reference = naive(*leaves)
-    assert torch.allclose(out, reference, atol=1e-6)
+    assert torch.allclose(out.cpu().double(), reference, atol=1e-6 if device == "cpu" else 1e-5)
     wanted = torch.autograd.grad((reference * weight).sum(), leaves if chain_entries else leaves[:3])
     for got, expected in zip(gradients, wanted, strict=True):
-        assert torch.allclose(got, expected, atol=2e-6)
+        assert torch.allclose(got.cpu().double(), expected, atol=2e-6 if device == "cpu" else 2e-5)
 
 
-def test_both_paths_agree_in_bfloat16():
+def test_both_paths_agree_in_bfloat16(device):
     weight = torch.randn(B, H, M, D, generator=torch.Generator().manual_seed(1)).bfloat16()
-    fused, plainly = (run(attention, example(3, torch.bfloat16), weight) for attention in (chain_attention, plain))
-    exact, exact_gradients = run(
-        chain_attention, [x.detach().float().requires_grad_() for x in example(3, torch.bfloat16)], weight.float()
-    )
-    for out, gradients in (fused, plainly):
+    leaves = exact(example(3, torch.bfloat16))
+    reference = naive(*leaves)
+    wanted = torch.autograd.grad((reference * weight).sum(), leaves)
+    for attention in (chain_attention, plain):
+        out, gradients = run(attention, example(3, torch.bfloat16, device), weight)
         assert out.dtype == torch.bfloat16
-        assert torch.allclose(out.float(), exact, atol=0.03)
-        for got, wanted in zip(gradients, exact_gradients, strict=True):
-            assert torch.allclose(got.float(), wanted, atol=0.1)
+        assert torch.allclose(out.cpu().double(), reference, atol=0.03)
+        for got, expected in zip(gradients, wanted, strict=True):
+            assert torch.allclose(got.cpu().double(), expected, atol=0.1)
 
 
 def test_a_drafter_without_target_state_sees_its_chain_alone():
