@@ -57,6 +57,7 @@ of_dialogues = together(
     options(max_length_tokens=512, max_user_tokens=96, temperature=1.0, top_p=0.95, batch_size=32, seed=0),
     options(thinking=False),
     options("write plain text, the first so many tokens as prompt (0: dialogues)", text_prefix_tokens=0),
+    options("write many turns, up to the length, with answers of at most so many (0: one turn)", max_answer_tokens=0),
 )
 of_speed = together(
     timed, options("how many, from the file's start", prompts_per_category=2),

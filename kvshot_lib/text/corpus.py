@@ -26,10 +26,10 @@ MIN_ANSWER_TOKENS = 16
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """One dialogue of one user turn and one answer, or a text whose beginning stands for the turn.
+    """A dialogue, most often of one user turn and one answer, or a text whose beginning stands for the turn.
 
     tokens : int32 [n], chat markers included.
-    answer_mask : bool [n], True on assistant tokens: from the first token after the assistant header to the closing
+    answer_mask : bool [n], True on assistant tokens: from the first token after an assistant header to the closing
         end-of-turn token, if the answer came to its end.
     origin : name of its corpus, and what its provenance says; empty for documents of one's own.
     """
@@ -49,8 +49,8 @@ class Document:
 
     @property
     def prompt(self) -> np.ndarray:
-        """Everything before the answer: header, user turn, assistant header."""
-        return self.tokens[~self.answer_mask]
+        """Everything before the first answer: header, user turn, assistant header."""
+        return self.tokens[: self.answer_mask.argmax() if self.answer_mask.any() else None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,6 +26,7 @@ from ..target.load import Target, load_target
 from ..target.static import STATIC
 from ..target.wheels import DEFAULT_TARGET
 from .corpus import MIN_ANSWER_TOKENS, SPLITS, Document, prompt_key, read_documents, save_corpus, write_documents
+from .multi_turn import write_dialogues
 from .rows import rows_at_once, write_rows
 from .user_turns import by_split, turns_hash
 
@@ -41,6 +42,7 @@ class GeneratorSettings:
     temperature, top_p : of all sampling; no other sampling rule is applied.
     thinking : whether a target that can think aloud before it answers (Qwen3) may; most templates don't know of it.
     text_prefix_tokens : above 0, text mode with prompts of so many tokens (and the start token); 0 for dialogues.
+    max_answer_tokens : above 0, dialogues of many turns, up to ``max_length_tokens`` (`multi_turn`); all sampled.
     """
 
     max_length_tokens: int = 512
@@ -51,21 +53,22 @@ class GeneratorSettings:
     seed: int = 0
     thinking: bool = False
     text_prefix_tokens: int = 0
+    max_answer_tokens: int = 0
 
     def __post_init__(self):
         check_settings(self)
-        for name in ("seed", "text_prefix_tokens"):
+        for name in ("seed", "text_prefix_tokens", "max_answer_tokens"):
             if getattr(self, name) < 0:
                 raise StudyError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.text_prefix_tokens and self.max_answer_tokens:
+            raise StudyError("text_prefix_tokens and max_answer_tokens exclude each other; a text has no turns")
         if min(self.batch_size, self.max_user_tokens, self.temperature, self.top_p) <= 0 or self.top_p > 1:
             raise StudyError("batch_size, max_user_tokens, temperature and top_p must be above 0, and top_p at most 1")
 
 
 def generate(
     out: str, *, target: str = DEFAULT_TARGET, device: str = "auto", dtype: str = "auto", user_turns: str = "",
-    train: int = 0, validation: int = 0, evaluation: int = 0, max_length_tokens: int = 512, max_user_tokens: int = 96,
-    temperature: float = 1.0, top_p: float = 0.95, batch_size: int = 32, seed: int = 0, thinking: bool = False,
-    text_prefix_tokens: int = 0,
+    train: int = 0, validation: int = 0, evaluation: int = 0, **settings,
 ) -> Path:  # fmt: skip
     """Let the target write dialogues, or texts; a killed run goes on where it was.
 
@@ -75,13 +78,11 @@ def generate(
     target : a name of the study, a hub id or a model folder
     user_turns : dialogues whose user turns are answered (default: self-generated)
     train, validation, evaluation : documents to write
+    settings : of `GeneratorSettings`
     """
-    settings = GeneratorSettings(
-        max_length_tokens, max_user_tokens, temperature, top_p, batch_size, seed, thinking, text_prefix_tokens
-    )
     counts = {"train": train, "validation": validation, "evaluation": evaluation}
     writer = load_target(target, device=device, dtype=dtype)
-    return generate_corpus(writer, out, counts, settings, user_turns=user_turns)
+    return generate_corpus(writer, out, counts, GeneratorSettings(**settings), user_turns=user_turns)
 
 
 def generate_corpus(
@@ -106,8 +107,8 @@ def generate_corpus(
     facts = {"target": target.name, "target_hash": target.hash, "tokenizer_hash": target.tokenizer_hash}
     facts |= {"vocab_size": target.vocab_size, "dtype": str(target.dtype).removeprefix("torch."), **asdict(settings)}
     turns = by_split(user_turns) if user_turns else {}
-    if turns and settings.text_prefix_tokens:
-        raise StudyError("text mode has no user turns; leave out user_turns, or set text_prefix_tokens=0")
+    if turns and (settings.text_prefix_tokens or settings.max_answer_tokens):
+        raise StudyError("only dialogues of one turn take user_turns; leave them out, or the other mode")
     if turns:
         facts |= {
             "user_turns": user_turns,
@@ -119,7 +120,7 @@ def generate_corpus(
         if counts.get(split):
             splits[split] = _collect(target, folder / "parts", split, counts[split], settings, seen, turns.get(split))
     origin = {"name": folder.name, "origin": "kvshot_lib.text.generate", **facts, **provenance(target.device)}
-    return save_corpus(folder, splits, origin, greedy=["evaluation"])
+    return save_corpus(folder, splits, origin, greedy=[] if settings.max_answer_tokens else ["evaluation"])
 
 
 def generate_batch(
@@ -132,6 +133,10 @@ def generate_batch(
     seed = np.random.SeedSequence([settings.seed, SPLITS.index(split), number]).generate_state(1)[0]
     with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
         torch.manual_seed(int(seed))
+        if most := settings.max_answer_tokens:
+            how = {"temperature": settings.temperature, "top_p": settings.top_p}
+            most = settings.max_user_tokens, most
+            return write_dialogues(target, settings.batch_size, settings.max_length_tokens, most, **how)
         if turns is None:
             prompts = write_prompts(target, settings)
         else:
@@ -260,7 +265,9 @@ def _refuse_to_mix(path: Path, facts: dict) -> None:
     """Remember in ``path`` what the parts beside it are made with; they are hours of work, so others are refused."""
     if not path.exists():
         write_json(path, facts)
-    before = {"text_prefix_tokens": 0} | read_json(path, f"delete {path.parent} and generate again")
+    before = {"text_prefix_tokens": 0, "max_answer_tokens": 0} | read_json(
+        path, f"delete {path.parent} and generate again"
+    )
     for name in before | facts:
         if before.get(name) != facts.get(name):
             raise StudyError(

@@ -10,6 +10,7 @@ import pytest
 
 from kvshot_lib.errors import StudyError
 from kvshot_lib.study.cli import cli, main
+from kvshot_lib.text.generate import GeneratorSettings
 
 
 def verbs(group: click.Group, before: str = "") -> dict[str, click.Command]:
@@ -40,7 +41,7 @@ CALLED = {
     "decode duel": "decoding.timing.duel",
     "decode lossless": "decoding.lossless.verify_lossless",
     "decode latency": "decoding.latency.measure_latency",
-    "eagle3 import": "study.publish.measure_eagle3",
+    "examine": "study.microscope.examine_checkpoint",
 }
 
 
@@ -61,6 +62,8 @@ def test_options_and_their_defaults_are_those_of_the_function(verb):
     module, _, name = CALLED[verb].rpartition(".")
     function = getattr(importlib.import_module(f"kvshot_lib.{module}"), name)
     taken = {n: own for n, own in inspect.signature(function).parameters.items() if n != "fingerprint"}
+    if taken.pop("settings", None):
+        taken |= inspect.signature(GeneratorSettings).parameters
     command = VERBS[verb]
     assert {own.name for own in command.params} == set(taken)
     for own in command.params:

@@ -96,10 +96,12 @@ def test_a_base_model_writes_texts_and_is_decoded_from_what_they_begin_with(tmp_
     [
         ({"text_prefix_tokens": -1}, "text_prefix_tokens=-1 must be 0 or more"),
         ({"text_prefix_tokens": 44}, "a prompt alone may take 45; raise it"),
-        ({"text_prefix_tokens": 5, "user_turns": "turns.jsonl"}, "text mode has no user turns; leave out user_turns"),
+        ({"text_prefix_tokens": 5, "user_turns": "turns.jsonl"}, "only dialogues of one turn take user_turns; leave"),
+        ({"max_answer_tokens": 5, "user_turns": "turns.jsonl"}, "only dialogues of one turn take user_turns; leave"),
+        ({"text_prefix_tokens": 5, "max_answer_tokens": 5}, "exclude each other; a text has no turns"),
     ],
 )  # fmt: skip
-def test_what_text_mode_cannot_do_is_refused(target, tmp_path, given, message):
+def test_modes_that_do_not_go_together_are_refused(target, tmp_path, given, message):
     turns, given = given.get("user_turns", ""), {k: v for k, v in given.items() if k != "user_turns"}
     (tmp_path / "turns.jsonl").write_text('{"prompt": "w9"}\n')
     with pytest.raises(StudyError, match=message):

@@ -7,9 +7,14 @@ import pytest
 import torch
 from static_shapes import nothing_waits
 
+from kvshot_lib.features.live import LiveFeatures
+from kvshot_lib.features.spec import feature_spec
 from kvshot_lib.target.chat import chat_headers, dialogue_ids, next_turn_ids, turn_header
 from kvshot_lib.target.load import load_target
+from kvshot_lib.text.corpus import load_corpus
+from kvshot_lib.text.generate import GeneratorSettings, generate_corpus
 from kvshot_lib.text.multi_turn import DialogueWriter, write_dialogues
+from kvshot_lib.training.judging import anchor_places
 
 LENGTH, MOST = 90, (5, 9)
 
@@ -69,6 +74,21 @@ def test_turns_are_framed_as_the_chat_template_frames_them_and_end_in_time(devic
     assert (
         write_dialogues(target, 2, 200, MOST, temperature=1.0, top_p=0.95)[0].tokens.tolist() == first.tokens.tolist()
     )
+
+
+def test_a_corpus_of_them_is_written_read_and_judged_like_any_other(tmp_path):
+    settings = GeneratorSettings(96, *MOST[:1], batch_size=4, max_answer_tokens=MOST[1])
+    folder = generate_corpus(on("cpu"), tmp_path / "many", {"train": 5, "evaluation": 2}, settings)
+    corpus = load_corpus(folder, "evaluation")
+    assert corpus.provenance["splits"]["evaluation"]["answers"] == "sampled"
+    assert [len(document.tokens) for document in corpus.documents] == [96, 96]
+    first = corpus.documents[0]
+    spans = np.diff(np.flatnonzero(np.diff(np.r_[0, first.answer_mask, 0])))[::2]
+    assert len(spans) > 3 and max(spans) <= MOST[1] + 1
+    assert first.prompt.tolist() == first.tokens[: first.answer_mask.argmax()].tolist()
+    live = LiveFeatures(on("cpu"), corpus.documents, feature_spec(on("cpu"), 1))
+    lengths = anchor_places(live, 0)[:, 1]
+    assert (np.diff(lengths) > 0).all() and lengths.max() > 80
 
 
 def test_headers_between_turns_are_those_of_the_template():
