@@ -95,6 +95,10 @@ TABLES = {
         "*what:str *tokens *prefix_tokens milliseconds:float fastest_ms:float slowest_ms:float replays method:str "
         "dtype:str device:str architecture:str"
     ),
+    "serving": _table(  # vLLM's numbers beside ours, summed over prompts
+        RUN + "*draft_step accepted past_end engine_accepted forwards engine_forwards prompts new_tokens same_as_alone "
+        "same_as_ours engine:str dtype:str target:str device:str git_revision:str torch:str transformers:str date:str"
+    ),
     # Diagnostics.
     "gradient_flow": _table(
         RUN + "*document *context_length_tokens anchors *layer *branch:str *matrix:str *side:str *draft_step:int? "
@@ -115,6 +119,10 @@ TABLES = {
     "query_oracle": _table(RUN + "*arm:str trained_tokens *document *draft_step" + CHAIN, large=True),
     "query_estimation_facts": _table("*runs:str" + FACTS),
     "attention_shift_facts": _table("kv_layers:str" + FACTS),
+    "context": _table(
+        RUN + "*window_tokens *document *bin_low *draft_step" + CHAIN + " complete accepted", large=True
+    ),
+    "context_facts": _table("*runs:str corpus:str" + FACTS),
     # Verdicts.
     "scorecard": _table(
         "*claim:str kind:str statement:str statistic:str paper_value:float value:float low:float high:float "
