@@ -14,7 +14,7 @@ from click import argument, option
 
 from ..errors import StudyError
 from ..files import disk_trouble
-from .measurements import decode, eagle3, measure
+from .measurements import decode, eagle3, examine_checkpoint, measure, serve_check
 from .options import device, dtype, keep, of_dialogues, of_runs, options, profile, runs, several, tables, target, tell
 
 
@@ -42,8 +42,8 @@ def notebook() -> None:
     """Run notebooks."""
 
 
-for group in (measure, decode, eagle3):
-    cli.add_command(group)
+for own in (measure, decode, eagle3, examine_checkpoint, serve_check):
+    cli.add_command(own)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})

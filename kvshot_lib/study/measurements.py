@@ -1,4 +1,4 @@
-"""Commands that measure trained drafters: `kvshot measure …`, `kvshot decode …`, `kvshot eagle3 …`."""
+"""Commands that measure drafters: `kvshot measure …`, `kvshot decode …`, `kvshot eagle3 …`, `kvshot examine …`."""
 
 import sys
 from pathlib import Path
@@ -57,6 +57,21 @@ def shift(**given) -> None:
     from ..probes.shift import measure_shift
 
     tell(measure_shift(**given, fingerprint=code("probes.shift")).values())
+
+
+@measure.command()
+@argument("results_dir")
+@argument("corpus")
+@runs
+@options("the first so many", documents=64)
+@several("windows", "tokens that an anchor sees of its prefix; 0: all", 0, kind=int)
+@device
+@keep
+def context(**given) -> None:
+    """Acceptance by length of context, on the evaluation documents of a CORPUS of long dialogues."""
+    from ..probes.long_context import measure_context
+
+    tell(measure_context(**given, fingerprint=code("probes.long_context")).values())
 
 
 @click.group()
@@ -121,6 +136,22 @@ def latency(**given) -> None:
     print(measure_latency(**given))
 
 
+@click.command("serve-check")
+@of_runs
+@prompts
+@options("the first so many of them", count=35)
+@options("at most, of an answer", new_tokens=64)
+@options("of the chains", draft_length=3)
+@threads
+@options("of the environment that has vLLM", python=".venv-serving/bin/python")
+@options("where exported drafters, answers and the table go", out="results/serving")
+def serve_check(**given) -> None:
+    """Serve drafters by vLLM: same tokens, same accepted drafts as here? Status 1: something differs."""
+    from .serving import serve_check
+
+    sys.exit(serve_check(**given, fingerprint=code("decoding.decode")))
+
+
 @click.group()
 def eagle3() -> None:
     """Drafters in EAGLE-3's own form, as serving engines load them."""
@@ -143,17 +174,22 @@ def export(run_folder: str, out: str, target: str, dtype: str) -> None:
     print(export_eagle3(load_drafter(Path(run_folder), model), model, Path(out), dtype=getattr(torch, dtype)))
 
 
-@eagle3.command("import")
-@argument("folder")
+@click.command("examine")
+@argument("checkpoint")
 @target
-@options("whose evaluation answers are drafted", corpus="selfgen")
-@options(documents=64)
+@prompts
+@options("the first so many of them", count=28)
+@options("at most, of an answer", new_tokens=96)
+@options("draft steps that are judged", draft_length=7)
+@options("faults that are looked for, one on top of the other", rounds=2)
 @click.option(
     "--set", "fields", multiple=True, default=(), metavar="FIELD=VALUE",
     help="of config.json, taken instead: rope_theta=10000 if it was trained so; may be repeated",
 )  # fmt: skip
-def measure_import(**given) -> None:
-    """Measure an EAGLE-3 checkpoint with the study's metrics, on evaluation answers of the target."""
-    from .publish import measure_eagle3
+@device
+@options("where report, table and finished parts go (results/examined/NAME by default)", out="")
+def examine_checkpoint(**given) -> None:
+    """Why does this EAGLE-3 checkpoint accept what it accepts? Usual faults are tried: a report as HTML, and a table."""
+    from .microscope import examine_checkpoint
 
-    print(measure_eagle3(**given))
+    print(examine_checkpoint(**given))

@@ -1,4 +1,4 @@
-"""Drafters that go out and come in: published ones, and EAGLE-3 checkpoints.
+"""Published drafters: made small, described, and judged in other studies.
 
 A published drafter is a folder of data/checkpoints that `load_drafter` reads like any other: rounded weights,
 ``drafter.json`` (config, target, hash, what its run recorded), ``history.csv``, ``acceptance.csv``, and the card.
@@ -9,17 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from ..drafters.checkpoint import STEP, WEIGHTS, load_drafter, read_description, save_rounded
 from ..drafters.config import READS
 from ..drafters.context import read_by
 from ..drafters.drafter import Drafter
-from ..drafters.eagle3 import import_eagle3
 from ..drafters.runs import DESCRIPTION, training_command
 from ..drafters.variants import VARIANTS
 from ..errors import StudyError
-from ..features.live import LiveFeatures
 from ..features.store import StoredFeatures
 from ..files import sha256, write_atomically, write_csv, write_json
 from ..metrics import tables
@@ -28,10 +25,8 @@ from ..metrics.collect import read_record
 from ..metrics.resampling import Draws, draw
 from ..parts import claim
 from ..target.load import Target, load_target, resolve_dtype
-from ..target.wheels import DEFAULT_TARGET
-from ..text.corpus import load_corpus
 from ..training.config import TrainConfig
-from ..training.judging import acceptance_by_step, match_documents, outside_vocabulary
+from ..training.judging import match_documents, outside_vocabulary
 from ..training.run import Run, judge_run
 from .profiles import CHECKPOINTS
 
@@ -179,26 +174,3 @@ def judge_checkpoint(results_dir: str, name: str, *, mark: str = "", draft_lengt
     run = Run(variant, drafter, TrainConfig(seed=seed), target, {"evaluation": evaluation}, folder, dtype)
     judge_run(run, history, facts, draft_length)
     return folder
-
-
-def measure_eagle3(
-    folder: str,
-    *,
-    target: str = DEFAULT_TARGET,
-    corpus: str = "selfgen",
-    documents: int = 64,
-    fields: Sequence[str] = (),
-) -> str:
-    """What the study's metrics say of an EAGLE-3 checkpoint, on evaluation answers of the target.
-
-    ``fields`` of its config to take instead, ``rope_theta=10000``.
-    """
-    model = load_target(target, dtype="float32")
-    given = {name: yaml.safe_load(value) for name, _, value in (field.partition("=") for field in fields)}
-    drafter = import_eagle3(Path(folder), model, **given)
-    source = LiveFeatures(model, load_corpus(corpus, "evaluation").documents[:documents], drafter.spec)
-    counts, lengths = count_run("imported", 0, match_documents(source, drafter, DRAFT_LENGTH))
-    accepted = lengths["accepted"].sum() / max(1, lengths["anchors"].sum())
-    table = acceptance_by_step(counts).to_string(index=False, float_format="%.3f")
-    told = f"measured MAT {1 + accepted:.3f} tokens per target forward, on {len(source)} answers of {model.name}"
-    return f"{table}\n{told}"

@@ -1,0 +1,142 @@
+"""`kvshot examine`: one checkpoint under the microscope, told in sentences, a table and a page that needs no network."""
+
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import yaml
+from matplotlib.figure import Figure
+
+from ..drafters.checkpoint import load_drafter
+from ..drafters.eagle3 import export_eagle3
+from ..drafters.runs import DESCRIPTION
+from ..files import write_atomically, write_csv
+from ..metrics.tables import rounded
+from ..plots.forest import forest
+from ..plots.lines import lines
+from ..probes.answers import BEGUN, DIFFER, ENDS, OUTSIDE, SAME, SHARE
+from ..probes.examine import AS_IT_IS, PLAIN, SHUFFLED, VISIBLE, ZERO, Examination, examine, helps
+from ..target.load import load_target
+from ..target.wheels import DEFAULT_TARGET
+from ..text.prompts import load_prompts
+from .fingerprints import fingerprint
+
+STEP = "step_acceptance"
+COLOURS = ("#0072B2", "#D55E00", "#777777", "#CC79A7")
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }} svg {{ max-width: 100%; height: auto }}
+table {{ border-collapse: collapse }} td, th {{ padding: .15em .8em; text-align: right; border-top: 1px solid #ddd }}
+</style><h1>{title}</h1><ul>{findings}</ul>{body}</html>
+"""
+
+
+def examine_checkpoint(
+    checkpoint: str, *, target: str = DEFAULT_TARGET, prompts: str = "study", count: int = 28, new_tokens: int = 96,
+    draft_length: int = 7, rounds: int = 2, fields: Sequence[str] = (), device: str = "auto", out: str = "",
+) -> Path:  # fmt: skip
+    """Examine a checkpoint (of ours, or in EAGLE-3's form); prints what is found and returns the page beside the table.
+
+    Parameters
+    ----------
+    prompts, count : whose first turns the target answers, and how many of them. fields : ``NAME=VALUE`` of its config.
+    """
+    folder, model = Path(checkpoint), load_target(target, device=device, dtype="float32")
+    place = Path(out or Path("results/examined") / folder.resolve().name)
+    if (folder / DESCRIPTION).is_file():
+        folder = export_eagle3(load_drafter(folder, model), model, place / "eagle3")
+    given = {name: yaml.safe_load(value) for name, _, value in (field.partition("=") for field in fields)}
+    found = examine(
+        folder, model, load_prompts(prompts)[:count], kept=place / "parts", draft_length=draft_length,
+        new_tokens=new_tokens, rounds=rounds, fields=given, fingerprint=fingerprint("probes.examine", {}),
+    )  # fmt: skip
+    write_csv(place / "examined.csv", rounded(found.table))
+    print(*(told := findings(found)), sep="\n")
+    text = page(f"{checkpoint} on {model.name}", told, found)
+    return write_atomically(place / "examined.html", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def findings(found: Examination) -> list[str]:
+    """What was found, a sentence or two each."""
+    base, told = found.base, []
+    steps = [found.of(base, STEP, int(step)).value for step in sorted(found.table["draft_step"].dropna().unique())]
+    if base != AS_IT_IS:
+        told.append(f"As it is, it can't be read: {found.unreadable[AS_IT_IS]}.")
+    told.append(f"Read {base}, it accepts {found.of(base)} tokens per target forward, teacher-forced.")
+    before = AS_IT_IS if base == AS_IT_IS else None
+    for number, one in enumerate(found.faults):
+        name = " + ".join(own.name for own in found.faults[: number + 1])
+        gain = f" ({found.gain(name, base=before)} more)" if before else ""
+        now = f"{found.of(name, SHARE).value:.3f} of all drafts are right{gain}, {found.of(name)} tokens per forward"
+        told.append(f"{'LIKELY FAULT' if not number else 'AND THEN'}: {one.fault}. So read, {now}.")
+        before = name
+    if not found.faults:
+        tried = sum(part == "counterfactual" for part in found.parts.values())
+        told.append(f"No fault found: under none of {tried} changes are more drafts right, by {VISIBLE} or more.")
+    differing = found.of(SAME, DIFFER).value
+    same = "alike" if not differing else f"differently in {100 * differing:.1f}% of rounds: the decoder has a fault"
+    told.append(
+        f"Decoded, it accepts {found.of(ENDS)}. From the same anchors, decoding and teacher forcing draft {same}."
+    )
+    told.append(
+        f"Where these figures differ: steps that were independent would give {1 + np.cumprod(steps).sum():.3f}; all "
+        f"anchors {found.of(base).value:.3f}; those where decoding begins a round {found.of(BEGUN).value:.3f}; with the "
+        f"short chains at ends of answers {found.of(ENDS).value:.3f}."
+    )
+    lost = found.of(base, OUTSIDE).value
+    told.append(
+        f"{100 * lost:.1f}% of the answers' tokens are not in its draft vocabulary: no step can be right more often than "
+        f"{1 - lost:.3f}. With all of them, guessed as well as the others, step 0 would be {steps[0] / (1 - lost):.3f}."
+    )
+    share, shuffled, zero = (found.of(name, SHARE).value for name in (base, SHUFFLED, ZERO))
+    use = "It reads the target's states" if shuffled < 0.9 * share else "IT HARDLY USES the target's states"
+    told.append(f"{use}: {share:.3f} of drafts are right, {shuffled:.3f} with another answer's, {zero:.3f} with none.")
+    template = found.gain(PLAIN)
+    hint = ": IT WAS TRAINED without this chat template" if helps(template) else ""
+    told.append(
+        f"Without the chat template around the same prompts and answers, {template} more drafts are right{hint}."
+    )
+    if (beyond := f"context beyond {found.trained_tokens}") in found.parts:
+        inside = found.of(f"context up to {found.trained_tokens}")
+        told.append(
+            f"Up to the {found.trained_tokens} tokens that it is for it accepts {inside}, beyond {found.of(beyond)}."
+        )
+    return told
+
+
+def page(title: str, told: Sequence[str], found: Examination) -> str:
+    """One page of findings, two figures and the tables of each part."""
+    table, escape = found.table, html.escape
+    names = [found.base, *[name for name in (" + ".join(one.name for one in found.faults), SHUFFLED, ZERO) if name]]
+    colours = dict(zip(dict.fromkeys(names), COLOURS))
+    curves = table[table["metric"].eq(STEP) & table["variant"].isin(names)]
+    curves = curves.assign(draft_step=curves["draft_step"].astype(int))
+    ylabel = {"ylabel": "share of right drafts", "xlabel": "draft step", "ylim": (0, None)}
+    body = svg(lines(curves, "draft_step", looks=lambda name: (colours[name], "o"), legend=True, **ylabel))
+    gains = table[table["metric"].eq(SHARE) & table["part"].eq("counterfactual")][
+        ["variant", "gain", "gain_low", "gain_high"]
+    ]
+    if len(gains):
+        gains = gains.set_axis(["change", "value", "low", "high"], axis=1)
+        body += svg(forest(gains, label="change", title=f"Share of right drafts, less that of: {found.base}"))
+    for part, own in table[table["draft_step"].isna()].groupby("part", sort=False):
+        own = own.assign(
+            value=[f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, low, high in own[["value", "low", "high"]].values]
+        )
+        wide = own.pivot(index="variant", columns="metric", values="value").reindex(own["variant"].unique())
+        body += f"<h2>{escape(part)}</h2>{wide.fillna('').rename_axis(index=None, columns=None).to_html(border=0)}"
+    steps = curves.pivot(index="variant", columns="draft_step", values="value").rename_axis(index=None, columns=None)
+    body += f"<h2>draft steps</h2>{steps.to_html(border=0, float_format='{:.3f}'.format)}"
+    cannot = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in found.unreadable.items())
+    body += f"<h2>can't be read</h2><ul>{cannot}</ul>" if cannot else ""
+    return PAGE.format(title=escape(title), findings="".join(f"<li>{escape(line)}</li>" for line in told), body=body)
+
+
+def svg(figure: Figure) -> str:
+    """A figure as part of a page."""
+    drawn = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "kvshot"}):
+        figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return drawn.getvalue().partition("?>")[2].partition(">")[2]

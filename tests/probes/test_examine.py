@@ -1,0 +1,148 @@
+"""The microscope: counts by hand; and a drafter that was overfitted in seconds is damaged, and each fault is named."""
+
+import json
+
+import examples
+import numpy as np
+import planted
+import pytest
+import torch
+
+from kvshot_lib.drafters.config import DrafterConfig
+from kvshot_lib.drafters.context import drafter_spec
+from kvshot_lib.drafters.drafter import build_drafter
+from kvshot_lib.drafters.eagle3 import export_eagle3
+from kvshot_lib.errors import StudyError
+from kvshot_lib.features.live import LiveFeatures
+from kvshot_lib.parts import Parts
+from kvshot_lib.probes import answers, examine
+from kvshot_lib.probes.answers import BEGUN, DIFFER, ENDS, MAT, OUTSIDE, SAME, SHARE, Judged
+from kvshot_lib.probes.examine import AS_IT_IS, PLAIN, SHUFFLED, ZERO
+from kvshot_lib.study.cli import main
+from kvshot_lib.text.prompts import Prompt
+from kvshot_lib.training.loss import ttt_loss
+
+PROMPTS = [Prompt(str(n), ("coding", "rag")[n % 2], (f"w{20 + n} w{40 + 3 * n} w{90 - n}",)) for n in range(8)]
+GIVEN = {"draft_length": 4, "new_tokens": 24, "rounds": 1}
+NAMED = (
+    "d2t holds ids",
+    "norm output left out",
+    "head of the first tokens",
+    "state before embedding",
+)  # the others need a real target
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """An EAGLE-3.1 checkpoint of a tiny target that has learned the target's answers by heart."""
+    folder, target = tmp_path_factory.mktemp("good"), examples.target()
+    config = DrafterConfig("hidden", hidden_norm=True, feedback="post_norm")
+    answered = examine.answers_of(target, PROMPTS, GIVEN["new_tokens"], Parts(folder / "answers", ""))
+    known = torch.from_numpy(np.unique(np.concatenate(answered["answer"])))[1:]  # one of them can't be drafted
+    built = build_drafter(config, target, drafter_spec(config, target), known.long(), seed=1)
+    source = LiveFeatures(target, answers.documents_of(answered), built.spec)
+    features, optimiser = source.batch(range(len(source))), torch.optim.AdamW(built.parameters(), lr=5e-3)
+    for _ in range(40):
+        ttt_loss(built, features, ttt_steps=GIVEN["draft_length"]).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return export_eagle3(built.eval(), target, folder / "good")
+
+
+def test_rows_by_hand():
+    """Anchors that match 1 1, 0 1 and 1 (the answer ends): of 5 drafts 4 are right; two whole chains accept 2 and 0."""
+    match, valid = np.array([[1, 1], [0, 1], [1, 0]], bool), np.array([[1, 1], [1, 1], [1, 0]], bool)
+    found = {
+        (row["metric"], row["draft_step"]): (row["top"], row["bottom"]) for row in Judged([(match, valid)]).rows("a")
+    }
+    assert found[SHARE, None] == (4, 5) and found[MAT, None] == (2 + 0 + 2, 2)
+    assert [found["step_acceptance", k] for k in (0, 1)] == [(2, 3), (2, 2)] and found["chain_acceptance", 1] == (1, 1)
+    chosen = [np.array([False, True, False])]
+    assert {row["metric"]: row["top"] for row in Judged([(match, valid)]).rows("a", chosen)}[MAT] == 1
+
+
+def test_rounds_stand_at_their_anchors_by_hand():
+    """The example of the module: rounds accept 2, 0 and 1 drafts and begin at anchors 0, 3 and 4; K = 2."""
+    match = np.array([[1, 1], [0, 0], [1, 1], [0, 1], [1, 0], [1, 0]], bool)
+    valid = np.array([[1, 1]] * 5 + [[1, 0]], bool)
+    kept = lambda rounds: [(r["variant"], r["metric"], r["top"]) for r in Judged([(match, valid)]).decoded({0: rounds})]
+    found = kept([2, 0, 1])
+    assert [top for name, metric, top in found if name == BEGUN] == [3, 1, 2]
+    assert [top for name, metric, top in found if (name, metric) == (SAME, MAT)] == [3, 1, 2]
+    assert [top for name, metric, top in found if name == ENDS] == [3, 1, 2] and sum(
+        t for *_, t in found if _[1] == DIFFER
+    ) == 0
+    assert sum(top for name, metric, top in kept([1, 0, 1]) if metric == DIFFER) > 0  # another decoder would be seen
+
+
+def test_contexts_and_categories():
+    import pandas as pd
+
+    own = pd.DataFrame({"prompt": [np.zeros(14), np.zeros(40)], "category": ["rag", "coding"]})
+    judged = Judged([(np.ones((4, 1), bool),) * 2, (np.ones((3, 1), bool),) * 2])
+    found = {name: [anchors.sum() for anchors in chosen] for name, chosen in judged.by_context(own, 40).items()}
+    assert found == {"context 0-15": [2, 0], "context 16-31": [2, 0], "context 32-63": [0, 3], "context up to 40": [4, 1], "context beyond 40": [0, 2]}  # fmt: skip
+    assert [a.all() for a in judged.by_category(own["category"])["rag"]] == [True, False]
+
+
+def test_a_good_checkpoint_is_left_alone_and_every_part_is_measured(good, tmp_path):
+    found = examine.examine(good, examples.target(), PROMPTS, kept=tmp_path, **GIVEN)
+    assert found.faults == [] and found.base == AS_IT_IS and found.of(AS_IT_IS, SHARE).value > 0.5
+    assert found.of(SAME, DIFFER).value == 0 and found.of(SAME).value == found.of(BEGUN).value
+    assert 0 < found.of(AS_IT_IS, OUTSIDE).value < 0.2
+    assert all(found.gain(name).high < 0 for name in (ZERO, SHUFFLED, PLAIN))
+    table = found.table
+    assert set(table["part"]) == {AS_IT_IS, "counterfactual", "control", "template", "context", "category", "decoding"}
+    whole = table[table["variant"].eq(AS_IT_IS) & table["metric"].eq(SHARE)]["anchors"].item()
+    for part in ("context", "category"):
+        assert table[table["part"].eq(part) & table["metric"].eq(SHARE)]["anchors"].sum() == whole
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_planted_fault_is_named(good, tmp_path, name):
+    target = examples.target()
+    answered = examine.answers_of(target, PROMPTS, 24, Parts(good.parent / "answers", ""))
+    folder = planted.plant(good, tmp_path / "damaged", name, target)
+    scope = examine.Microscope(folder, target, {}, 4, Parts(tmp_path / "kept", ""))
+    _, faults = scope.search(scope.source(answered), 1)
+    assert [one.name in planted.FAULTS[name][0] for one in faults] == [True], faults
+
+
+def test_what_is_done_is_kept_and_the_page_tells_it(good, tmp_path, capsys, monkeypatch):
+    lines = [json.dumps({"question_id": p.id, "category": p.category, "turns": p.turns}) for p in PROMPTS[:4]]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    words = [
+        "examine",
+        str(good),
+        "--target",
+        "tiny-llama",
+        "--prompts",
+        str(tmp_path / "prompts.jsonl"),
+        "--out",
+        str(tmp_path),
+    ]
+    words += ["--draft-length", "4", "--new-tokens", "24", "--rounds", "1", "--set", "norm_output=false"]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert "LIKELY FAULT: it was trained on states fed back after the final norm: write norm_output=true" in told
+    page = (tmp_path / "examined.html").read_text()
+    assert "LIKELY FAULT" in page and page.count("<svg") == 2 and "http" not in page.replace("http://www.w3.org", "")
+    assert main([*words, "--set", "rope_theta=fast"]) == 1
+    assert "rope_theta='fast' must be a finite number" in capsys.readouterr().err
+    before = (tmp_path / "examined.csv").read_bytes()
+    monkeypatch.setattr(examine, "match_documents", None)
+    monkeypatch.setattr(answers, "decode", None)
+    assert main(words) == 0 and (tmp_path / "examined.csv").read_bytes() == before
+
+
+def test_what_is_no_checkpoint_is_one_line(good, tmp_path):
+    with pytest.raises(StudyError, match="give the folder of an EAGLE-3 checkpoint"):
+        examine.examine(tmp_path, examples.target(), PROMPTS, kept=tmp_path, **GIVEN)
+    planted.left = json.loads((good / "config.json").read_text()) | {"hidden_size": 32}
+    (good.parent / "other").mkdir()
+    (good.parent / "other/config.json").write_text(json.dumps(planted.left))
+    (good.parent / "other/model.safetensors").write_bytes((good / "model.safetensors").read_bytes())
+    with pytest.raises(StudyError, match="has hidden_size=32, target tiny-llama 64"):
+        examine.examine(good.parent / "other", examples.target(), PROMPTS, kept=tmp_path, **GIVEN)
+    with pytest.raises(StudyError, match="no answer of 16 tokens or more"):
+        examine.examine(good, examples.target(), PROMPTS, kept=tmp_path, new_tokens=3)
