@@ -6,7 +6,9 @@ from pathlib import Path
 import click
 from click import argument
 
-from .options import device, dtype, keep, of_runs, of_speed, options, prompts, several, target, tell, threads, timed
+from .options import (
+    device, dtype, keep, of_runs, of_speed, options, prompts, runs, several, target, tell, threads, timed,
+)  # fmt: skip
 
 
 def code(module: str) -> str:
@@ -187,7 +189,7 @@ def export(run_folder: str, out: str, target: str, dtype: str) -> None:
     help="of config.json, taken instead: rope_theta=10000 if it was trained so; may be repeated",
 )  # fmt: skip
 @device
-@options("where report, table and finished parts go (results/examined/NAME by default)", out="")
+@options("where report, table and finished parts go", out="results/examined")
 def examine_checkpoint(**given) -> None:
     """Why does this EAGLE-3 checkpoint accept what it accepts? Usual faults are tried: a report as HTML, and a table."""
     from .microscope import examine_checkpoint

@@ -37,6 +37,7 @@ CALLED = {
     "measure queries": "probes.queries.measure_queries",
     "measure gradients": "probes.gradients.measure_gradients",
     "measure shift": "probes.shift.measure_shift",
+    "measure context": "probes.long_context.measure_context",
     "decode speed": "decoding.timing.measure_speed",
     "decode duel": "decoding.timing.duel",
     "decode lossless": "decoding.lossless.verify_lossless",
