@@ -6,9 +6,7 @@ from pathlib import Path
 import click
 from click import argument
 
-from .options import (
-    device, dtype, keep, of_runs, of_speed, options, prompts, runs, several, target, tell, threads, timed,
-)  # fmt: skip
+from .options import device, dtype, keep, of_runs, of_speed, options, prompts, several, target, tell, threads, timed
 
 
 def code(module: str) -> str:
@@ -62,15 +60,16 @@ def shift(**given) -> None:
 
 
 @measure.command()
-@argument("results_dir")
-@argument("corpus")
-@runs
+@of_runs
+@options(
+    "whose evaluation documents are read: `kvshot generate --max-answer-tokens …` writes long ones", corpus="selfgen"
+)
 @options("the first so many", documents=64)
 @several("windows", "tokens that an anchor sees of its prefix; 0: all", 0, kind=int)
 @device
 @keep
 def context(**given) -> None:
-    """Acceptance by length of context, on the evaluation documents of a CORPUS of long dialogues."""
+    """Acceptance by length of context, on long dialogues."""
     from ..probes.long_context import measure_context
 
     tell(measure_context(**given, fingerprint=code("probes.long_context")).values())

@@ -35,27 +35,28 @@ table {{ border-collapse: collapse }} td, th {{ padding: .15em .8em; text-align:
 
 def examine_checkpoint(
     checkpoint: str, *, target: str = DEFAULT_TARGET, prompts: str = "study", count: int = 28, new_tokens: int = 96,
-    draft_length: int = 7, rounds: int = 2, fields: Sequence[str] = (), device: str = "auto", out: str = "",
+    draft_length: int = 7, rounds: int = 2, fields: Sequence[str] = (), device: str = "auto", out: str = "results/examined",
 ) -> Path:  # fmt: skip
     """Examine a checkpoint (of ours, or in EAGLE-3's form); prints what is found and returns the page beside the table.
 
     Parameters
     ----------
     prompts, count : whose first turns the target answers, and how many of them. fields : ``NAME=VALUE`` of its config.
+    out : where NAME.html, NAME.csv and finished parts go; checkpoints of one target share its answers there.
     """
     folder, model = Path(checkpoint), load_target(target, device=device, dtype="float32")
-    place = Path(out or Path("results/examined") / folder.resolve().name)
+    name = folder.resolve().name
     if (folder / DESCRIPTION).is_file():
-        folder = export_eagle3(load_drafter(folder, model), model, place / "eagle3")
+        folder = export_eagle3(load_drafter(folder, model), model, Path(out) / "parts" / name)
     given = {name: yaml.safe_load(value) for name, _, value in (field.partition("=") for field in fields)}
     found = examine(
-        folder, model, load_prompts(prompts)[:count], kept=place / "parts", draft_length=draft_length,
+        folder, model, load_prompts(prompts)[:count], kept=Path(out) / "parts", draft_length=draft_length,
         new_tokens=new_tokens, rounds=rounds, fields=given, fingerprint=fingerprint("probes.examine", {}),
     )  # fmt: skip
-    write_csv(place / "examined.csv", rounded(found.table))
+    write_csv(Path(out) / f"{name}.csv", rounded(found.table))
     print(*(told := findings(found)), sep="\n")
     text = page(f"{checkpoint} on {model.name}", told, found)
-    return write_atomically(place / "examined.html", lambda path: path.write_text(text, encoding="utf-8"))
+    return write_atomically(Path(out) / f"{name}.html", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def findings(found: Examination) -> list[str]:

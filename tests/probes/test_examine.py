@@ -125,14 +125,14 @@ def test_what_is_done_is_kept_and_the_page_tells_it(good, tmp_path, capsys, monk
     assert main(words) == 0
     told = capsys.readouterr().out
     assert "LIKELY FAULT: it was trained on states fed back after the final norm: write norm_output=true" in told
-    page = (tmp_path / "examined.html").read_text()
+    page = (tmp_path / "good.html").read_text()
     assert "LIKELY FAULT" in page and page.count("<svg") == 2 and "http" not in page.replace("http://www.w3.org", "")
     assert main([*words, "--set", "rope_theta=fast"]) == 1
     assert "rope_theta='fast' must be a finite number" in capsys.readouterr().err
-    before = (tmp_path / "examined.csv").read_bytes()
+    before = (tmp_path / "good.csv").read_bytes()
     monkeypatch.setattr(examine, "match_documents", None)
     monkeypatch.setattr(answers, "decode", None)
-    assert main(words) == 0 and (tmp_path / "examined.csv").read_bytes() == before
+    assert main(words) == 0 and (tmp_path / "good.csv").read_bytes() == before
 
 
 def test_what_is_no_checkpoint_is_one_line(good, tmp_path):
