@@ -30,8 +30,8 @@ DRAFT_LENGTH, NO_CUT = 7, 1 << 20
 
 
 def measure_context(
-    results_dir: str | Path, corpus: str, runs: Sequence[str] = (), *, fingerprint: str, documents: int = 64,
-    windows: Sequence[int] = (0,), device: str = "auto", keep: str | Path = "",
+    results_dir: str | Path, runs: Sequence[str] = (), *, fingerprint: str, corpus: str = "selfgen",
+    documents: int = 64, windows: Sequence[int] = (0,), device: str = "auto", keep: str | Path = "",
 ) -> dict[str, Path]:  # fmt: skip
     """Judge trained drafters on the evaluation documents of ``corpus``, by context length: table ``context``.
 

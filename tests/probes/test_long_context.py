@@ -22,7 +22,7 @@ def study(tmp_path_factory):
     finished(folder / "results", "kv_2", "hidden")
     settings = GeneratorSettings(100, 6, batch_size=3, max_answer_tokens=30)
     corpus = generate_corpus(target(), folder / "long", {"evaluation": 3}, settings)
-    written = measure_context(folder / "results", corpus, fingerprint="code", documents=2, windows=(0, 100, 4))
+    written = measure_context(folder / "results", corpus=corpus, fingerprint="code", documents=2, windows=(0, 100, 4))
     return folder, corpus, written
 
 
@@ -55,5 +55,5 @@ def test_what_was_measured_is_not_measured_again_and_facts_say_on_what(study, mo
     assert facts["runs"] == "hidden/seed0 kv_2/seed0" and facts["documents"] == 2 and facts["corpus"] == str(corpus)
     before = written["context"].read_bytes()
     monkeypatch.setattr("kvshot_lib.probes.long_context.load_drafter", None)
-    again = measure_context(folder / "results", corpus, fingerprint="code", documents=2, windows=(0, 100, 4))
+    again = measure_context(folder / "results", corpus=corpus, fingerprint="code", documents=2, windows=(0, 100, 4))
     assert again["context"].read_bytes() == before
