@@ -6,13 +6,16 @@ to the growing cache.
 """
 
 import logging
-from collections.abc import Callable
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from torch.utils._triton import has_triton
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -57,7 +60,7 @@ def static_forward(
         inside = held[:, None] > positions[:, :, None] - config.sliding_window
         mask = {"full_attention": mask, "sliding_attention": additive(visible & inside)}
     given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
-    with _attending(target.model, _GROUPED):
+    with _fast(target.model, target.device):
         return target.model(input_ids=ids, **given).logits
 
 
@@ -91,14 +94,19 @@ def recorded(work: Callable[[], object], device: torch.device) -> Callable[[], o
 
 
 @contextmanager
-def _attending(model, name: str):
-    """Within it the model's attention is the registered one of that name."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    try:
+def _fast(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Within it the model attends by `_grouped_sdpa`; on a GPU its norms, MLPs and RoPE are fused by torch.compile."""
+    with ExitStack() as undo:
+        undo.callback(model.set_attn_implementation, model.config._attn_implementation)
+        model.set_attn_implementation(_GROUPED)
+        if device.type == "cuda" and has_triton():
+            fused = lambda function: torch.compile(function, dynamic=True)
+            for part in model.modules():
+                if type(part).__name__.endswith(("RMSNorm", "MLP")):
+                    undo.enter_context(patch.object(part, "forward", fused(part.forward)))
+            family = sys.modules[type(model).__module__]  # transformers has a module for each, with its own RoPE
+            undo.enter_context(patch.object(family, "apply_rotary_pos_emb", fused(family.apply_rotary_pos_emb)))
         yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def _grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **_):
