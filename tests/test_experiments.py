@@ -5,20 +5,21 @@ import yaml
 from notebook_checks import ROOT
 
 from kvshot_lib.drafters.variants import VARIANTS
-from kvshot_lib.study.profiles import load_profile
+from kvshot_lib.study.profiles import checked_profile
 from kvshot_lib.text.corpus import load_corpus, prompt_key
 
-PLANS = sorted((ROOT / "data/experiments").glob("*.yaml"))
+PLANS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "data/experiments").glob("*.yaml"))}
 
 
-@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
-def test_every_comparison_is_between_drafters_of_the_profile(path, monkeypatch):
+@pytest.mark.parametrize("name", PLANS)
+def test_every_comparison_is_between_drafters_of_the_profile(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    plan = yaml.safe_load(path.read_text())
-    drafters = load_profile(plan["profile"]).drafters
-    compared = [row for family in plan["families"].values() for row in family]
-    assert len({row["id"] for row in compared}) == len(compared)
-    assert {row[side] for row in compared for side in ("a", "b")} <= drafters.keys() <= VARIANTS.keys()
+    plan = PLANS[name]
+    compared = [row for family in plan.get("families", {"": plan.get("comparisons")}).values() for row in family]
+    assert len({row["id"] for row in compared}) == len(compared) > 0
+    for profile in plan.get("profiles") or [plan["profile"]]:
+        drafters = checked_profile(profile).drafters
+        assert {row[side] for row in compared for side in ("a", "b") if side in row} <= drafters.keys() <= VARIANTS.keys()
 
 
 def test_no_user_turn_of_the_sealed_set_stands_in_the_corpus():
