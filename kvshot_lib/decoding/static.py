@@ -34,9 +34,9 @@ class Verifier:
     def __init__(self, target: Target, layers: tuple[int, ...], width: int, capacity: int):
         self.target, self.layers, device = target, layers, target.device
         self.cache = static_cache(target, capacity)
-        zeros = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=device)
-        self.tokens, self.depths, self.length = zeros(1, width), zeros(1, width), zeros()
-        self.sees = torch.eye(width, dtype=torch.bool, device=device)
+        self.numbers = torch.zeros(width * (width + 2) + 1, dtype=torch.int64, device=device)  # one copy fills them all
+        self.tokens, self.depths = self.numbers[: 2 * width].view(2, 1, width)
+        self.sees, self.length = self.numbers[2 * width : -1].view(width, width), self.numbers[-1]
         self.row, self.columns = torch.arange(width, device=device), torch.arange(capacity, device=device)
         self.all_seen = torch.ones(width, capacity, dtype=torch.bool, device=device)
         self.states = torch.zeros(1, width, len(layers), target.config.hidden_size, dtype=target.dtype, device=device)
@@ -46,7 +46,7 @@ class Verifier:
         """Logits [width, V]; ``states`` is filled."""
         places, positions = self.length + self.row, self.length + self.depths
         held = self.columns[None].index_copy(1, places, positions)
-        sees = self.all_seen.index_copy(1, places, self.sees)
+        sees = self.all_seen.index_copy(1, places, self.sees.bool())
         with capture(self.target.model, hidden=self.layers) as taken:
             logits = static_forward(self.target, self.cache, self.tokens, positions, self.length, held, sees)
         if self.layers:
@@ -56,11 +56,9 @@ class Verifier:
     def fill(self, proposal: Proposal, length: int) -> None:
         """What the next forward is over."""
         spare = [0] * (len(self.row) - len(proposal.tokens))
-        numbers = torch.tensor([[*proposal.tokens, *spare], [*proposal.depths, *spare]])
-        self.tokens.copy_(numbers[:1])
-        self.depths.copy_(numbers[1:])
-        self.sees.copy_(torch.block_diag(proposal.sees, torch.eye(len(spare), dtype=torch.bool)))
-        self.length.fill_(length)
+        rows = torch.tensor([[*proposal.tokens, *spare], [*proposal.depths, *spare]])
+        sees = torch.block_diag(proposal.sees, torch.eye(len(spare), dtype=torch.bool))
+        self.numbers.copy_(torch.cat([rows.flatten(), sees.flatten(), torch.tensor([length])]))
 
 
 class StaticRun(TargetRun):
@@ -96,16 +94,15 @@ class Redrafter:
 
     def __init__(self, drafter: Drafter, verifier: Verifier, kv_layers: tuple[int, ...]):
         self.drafter, self.verifier, self.kv_layers, self.entries = drafter, verifier, kv_layers, []
-        self.tokens = torch.cat([verifier.tokens, verifier.tokens[:, :1]], dim=1)
-        self.start, self.count = verifier.length.clone(), verifier.length.clone()
+        self.numbers = verifier.numbers.new_zeros(verifier.tokens.shape[1] + 3)
+        self.tokens, self.start, self.count = self.numbers[None, :-2], self.numbers[-2], self.numbers[-1]
         self.recorded = None
 
     def run(self, tokens: list[int], start: int) -> Tensor:
         """The newest of the ``tokens`` behind the first ``start``, and the drafts after it, [width]."""
         new = tokens[start:]
-        self.tokens.copy_(torch.tensor([new + [0] * (self.tokens.shape[1] - len(new))]))
-        self.start.fill_(start)
-        self.count.fill_(len(new) - 1)
+        spare = [0] * (self.tokens.shape[1] - len(new))
+        self.numbers.copy_(torch.tensor([*new, *spare, start, len(new) - 1]))
         self.recorded = self.recorded or recorded(self.forward, self.tokens.device)
         return self.recorded()
 
@@ -181,11 +178,11 @@ def _address(module: torch.nn.Module) -> int:
     return next(module.parameters()).data_ptr()
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _verifier(target: Target, layers: tuple[int, ...], width: int, capacity: int, _address: int) -> Verifier:
     return Verifier(target, layers, width, capacity)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _redrafter(drafter: Drafter, verifier: Verifier, kv_layers: tuple[int, ...], _address: int) -> Redrafter:
     return Redrafter(drafter, verifier, kv_layers)

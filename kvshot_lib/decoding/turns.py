@@ -55,9 +55,14 @@ def plans_of(drafter: Drafter, chains: Sequence[int], tree: Tree | None) -> list
 
 
 def take_turns(device: torch.device, ways: dict[tuple, Callable], repeats: int) -> dict[tuple, tuple[object, list]]:
-    """Run every way once, then every way again, ``repeats`` times -> what each returned last, and its seconds."""
+    """Run every way once, then every way again, ``repeats`` times -> what each returned last, and its seconds.
+
+    On a GPU, once more before that: graphs are recorded for every new length of a sequence.
+    """
     found, seconds = {}, {way: [] for way in ways}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for work in ways.values() if device.type == "cuda" else ():
+        work()
     for _ in range(repeats):
         for way, work in ways.items():
             wait()
