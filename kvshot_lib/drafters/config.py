@@ -9,17 +9,18 @@ from ..settings import check_settings
 
 # Which parameters mean something to which paradigm; elsewhere they must keep their default.
 _CACHE = ("kv_layers", "kv_fusion", "kv_rope", "kv_norm", "kv_init")
+_EVERY = ("norm_init", "window_tokens")
 READS = {
-    "hidden": ("num_layers", "feedback", "hidden_norm", "state_layers", "kv_layers", "qk_norm", "window_tokens"),
+    "hidden": ("num_layers", "feedback", "hidden_norm", "state_layers", "kv_layers", "qk_norm", *_EVERY),
     "kv": (
         "num_layers", *_CACHE, "kv_control", "kv_with_hidden", "kv_lag_tokens", "kv_grad_scale", "state_layers",
-        "qk_norm", "query_from", "window_tokens",
+        "qk_norm", "query_from", *_EVERY,
     ),
     "hybrid": (
         "feedback", "hidden_norm", *_CACHE, "kv_grad_scale", "state_layers", "cross_only", "gate_bias", "gate_floor",
-        "window_tokens",
+        *_EVERY,
     ),
-    "block": ("num_layers", "block_context", "block_size", "hidden_norm", *_CACHE, "state_layers", "window_tokens"),
+    "block": ("num_layers", "block_context", "block_size", "hidden_norm", *_CACHE, "state_layers", *_EVERY),
 }  # fmt: skip
 _PLAIN = {"kv_fusion": ("linear",), "kv_rope": ("raw",), "kv_norm": (False,)}
 # A parameter, some of its values, and what others may be then.
@@ -63,6 +64,8 @@ class DrafterConfig:
     query_from : what queries at t+1+k are made from: the drafter's ``own`` input, the ``target``'s inputs of the read
         layers there (its true queries are maps of them; no drafter knows them), or nothing (``constant``). The last
         two are teacher-forced only.
+    norm_init : gains of the final norm at the start: the ``target``'s, or those over what makes the logits of random
+        inputs of ``unit`` variance vary by 1, so that a fresh drafter's loss is near ln V_draft (on Gemma: not hundreds).
     window_tokens : an anchor sees the newest of its prefix entries, so many in each layer; 0 for all.
     cross_only : a hybrid without its self-attention branch.
     feedback : what ``hidden`` and ``hybrid`` feed back as state: ``pre_norm`` (EAGLE-3) or ``post_norm``
@@ -100,6 +103,7 @@ class DrafterConfig:
     qk_norm: bool = False
     query_from: Literal["own", "target", "constant"] = "own"
     window_tokens: int = 0
+    norm_init: Literal["target", "unit"] = "target"
 
     @classmethod
     def of(cls, values: Mapping) -> "DrafterConfig":

@@ -218,7 +218,8 @@ def build_drafter(
             if isinstance(module, nn.Linear) and module is not getattr(drafter.layers[0], "gate", None):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
     with torch.no_grad():
-        drafter.norm.weight.copy_(shared.norm)
+        spread = (shared.head.float() * shared.norm).square().sum(-1).mean().sqrt()  # of logits, random unit inputs
+        drafter.norm.weight.copy_(shared.norm / spread if config.norm_init == "unit" else shared.norm)
         if config.kv_init == "target":
             start_from_target(drafter, target)
     return drafter.to(target.device)

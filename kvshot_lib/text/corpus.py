@@ -17,7 +17,7 @@ from ..errors import StudyError
 from ..files import read_json, sha256, write_atomically, write_json
 
 SPLITS = ("train", "validation", "evaluation")
-CORPORA = {name: Path(__file__).parents[2] / "data/corpus" / name for name in ("selfgen", "sealed")}
+CORPORA = {name: Path(__file__).parents[2] / "data/corpus" / name for name in ("selfgen", "sealed", "gemma-sealed")}
 SCHEMA_VERSION = 1
 OPENED = "OPENED.txt"
 REPEAT_TOKENS = 16
@@ -91,6 +91,8 @@ def load_corpus(name: str | Path, split: str, *, seed: int = 0, whole_answers: b
     folder = CORPORA.get(str(name), Path(name))
     facts = folder / "provenance.json"
     if not facts.is_file():
+        if str(name) in CORPORA:
+            raise StudyError(f"the texts {name} aren't in {folder}; data/experiments has the command that writes them")
         known = ", ".join([*CORPORA, "tiny"])
         raise StudyError(f"unknown corpus {str(name)!r}; choose {known} or a folder that `kvshot generate` finished")
     provenance = read_json(facts, "fetch or generate the corpus again")
