@@ -147,7 +147,7 @@ def served(python: str, threads: int, folder: Path, job: dict) -> dict:
             if not temporary.exists():
                 raise StudyError(f"vLLM ended with status {done.returncode} and without an answer; run again")
             if error := json.loads(temporary.read_text()).get("error"):
-                raise StudyError(f"vLLM can't serve {shown or job['target']}: {error.strip().splitlines()[0]}")
+                raise StudyError(f"vLLM can't serve {shown or job['target']}: {' '.join(error.split())[:300]}")
 
         write_atomically(path, ask)
     return read_json(path, f"delete {folder} and run again")
