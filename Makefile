@@ -81,7 +81,7 @@ figures: $(READY)  ## redraw figures/ from the tables in data/recorded/ (PROFILE
 lab: $(READY)  ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir . notebooks
 
-bench: $(READY)  ## speed of extraction and training on this machine
+bench: $(READY)  ## speed of capture, training, judging, generation and decoding here, beside the floor (results/bench.csv)
 	@$(BIN)/python -m kvshot_lib bench $(ARGS)
 
 torture: $(READY)  ## kill -9, flipped bytes and full disks: what comes of a tiny study (some minutes; ARGS="--seed 1" for others)

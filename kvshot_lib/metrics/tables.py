@@ -95,6 +95,7 @@ TABLES = {
         "*what:str *tokens *prefix_tokens milliseconds:float fastest_ms:float slowest_ms:float replays method:str "
         "dtype:str device:str architecture:str"
     ),
+    "bench": _table("*what:str value:float unit:str floor:float *card:str date:str revision:str"),
     "serving": _table(  # vLLM's numbers beside ours, summed over prompts
         RUN + "*draft_step accepted past_end engine_accepted forwards engine_forwards prompts new_tokens same_as_alone "
         "same_as_ours engine:str dtype:str target:str device:str git_revision:str torch:str transformers:str date:str"

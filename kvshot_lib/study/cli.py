@@ -167,13 +167,16 @@ def compute(tables_dir: str) -> None:
 @cli.command()
 @target
 @options(corpus="selfgen", vocabulary=8192)
-@options("the longest of the corpus", documents=8)
+@options("to decode with in a chain of 2, if given", drafter="data/checkpoints/hidden_31_continued")
+@options("the longest of the corpus (0: 64 on a GPU, else 8); half of them make a training step", documents=0)
 @options("timed training steps", steps=3)
+@options("dialogues to write (0: 2,048 on a GPU, else 16)", texts=0)
 @several("processes", "to train with, one number after the other", 1, 2, kind=int)
-@options("only this process's part of that", share=False)
+@options("the table that gets a row for each speed", out="results/bench.csv")
+@options("only one process's part of the training in several", share=False)
 def bench(**given) -> None:
-    """Speed of extraction and training on this machine."""
-    from .scale import bench
+    """Speed of capture, training, judging, generation and decoding on this machine, beside its floor."""
+    from .bench import bench
 
     bench(**given)
 

@@ -1,130 +1,37 @@
-"""What a study takes: its heavy loops timed on this machine (`bench`), a profile tried at its real size (`dry_run`).
+"""What a study takes: a profile tried at its real size.
 
 A dry run gives the profile's target random weights, which change neither time nor memory; generation, extraction and
 every training go a few steps through the code that a study runs. Nothing is downloaded.
 """
 
-import os
-import re
-import resource
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from .. import parallel
 from ..decoding.latency import ARCHITECTURES
-from ..drafters.checkpoint import draft_vocabulary
-from ..drafters.config import DrafterConfig
 from ..drafters.context import drafter_spec, read_by
-from ..drafters.drafter import build_drafter
-from ..drafters.variants import parameters_of
 from ..errors import StudyError
-from ..features.extract import prepare
 from ..features.live import LiveFeatures, extraction_speed
 from ..features.spec import feature_spec
-from ..features.store import StoredFeatures, write_store
 from ..provenance import device_name
 from ..target.load import Target, resolve_device, resolve_dtype
 from ..target.tiny import tiny_tokenizer
 from ..target.wheels import DEFAULT_TARGET, PACKED, packed_folder
 from ..text.corpus import Document
 from ..text.generate import GeneratorSettings, write_answers
-from ..training.config import TrainConfig, configurations
-from ..training.loop import train
-from .notebooks import check_names, parameter_defaults
-from .profiles import NOTEBOOKS, Profile, checked_profile, extract_values, train_values
+from ..training.config import configurations
+from .bench import peak_memory_gb, training_speed
+from .notebooks import check_names
+from .profiles import Profile, checked_profile, extract_values, train_values
 
-BENCHED = ("hidden", "kv_2", "hybrid", "block_kv_2")
 NARROW = {
     "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
 }  # fmt: skip
 PROMPT_TOKENS = 64
-
-
-def bench(
-    *, target: str = DEFAULT_TARGET, corpus: str = "selfgen", documents: int = 8, steps: int = 3,
-    vocabulary: int = 8192, processes: Sequence[int] = (1, 2), share: bool = False,
-) -> None:  # fmt: skip
-    """Speed of extraction (beside the bare target forward) and of training, in tokens/s, over the longest documents.
-
-    Training is in batches of four, also in several processes; ``share`` is what each of these does.
-    """
-    if share:
-        parallel.begin()
-    values = parameter_defaults(NOTEBOOKS["extract"]) | {"target": target, "corpus": corpus, "dtype": "auto"}
-    made = prepare(values | {"train_documents": None})
-    model, batches = made.target, TrainConfig(batch_documents=4)
-    longest = sorted(made.documents["train"].documents, key=lambda d: -len(d.tokens))[:documents]
-    live = LiveFeatures(model, longest, made.spec)
-    draft_ids = draft_vocabulary(torch.from_numpy(made.answer_token_counts), min(vocabulary, model.vocab_size))
-    if share:
-        found = training_speed(model, live, configurations(parameters_of("kv_2"))[0], batches, draft_ids, steps)
-        if parallel.is_main():
-            print(f"data-parallel {found:.2f}", flush=True)
-        return
-    dtype = str(model.dtype).removeprefix("torch.")
-    print(f"{device_name(model.device)}, {dtype}, torch {torch.__version__}, target {model.name}")
-    extraction, bare = extraction_speed(live, range(min(4, len(live))))
-    print(f"extraction {extraction:,.0f} tokens/s, bare forward {bare:,.0f}: ratio {extraction / bare:.2f}")
-    with tempfile.TemporaryDirectory() as folder:
-        write_store(folder, live, batch_documents=4)
-        for name in BENCHED:
-            for fraction in (1.0, 0.2):
-                config, training = configurations(parameters_of(name))[0], replace(batches, anchor_fraction=fraction)
-                found = training_speed(model, StoredFeatures(folder), config, training, draft_ids, steps)
-                print(f"train {name:10} anchor_fraction {fraction:.1f}: {found:>8,.0f} tokens/s", flush=True)
-    own = {"target": target, "corpus": corpus, "documents": documents, "steps": steps, "vocabulary": vocabulary}
-    speeds = [launched_speed(number, own) for number in processes]
-    for number, found in zip(processes, speeds, strict=True):
-        told = f"train kv_2 from live features, {number} process(es): {found:,.0f} tokens/s"
-        print(f"{told}, {found / speeds[0]:.2f} times the first")
-    print(f"peak memory {peak_memory_gb(model.device):.1f} GB")
-
-
-def training_speed(
-    target: Target, source, config: DrafterConfig, training: TrainConfig, draft_ids: torch.Tensor, steps: int,
-    compiled: bool = False,
-) -> float:  # fmt: skip
-    """Tokens/s of so many steps, over however many processes there are; two steps before them warm up (and compile)."""
-    training = replace(training, validate_every=0, checkpoint_every_s=1e9)
-    drafter = build_drafter(config, target, source.spec, draft_ids)
-    if compiled and target.device.type == "cuda":  # on a CPU compiling would take longer than the run
-        drafter.compile_steps()
-    for number in (2, steps):
-        short = replace(training, max_steps=number, epochs=number + 1, branch_warmup_steps=0)
-        with tempfile.TemporaryDirectory() as folder:
-            history = train(drafter, source, source, short, folder, dtype=target.dtype)
-    return history["trained_tokens"].max() / history["seconds"].max()
-
-
-def launched_speed(processes: int, options: dict) -> float:
-    """Tokens/s of `bench`'s training in so many processes, started by `accelerate launch`."""
-    several = ["accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0"]
-    several += ["--num_processes", str(processes), "-m"]
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", *(several if processes > 1 else ()), "kvshot_lib", "bench", "--share", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    found = re.findall(r"^data-parallel ([\d.]+)$", ended.stdout, re.MULTILINE)
-    if ended.returncode or len(found) != 1:
-        why = (ended.stderr.strip().splitlines() or ["no message"])[-1]
-        raise StudyError(f"training with {processes} processes failed: {why}")
-    return float(found[0])
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Most memory that this process has held: on the GPU if there is one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def dry_run(

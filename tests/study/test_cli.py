@@ -30,7 +30,7 @@ CALLED = {
     "processes": "study.sweep.several_processes",
     "generate": "text.generate.generate",
     "collect": "metrics.collect.collect",
-    "bench": "study.scale.bench",
+    "bench": "study.bench.bench",
     "dry-run": "study.scale.dry_run",
     "publish": "study.publish.publish_runs",
     "judge": "study.publish.judge_checkpoint",

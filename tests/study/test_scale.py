@@ -1,4 +1,4 @@
-"""The dry run goes through every stage on a cut of Qwen3-8B, its extrapolation is arithmetic; the bench tells what it times."""
+"""The dry run goes through every stage on a cut of Qwen3-8B, its extrapolation is arithmetic."""
 
 import re
 
@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 from notebook_checks import ROOT
 
-from kvshot_lib.study import scale
 from kvshot_lib.study.cli import main
 from kvshot_lib.study.profiles import load_profile
 
@@ -41,14 +40,3 @@ def test_the_profile_is_the_papers_setup():
 def test_what_is_not_there_is_refused_in_one_line(capsys):
     assert main(["dry-run", "qwen3-8b", "--drafters", "kv_9"]) == 1
     assert "error: profile qwen3-8b, drafters: has no 'kv_9' (did you mean 'kv_" in capsys.readouterr().err
-
-
-def test_the_bench_tells_extraction_training_processes_and_memory(monkeypatch, capsys):
-    monkeypatch.setattr(scale, "launched_speed", lambda number, _: 10.0 * number)
-    words = "--target tiny --corpus tiny --documents 4 --steps 1 --vocabulary 64"
-    assert main(["bench", *words.split()]) == 0
-    head, extraction, *trained, one, two, memory = capsys.readouterr().out.splitlines()
-    assert "target tiny" in head and re.fullmatch(r"extraction .* tokens/s, bare forward .*: ratio \d.\d\d", extraction)
-    assert [line.split()[1] for line in trained] == [name for name in scale.BENCHED for _ in range(2)]
-    assert "1 process(es): 10 tokens/s, 1.00 times" in one and "2 process(es): 20 tokens/s, 2.00 times" in two
-    assert memory.startswith("peak memory")
