@@ -111,7 +111,9 @@ def test_unknown_names_are_refused_with_the_valid_ones(tmp_path):
 
 def test_texts_that_are_not_tracked_are_missed_by_name(tmp_path, monkeypatch):
     monkeypatch.setitem(CORPORA, "gemma-sealed", tmp_path)
-    with pytest.raises(StudyError, match="gemma-sealed aren't in .*; data/experiments has the command that writes them"):
+    with pytest.raises(
+        StudyError, match="gemma-sealed aren't in .*; data/experiments has the command that writes them"
+    ):
         load_corpus("gemma-sealed", "evaluation")
 
 
