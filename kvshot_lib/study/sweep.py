@@ -1,8 +1,9 @@
 """A profile's trainings without the pipeline: side by side on one GPU, or each of them over several processes.
 
 The pipeline keeps features on disk and each training reads them from there. In a sweep the target writes them into the
-device's memory once and all trainings share them; a run that starts from another waits for it. Either way runs that are
-done are skipped, and runs that were begun go on from their last checkpoint.
+device's memory once and all trainings share them; a run that starts from another waits for it. Sweeps of one folder at
+the same time, one for each GPU, share its runs. Either way runs that are done are skipped, and runs that were begun go on
+from their last checkpoint.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from .. import parallel
 from ..errors import StudyError
@@ -22,7 +24,6 @@ from ..features.extract import hold, keep, prepare
 from ..metrics.collect import collect
 from ..training.run import train_run
 from . import profiles
-from .notebooks import locked
 from .profiles import Profile, named_runs, train_values
 
 _shared: dict = {}  # of a worker process: features, profile, results_dir
@@ -70,6 +71,8 @@ def several_processes(profile: str, what: str, runs: Sequence[str] = (), *, resu
 def sweep(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], workers: int, stop_after_s: float) -> int:
     """Train ``jobs`` in this order as far as their starts allow; returns how many are left undone.
 
+    One that another sweep of this folder has in hand is tried again later, and taken over if that one is gone.
+
     After ``stop_after_s`` seconds the trainings under way are stopped; the same call goes on from their checkpoints.
     """
     deadline = time.monotonic() + stop_after_s
@@ -83,6 +86,7 @@ def sweep(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], work
     pool = ProcessPoolExecutor(workers, context, _start_worker, (features, profile, results_dir, os.getpid()))
     try:
         while (waiting or running) and time.monotonic() < deadline:
+            waiting = [job for job in waiting if not _done(results_dir, *job)]
             for job in [job for job in waiting if _ready(profile, results_dir, *job)][: workers - len(running)]:
                 waiting.remove(job)
                 running[pool.submit(_train_here, *job)] = job
@@ -90,7 +94,11 @@ def sweep(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], work
                 break  # what is left waits for a run that failed, or that isn't asked for
             finished, _ = wait(running, timeout=max(0, deadline - time.monotonic()), return_when=FIRST_COMPLETED)
             for future in finished:
-                _tell(running.pop(future), future)
+                job = running.pop(future)
+                if future.exception() is None and future.result() is None:
+                    waiting.append(job)
+                else:
+                    _tell(job, future)
     finally:
         if running:  # stopped early: checkpoints are on disk, the rest can go
             for process in list((pool._processes or {}).values()):
@@ -142,16 +150,23 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _train_here(variant: str, seed: int) -> dict:
-    """One run in a worker; what it prints goes to ``log.txt`` in the run's folder."""
+def _train_here(variant: str, seed: int) -> dict | None:
+    """One run in a worker; what it prints goes to ``log.txt`` in the run's folder. None if another sweep has it."""
     results_dir = _shared["results_dir"]
     folder = results_dir / "runs" / variant / f"seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=2)  # a worker of a killed sweep may have a moment left
+    except Timeout:
+        return None
     with (
-        locked(folder / ".lock", wait=True),  # a worker of a killed sweep may have a moment left
+        lock,
         open(folder / "log.txt", "a") as log,
         contextlib.redirect_stderr(log),
         contextlib.redirect_stdout(log),
     ):
+        if _done(results_dir, variant, seed):
+            return None
         try:
             return train_run(variant, train_values(_shared["profile"], variant, seed), results_dir, _shared["features"])
         finally:  # what this training held is for the next one, in whichever worker

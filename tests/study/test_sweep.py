@@ -3,11 +3,13 @@
 import contextlib
 import io
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from kvshot_lib.errors import StudyError
 from kvshot_lib.metrics.tables import read
@@ -58,7 +60,9 @@ def test_a_profiles_own_dialogues_are_what_it_trains_on(tmp_path):
     """Ids of another corpus would mean other text; without the dialogues the command that writes them is named."""
     profile = replace(load_profile("smoke"), dialogues={"train": 4})
     del profile.extract["corpus"]
-    with pytest.raises(StudyError, match="no dialogues .*: python -m kvshot_lib generate .*/corpus --target tiny --train 4"):
+    with pytest.raises(
+        StudyError, match="no dialogues .*: python -m kvshot_lib generate .*/corpus --target tiny --train 4"
+    ):
         sweep.load_features(profile, tmp_path)
     documents = load_corpus("tiny", "train").documents
     splits = {name: documents[4 * place : 4 * place + 4] for place, name in enumerate(SPLITS)}
@@ -98,3 +102,16 @@ def test_a_run_whose_start_is_not_asked_for_is_left_and_said_so(tmp_path, monkey
     monkeypatch.setattr(sweep, "load_features", lambda *_: {})
     profile = replace(load_profile("smoke"))
     assert sweep.sweep(profile, tmp_path, [("hybrid_warm", 0)], workers=1, stop_after_s=60) == 1
+
+
+@pytest.mark.slow
+def test_a_run_in_the_hands_of_another_sweep_is_left_to_it_until_it_is_gone(tmp_path, capsys):
+    folder = tmp_path / "smoke"
+    held = [FileLock(folder / f"runs/{variant}/seed0/.lock", thread_local=False) for variant in ("hidden", "kv_1")]
+    for lock in held:
+        Path(lock.lock_file).parent.mkdir(parents=True)
+        lock.acquire()
+    (folder / "runs/hidden/seed0/run.json").write_text("{}")  # done by the other one before it went
+    threading.Timer(20, lambda: [lock.release() for lock in held]).start()
+    assert sweep.sweep(load_profile("smoke"), folder, [("hidden", 0), ("kv_1", 0)], workers=1, stop_after_s=300) == 0
+    assert not held[1].is_locked and capsys.readouterr().out.count("kv_1/seed0:") == 1
