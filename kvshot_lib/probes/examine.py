@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..drafters.context import read_by
 from ..drafters.drafter import Drafter
 from ..drafters.eagle3 import read_tensors
+from ..drafters.eagle3_format import LAYERS
 from ..errors import StudyError
 from ..features.live import LiveFeatures
 from ..features.resident import ResidentFeatures
@@ -80,7 +81,7 @@ class Examination:
 
 
 class Microscope:
-    """A checkpoint that is read in several ways, and judged once in each. ``changes`` : those that can be read."""
+    """A checkpoint that is read in several ways, and judged once in each. ``changes`` : those that make a difference."""
 
     def __init__(self, folder: Path, target: Target, fields: Mapping, draft_length: int, parts: Parts):
         self.folder, self.target, self.fields, self.parts = folder, target, fields, parts
@@ -91,11 +92,12 @@ class Microscope:
             raise StudyError(self.unreadable[AS_IT_IS])
         for one in counterfactuals(folder, target, self.tensors, fields):
             drafter = self.read([one])
-            if drafter and not (own and alike(drafter, own)):
+            if not (own and drafter and alike(drafter, own)):
                 self.changes.append(one)
-            for read in (own, drafter):
-                self.layers |= {*read.spec.hidden_layers} if read else set()
-        if not self.layers:
+            self.layers |= {*one.fields.get(LAYERS, ())}.union(
+                *(read.spec.hidden_layers for read in (own, drafter) if read)
+            )
+        if own is None and all(one.name in self.unreadable for one in self.changes):
             raise StudyError(self.unreadable[AS_IT_IS])
 
     def read(self, applied: Sequence[Counterfactual]) -> Drafter | None:

@@ -19,6 +19,7 @@ from kvshot_lib.probes import answers, examine
 from kvshot_lib.probes.answers import BEGUN, DIFFER, ENDS, MAT, OUTSIDE, SAME, SHARE, Judged
 from kvshot_lib.probes.examine import AS_IT_IS, PLAIN, SHUFFLED, ZERO
 from kvshot_lib.study.cli import main
+from kvshot_lib.study.microscope import findings
 from kvshot_lib.text.prompts import Prompt
 from kvshot_lib.training.loss import ttt_loss
 
@@ -86,7 +87,7 @@ def test_contexts_and_categories():
 
 
 def test_a_good_checkpoint_is_left_alone_and_every_part_is_measured(good, tmp_path):
-    found = examine.examine(good, examples.target(), PROMPTS, kept=tmp_path, **GIVEN)
+    found = examine.examine(good, examples.target(), PROMPTS[:5], kept=tmp_path, **GIVEN)
     assert found.faults == [] and found.base == AS_IT_IS and found.of(AS_IT_IS, SHARE).value > 0.5
     assert found.of(SAME, DIFFER).value == 0 and found.of(SAME).value == found.of(BEGUN).value
     assert 0 < found.of(AS_IT_IS, OUTSIDE).value < 0.2
@@ -108,7 +109,22 @@ def test_a_planted_fault_is_named(good, tmp_path, name):
     assert [one.name in planted.FAULTS[name][0] for one in faults] == [True], faults
 
 
+def test_two_faults_are_named_one_after_the_other_though_it_cannot_be_read_as_it_is(good, tmp_path):
+    target = examples.target()
+    folder = planted.plant(good, tmp_path / "damaged", "norm output left out", target)
+    folder = planted.plant(folder, tmp_path / "twice", "d2t holds ids", target)
+    found = examine.examine(folder, target, PROMPTS[:4], kept=tmp_path / "kept", draft_length=4, new_tokens=24)
+    assert [one.name for one in found.faults] == ["d2t read as ids", "state fed back after the final norm"]
+    told = findings(found)
+    assert told[0].startswith("As it is, it can't be read: ") and "d2t and t2d name different tokens" in told[0]
+    assert (
+        "LIKELY FAULT: its d2t holds target ids" in told[2] and "AND THEN: it was trained on states fed back" in told[3]
+    )
+    assert "draft alike" in told[4] and found.of(SAME, DIFFER).value == 0
+
+
 def test_what_is_done_is_kept_and_the_page_tells_it(good, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("kvshot_lib.study.microscope.fingerprint", lambda *_: "of the code")
     lines = [json.dumps({"question_id": p.id, "category": p.category, "turns": p.turns}) for p in PROMPTS[:4]]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     words = [
