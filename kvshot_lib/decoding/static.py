@@ -11,12 +11,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..drafters import attention
 from ..drafters.drafter import Drafter
 from ..drafters.layers import View
 from ..features.spec import Features
 from ..target.capture import Captured, capture
 from ..target.load import Target
-from ..target.static import recorded, static_cache, static_forward
+from ..target.static import fused, recorded, static_cache, static_forward
 from .clock import part
 from .drafting import Drafting, NoDrafting
 from .propose import Chain, Frontier, Proposal, Tree, chain_tokens
@@ -109,16 +110,17 @@ class Redrafter:
     def forward(self) -> Tensor:
         """The newest token and the drafts after it, [width]; ``entries`` has those of all verified tokens."""
         drafter, places, length = self.drafter, self.start + self.verifier.row, self.start + self.count
-        made, fused = drafter.prefix(self.features(places), self.start)
+        made, g = drafter.prefix(self.features(places), self.start)
         for layer, new in zip(self.entries, made, strict=True):
             for name, pair in new.items():
                 for kept, own in zip(layer[name], pair, strict=True):
                     kept.index_copy_(2, places, own)
         mask = drafter.mask((length - 1)[None, None], len(self.verifier.columns))
         views = [View(layer, mask, {}, True) for layer in self.entries]
-        state = None if fused is None else fused.index_select(1, (self.count - 1)[None])
+        state = None if g is None else g.index_select(1, (self.count - 1)[None])
         root = Frontier(self.tokens[0].index_select(0, self.count[None]), length, state, views)
-        return chain_tokens(drafter, root, len(self.verifier.row) - 1)
+        with fused(drafter, attention):
+            return chain_tokens(drafter, root, len(self.verifier.row) - 1)
 
     def features(self, places: Tensor) -> Features:
         """The target's state at all verified positions."""

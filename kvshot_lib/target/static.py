@@ -9,10 +9,12 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import ModuleType
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._triton import has_triton
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
@@ -28,7 +30,10 @@ _GROUPED = "kvshot_grouped_sdpa"
 
 def static_cache(target: Target, columns: int) -> Cache:
     """Room for ``columns`` entries in every layer; sliding ones keep all of them too, and their masks slide."""
-    return Cache(layers=[StaticLayer(columns) for _ in range(target.num_layers)])
+    layers = [StaticLayer(columns) for _ in range(target.num_layers)]
+    for layer in layers:
+        layer.cumulative_length = layer.cumulative_length.to(target.device)
+    return Cache(layers=layers)
 
 
 def static_forward(
@@ -60,7 +65,8 @@ def static_forward(
         inside = held[:, None] > positions[:, :, None] - config.sliding_window
         mask = {"full_attention": mask, "sliding_attention": additive(visible & inside)}
     given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
-    with _fast(target.model, target.device):
+    family = sys.modules[type(target.model).__module__]  # transformers has a module for each, with a RoPE of its own
+    with _grouped_attention(target.model), fused(target.model, family):
         return target.model(input_ids=ids, **given).logits
 
 
@@ -94,19 +100,27 @@ def recorded(work: Callable[[], object], device: torch.device) -> Callable[[], o
 
 
 @contextmanager
-def _fast(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """Within it the model attends by `_grouped_sdpa`; on a GPU its norms, MLPs and RoPE are fused by torch.compile."""
+def fused(model: nn.Module, rope: ModuleType) -> Iterator[None]:
+    """Within it the norms and MLPs of a model on a GPU, and the RoPE of this module, are few kernels by torch.compile."""
     with ExitStack() as undo:
-        undo.callback(model.set_attn_implementation, model.config._attn_implementation)
-        model.set_attn_implementation(_GROUPED)
-        if device.type == "cuda" and has_triton():
-            fused = lambda function: torch.compile(function, dynamic=True)
+        if next(model.parameters()).is_cuda and has_triton():
+            compiled = partial(torch.compile, dynamic=True)
             for part in model.modules():
                 if type(part).__name__.endswith(("RMSNorm", "MLP")):
-                    undo.enter_context(patch.object(part, "forward", fused(part.forward)))
-            family = sys.modules[type(model).__module__]  # transformers has a module for each, with its own RoPE
-            undo.enter_context(patch.object(family, "apply_rotary_pos_emb", fused(family.apply_rotary_pos_emb)))
+                    undo.enter_context(patch.object(part, "forward", compiled(part.forward)))
+            undo.enter_context(patch.object(rope, "apply_rotary_pos_emb", compiled(rope.apply_rotary_pos_emb)))
         yield
+
+
+@contextmanager
+def _grouped_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the model attends by `_grouped_sdpa`."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_GROUPED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def _grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **_):
