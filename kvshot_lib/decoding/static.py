@@ -17,7 +17,7 @@ from ..drafters.layers import View
 from ..features.spec import Features
 from ..target.capture import Captured, capture
 from ..target.load import Target
-from ..target.static import fused, recorded, static_cache, static_forward
+from ..target.static import PlacedCache, fused, recorded, static_forward
 from .clock import part
 from .drafting import Drafting, NoDrafting
 from .propose import Chain, Frontier, Proposal, Tree, chain_tokens
@@ -34,7 +34,7 @@ class Verifier:
 
     def __init__(self, target: Target, layers: tuple[int, ...], width: int, capacity: int):
         self.target, self.layers, device = target, layers, target.device
-        self.cache = static_cache(target, capacity)
+        self.cache = PlacedCache(target, capacity)
         self.numbers = torch.zeros(width * (width + 2) + 1, dtype=torch.int64, device=device)  # one copy fills them all
         self.tokens, self.depths = self.numbers[: 2 * width].view(2, 1, width)
         self.sees, self.length = self.numbers[2 * width : -1].view(width, width), self.numbers[-1]
@@ -70,8 +70,7 @@ class StaticRun(TargetRun):
         self.verifier, self.cache = verifier, verifier.cache
 
     def prefill(self, tokens: list[int]) -> Tensor:
-        for layer in self.cache.layers:
-            layer.cumulative_length.zero_()
+        self.cache.place(torch.arange(len(tokens), device=self.device))
         return super().prefill(tokens)
 
     @part("verify")

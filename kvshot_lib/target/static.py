@@ -28,16 +28,36 @@ EMPTY = 2**31  # what a column without an entry holds: after every position
 _GROUPED = "kvshot_grouped_sdpa"
 
 
-def static_cache(target: Target, columns: int) -> Cache:
-    """Room for ``columns`` entries in every layer; sliding ones keep all of them too, and their masks slide."""
-    layers = [StaticLayer(columns) for _ in range(target.num_layers)]
-    for layer in layers:
-        layer.cumulative_length = layer.cumulative_length.to(target.device)
-    return Cache(layers=layers)
+class PlacedLayer(StaticLayer):
+    """A layer of a cache whose new entries go to the columns ``places`` [T]."""
+
+    places: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self.keys.index_copy_(2, self.places, keys)
+        self.values.index_copy_(2, self.places, values)
+        return self.keys, self.values
+
+
+class PlacedCache(Cache):
+    """Room for ``columns`` entries in every layer; sliding ones keep all of them too, and their masks slide.
+
+    It counts nothing: a forward without masks is one over an empty cache.
+    """
+
+    def __init__(self, target: Target, columns: int):
+        super().__init__(layers=[PlacedLayer(columns) for _ in range(target.num_layers)])
+
+    def place(self, places: Tensor) -> None:
+        """Where the next entries go, [T] int64."""
+        for layer in self.layers:
+            layer.places = places
 
 
 def static_forward(
-    target: Target, cache: Cache, ids: Tensor, positions: Tensor, column: Tensor, held: Tensor,
+    target: Target, cache: PlacedCache, ids: Tensor, positions: Tensor, column: Tensor, held: Tensor,
     sees: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Logits [B, T, V] after each of T new tokens in B rows; nothing in it waits for the device.
@@ -50,7 +70,7 @@ def static_forward(
     sees : [T, C] bool, what the new tokens may see of the entries at or before their positions (None: all).
     """
     config, dtype = target.config, target.dtype
-    torch._foreach_copy_([layer.cumulative_length for layer in cache.layers], [column] * len(cache.layers))
+    cache.place(column + torch.arange(ids.shape[1], device=ids.device))
     visible = held[:, None] <= positions[:, :, None]  # [B, T, C]
     if sees is not None:
         visible = visible & sees

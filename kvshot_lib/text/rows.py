@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..target.load import Target
-from ..target.static import EMPTY, recorded, static_cache, static_forward
+from ..target.static import EMPTY, PlacedCache, recorded, static_forward
 
 ROWS = 1024  # at most, of one step
 STEPS = 16  # between two looks at what has ended
@@ -103,7 +103,7 @@ class Writer:
         self.target, self.temperature, self.top_p, device = target, temperature, top_p, target.device
         columns = -(-length // 8) * 8  # as the attention kernel likes its mask
         numbers = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=device)
-        self.cache, self.text, self.column = static_cache(target, columns), numbers(rows, length + 1), numbers()
+        self.cache, self.text, self.column = PlacedCache(target, columns), numbers(rows, length + 1), numbers()
         self.place, self.given, self.limit = numbers(rows), numbers(rows), numbers(rows)
         self.held, self.stops = numbers(rows, columns), torch.tensor(stops, device=device)
         self.ended = torch.ones(rows, dtype=torch.bool, device=device)

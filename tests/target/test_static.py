@@ -5,7 +5,7 @@ import torch
 from greedy import prompt
 
 from kvshot_lib.target.load import load_target
-from kvshot_lib.target.static import EMPTY, recorded, static_cache, static_forward
+from kvshot_lib.target.static import EMPTY, PlacedCache, recorded, static_forward
 
 COLUMNS, LENGTH, DELAYS = 18, 12, (0, 3, 9)
 
@@ -18,7 +18,7 @@ def test_logits_are_those_of_a_plain_forward_wherever_a_row_stands(name, width, 
     target = load_target(name, device=device, dtype="float32")
     texts = [torch.tensor(prompt(seed, LENGTH), device=device) for seed in range(3)]
     plain = [target.model(text[None]).logits[0] for text in texts]
-    cache, held = static_cache(target, COLUMNS), torch.full((3, COLUMNS), EMPTY, device=device)
+    cache, held = PlacedCache(target, COLUMNS), torch.full((3, COLUMNS), EMPTY, device=device)
     ids, positions = (torch.zeros(3, width, dtype=torch.int64, device=device) for _ in range(2))
     column, seen = torch.zeros((), dtype=torch.int64, device=device), 0
     step = recorded(lambda: static_forward(target, cache, ids, positions, column, held), target.device)
