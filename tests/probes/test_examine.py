@@ -11,12 +11,14 @@ import torch
 from kvshot_lib.drafters.config import DrafterConfig
 from kvshot_lib.drafters.context import drafter_spec
 from kvshot_lib.drafters.drafter import build_drafter
-from kvshot_lib.drafters.eagle3 import export_eagle3
+from kvshot_lib.drafters.eagle3 import export_eagle3, read_tensors
+from kvshot_lib.drafters.eagle3_format import LAYERS, OUTPUTS
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.parts import Parts
 from kvshot_lib.probes import answers, examine
 from kvshot_lib.probes.answers import BEGUN, DIFFER, ENDS, MAT, OUTSIDE, SAME, SHARE, Judged
+from kvshot_lib.probes.counterfactuals import counterfactuals, halves
 from kvshot_lib.probes.examine import AS_IT_IS, PLAIN, SHUFFLED, ZERO
 from kvshot_lib.study.cli import main
 from kvshot_lib.study.microscope import findings
@@ -107,6 +109,31 @@ def test_a_planted_fault_is_named(good, tmp_path, name):
     scope = examine.Microscope(folder, target, {}, 4, Parts(tmp_path / "kept", ""))
     _, faults = scope.search(scope.source(answered), 1)
     assert [one.name in planted.FAULTS[name][0] for one in faults] == [True], faults
+
+
+def test_what_is_tried_depends_on_what_the_checkpoint_says(good, tmp_path):
+    """Layers that two fields count otherwise: each is tried. The base that it has, and a head that it lacks, are not."""
+    target, tensors = examples.target(), read_tensors(good)
+    config = json.loads((good / "config.json").read_text()) | {"fc_norm": False, "rope_theta": 5000.0}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eagle_config": {LAYERS: [0, 1, 2]}}))
+    tried = {one.name: one for one in counterfactuals(tmp_path, target, {**tensors}, {})}
+    assert tried[f"layers as {LAYERS} says"].fields == {LAYERS: [0, 2, 3]}
+    assert tried[f"layers as {OUTPUTS} says"].fields == {LAYERS: [1, 2, 3]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    del tensors["lm_head.weight"], tensors["t2d"]
+    found = {one.name: one for one in counterfactuals(tmp_path, target, tensors, {})}
+    assert "fused states normed" in found and "RoPE base 10,000 (of old code)" in found
+    assert not {
+        "fused states as they are",
+        "the target's LM head",
+        "the target's embedding",
+        "tokens that t2d marks",
+    } & {*found}
+    shifted = found["d2t one later"].change(tensors)["d2t"]
+    assert torch.equal(shifted, tensors["d2t"] + 1)
+    turned = found["state before embedding"].change(tensors)["midlayer.self_attn.q_proj.weight"]
+    assert torch.equal(turned[:, :64], tensors["midlayer.self_attn.q_proj.weight"][:, 64:])
+    assert halves(torch.arange(8)[:, None], 8)[:, 0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 def test_two_faults_are_named_one_after_the_other_though_it_cannot_be_read_as_it_is(good, tmp_path):
