@@ -56,10 +56,19 @@ class Verifier:
 
     def fill(self, proposal: Proposal, length: int) -> None:
         """What the next forward is over."""
-        spare = [0] * (len(self.row) - len(proposal.tokens))
-        rows = torch.tensor([[*proposal.tokens, *spare], [*proposal.depths, *spare]])
-        sees = torch.block_diag(proposal.sees, torch.eye(len(spare), dtype=torch.bool))
-        self.numbers.copy_(torch.cat([rows.flatten(), sees.flatten(), torch.tensor([length])]))
+        width = len(self.row)
+        tokens = proposal.tokens + [0] * (width - len(proposal.tokens))
+        self.numbers.copy_(
+            torch.cat([torch.tensor(tokens), _form(tuple(proposal.parents), width), torch.tensor([length])])
+        )
+
+
+@lru_cache(maxsize=64)
+def _form(parents: tuple[int, ...], width: int) -> Tensor:
+    """Depths and what sees what, of a proposal filled up to ``width`` nodes: [width + width²] int64."""
+    proposal, spare = Proposal([0] * len(parents), list(parents)), width - len(parents)
+    sees = torch.block_diag(proposal.sees, torch.eye(spare, dtype=torch.bool))
+    return torch.cat([torch.tensor(proposal.depths + [0] * spare), sees.flatten()])
 
 
 class StaticRun(TargetRun):
