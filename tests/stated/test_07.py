@@ -83,6 +83,10 @@ def mats(*wanted):
     return [best[key] for key in wanted]
 
 
+def served(*columns):
+    return table("serving")[[*columns]].to_numpy().T.flatten()
+
+
 def prompts(*names):
     return [table(name)["prompt"].nunique() for name in names]
 
@@ -101,6 +105,11 @@ STATED = [
         + loss(gap("speedup", "hybrid_warm_31", "hidden_31_continued", "2")),
     ),
     ("0 of 32,320 tokens differ", lambda: table("lossless").query("dtype == 'float32'")[["mismatches", "new_tokens"]].sum()),
+    ("All 35 answers are vLLM's without a drafter, and ours", lambda: [served("same_as_alone", "same_as_ours").min()]),
+    (
+        "accepted at the three steps: 521, 213 and 94, 8 of them past an answer's end",
+        lambda: [*served("engine_accepted"), served("past_end").sum()],
+    ),
     ("2.90 against 1.80 for", lambda: mats(("hidden_31_continued", "tree"), ("hidden_31_continued", "chain"))),
     ("1.96 against 1.59", lambda: mats(("block_kv_2", "tree"), ("block_kv_2", "chain"))),
     ("On 7 prompts `hybrid_warm_31` came first with 1.42", lambda: [7, decoding.fastest(table("decoding"))["speedup"].max()]),
@@ -158,3 +167,14 @@ def test_every_interval_is_checked():
 def test_the_best_of_many_tries_is_the_one_named():
     best = decoding.fastest(table("decoding"))
     assert best.loc[best["speedup"].idxmax(), "variant"] == "hybrid_warm_31"
+
+
+def test_what_vllm_serves_differs_in_nothing():
+    found = table("serving")
+    for theirs, ours in (
+        ("engine_accepted", found["accepted"] + found["past_end"]),
+        ("engine_forwards", found["forwards"]),
+        ("same_as_alone", found["prompts"]),
+        ("same_as_ours", found["prompts"]),
+    ):
+        assert (found[theirs] == ours).all() and len(found) == 3
