@@ -203,7 +203,7 @@ def examine(
 
 
 def answers_of(target: Target, prompts: Sequence[Prompt], new_tokens: int, parts: Parts) -> pd.DataFrame:
-    """The target's answers to the prompts that leave room for them, a row each; those of a few tokens are left out."""
+    """The target's answers to the prompts, a row each; those of a few tokens are left out."""
     found = []
     for number, prompt in enumerate(tqdm(prompts, desc="answers", unit="prompt", mininterval=1)):
         found.append(parts.table(f"{number}", partial(answered, target, prompt, new_tokens)))
