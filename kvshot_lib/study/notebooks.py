@@ -129,6 +129,8 @@ def execute(notebook: Path, output: Path, parameters: dict, cwd: Path, progress:
     ------
     StudyError : a cell failed; one line with its error and the place to read on.
     """
+    # jsonschema's optional check of IRIs, which no notebook has, makes a grammar when imported: two seconds of three.
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config

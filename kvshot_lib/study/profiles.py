@@ -30,7 +30,8 @@ FOLDER = Path("notebooks/profiles")
 CHECKPOINTS = Path("data/checkpoints")
 SET_BY_PIPELINE = {"results_dir", "figures_dir", "tables_dir", "variant", "seed", "profile"}
 ALWAYS = {"extract": {}, "train": {}, "decay": {}}
-KINDS = {"dialogues": dict, "speed": dict, "checkpoints": list, "seeds": list, "parallel_trainings": int}
+KINDS = {"dialogues": dict, "speed": dict, "checkpoints": list, "seeds": list}
+KINDS |= {"parallel_trainings": int, "threads": int}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Profile:
     seeds : every drafter is trained once with each.
     parallel_trainings : how many trainings may run side by side, at most; 0 means one a core, and more than cores is
         fine. On a GPU it is what fits its memory: all of them run on the same one.
+    threads : the most that one job may use; 0 means every core.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Profile:
     drafters: dict = field(default_factory=dict)
     seeds: list = field(default_factory=lambda: [0])
     parallel_trainings: int = 0
+    threads: int = 0
 
     @property
     def extract(self) -> dict:
