@@ -6,12 +6,13 @@ its own next one instead of a chosen one. No text is longer than the cache, so n
 graph, and the host looks only at every sixteenth.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from ..target.load import Target
 from ..target.static import EMPTY, PlacedCache, recorded, static_forward
@@ -65,31 +66,34 @@ def rows_at_once(target: Target, length: int, texts: int) -> int:
     return max(1, min(most, room // (entries + scores)))
 
 
-def sampled(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> Tensor:
+def mass_from(probabilities: Tensor, least: Tensor) -> Tensor:
+    """Mass [3, B] of what has at least the probabilities ``least`` [3, B] in each row of [B, V]."""
+    return torch.stack([(probabilities * (probabilities >= part[:, None])).sum(-1) for part in least])
+
+
+def sampled(logits: Tensor, noise: Tensor, temperature: float, top_p: float, mass: Callable = mass_from) -> Tensor:
     """A token [B] of each row of [B, V], drawn after temperature and top-p by ``noise`` [B, V] ~ Exp(1).
 
     argmax p / noise is distributed as p (the exponential race).
     """
     probabilities = (logits / temperature).softmax(-1)
     if top_p < 1:
-        least = least_probability(probabilities, top_p)
+        least = least_probability(probabilities, top_p, mass)
         probabilities = probabilities * (probabilities >= least[:, None])
     return (probabilities / noise).argmax(-1)
 
 
-def least_probability(probabilities: Tensor, top_p: float) -> Tensor:
+def least_probability(probabilities: Tensor, top_p: float, mass: Callable = mass_from) -> Tensor:
     """The least probability [B] that top-p keeps in each row of [B, V] float32, without sorting them.
 
     Kept is what has less than ``top_p`` of the mass above it: all from the largest t on with Σ p[p ≥ t] ≥ ``top_p``. The
     bits of positive floats are ordered as they are, so t is found two bits at a time, from the highest.
     """
     bits = torch.zeros(len(probabilities), dtype=torch.int32, device=probabilities.device)
+    parts = torch.arange(1, 4, dtype=torch.int32, device=probabilities.device)[:, None]
     for shift in range(28, -1, -2):  # below 2.0, so the two highest bits are 0
-        enough = 0
-        for part in (1, 2, 3):
-            trial = (bits + (part << shift)).view(torch.float32)[:, None]
-            enough = enough + ((probabilities * (probabilities >= trial)).sum(-1) >= top_p).int()
-        bits = bits + (enough << shift)
+        enough = mass(probabilities, (bits + (parts << shift)).view(torch.float32)) >= top_p
+        bits = bits + (enough.sum(0, dtype=torch.int32) << shift)
     return bits.view(torch.float32)
 
 
@@ -108,7 +112,7 @@ class Writer:
         self.held, self.stops = numbers(rows, columns), torch.tensor(stops, device=device)
         self.ended = torch.ones(rows, dtype=torch.bool, device=device)
         self.noise = torch.ones(rows, target.vocab_size if temperature else 0, device=device)
-        self.sampled = torch.compile(sampled, dynamic=False) if device.type == "cuda" else sampled
+        self.mass = torch.compile(mass_from, dynamic=False) if device.type == "cuda" and has_triton() else mass_from
         self.recorded = recorded(self.forward, device)
 
     def begin(self, prompts: Mapping[int, np.ndarray], new: int) -> None:
@@ -155,7 +159,7 @@ class Writer:
     def choose(self, logits: Tensor, own: Tensor) -> Tensor:
         """The next token [B] of each row of logits [B, V]; it counts where ``own`` [B], behind the prompt."""
         if self.temperature:
-            return self.sampled(logits, self.noise, self.temperature, self.top_p)
+            return sampled(logits, self.noise, self.temperature, self.top_p, self.mass)
         return logits.argmax(-1)
 
 

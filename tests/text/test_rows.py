@@ -9,7 +9,7 @@ from static_shapes import nothing_waits
 from kvshot_lib.target.load import load_target
 from kvshot_lib.text import generate, rows
 from kvshot_lib.text.generate import GeneratorSettings
-from kvshot_lib.text.rows import Writer, least_probability, rows_at_once, sampled, write_rows
+from kvshot_lib.text.rows import Writer, least_probability, mass_from, rows_at_once, sampled, write_rows
 
 PROMPTS = [np.array(prompt(seed, 3 + 5 * seed % 11), dtype=np.int32) for seed in range(9)]
 LENGTH, NEW, STOPS = 28, 20, tuple(range(2, 512, 14))
@@ -88,9 +88,10 @@ def test_the_least_probability_is_that_of_sorting(top_p, device):
         p = (spread * torch.randn(50, 700, generator=generator)).softmax(-1).to(device)
         ranked, order = p.double().sort(descending=True)
         kept = torch.zeros_like(p, dtype=torch.bool).scatter(1, order, ranked.cumsum(-1) - ranked < top_p)
-        least = least_probability(p, top_p)
-        assert torch.equal(p >= least[:, None], kept)
-        assert torch.equal(least, p.masked_fill(~kept, 2.0).amin(-1))
+        for mass in (mass_from, *([torch.compile(mass_from, dynamic=False)] if device == "cuda" else [])):
+            least = least_probability(p, top_p, mass)
+            assert torch.equal(p >= least[:, None], kept)
+            assert torch.equal(least, p.masked_fill(~kept, 2.0).amin(-1))
 
 
 def test_equals_at_the_border_are_kept_together_and_a_sure_token_alone(device):
