@@ -21,6 +21,15 @@ def test_a_turn_ends_with_what_the_template_puts_there_and_every_named_id_stops(
     assert target.eos_token_id == (2 if first is None else first)
 
 
+@pytest.mark.parametrize(
+    ("of_tokenizer", "of_config", "start"), [("<|im_start|>", 9, 1), (None, 9, 9), (None, None, 2)]
+)
+def test_a_text_begins_with_the_named_start_token_or_with_what_stands_between_texts(of_tokenizer, of_config, start):
+    target = load_target("tiny", device="cpu", dtype="float32")
+    target.tokenizer.bos_token, target.model.config.bos_token_id = of_tokenizer, of_config
+    assert target.start_id == start
+
+
 @pytest.mark.parametrize("wrong", ["2", True, -1, 512, [2, 2.0]])
 def test_ids_that_can_end_nothing_are_refused(wrong):
     target = load_target("tiny", device="cpu", dtype="float32")
