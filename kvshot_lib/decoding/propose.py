@@ -165,7 +165,10 @@ def draft_chain(drafter: Drafter, frontier: Frontier, length: int) -> Proposal:
 
 
 def chain_tokens(drafter: Drafter, frontier: Frontier, length: int) -> Tensor:
-    """The root and the ``length`` drafts of `draft_chain`, [length + 1], before anybody waits for them."""
+    """The root and at most ``length`` drafts after it, [length + 1], before anybody waits for them."""
+    if drafter.config.paradigm == "block":
+        logits = slot_logits(drafter, frontier, min(length, drafter.config.block_size - 1))
+        return torch.cat([frontier.tokens, drafter.draft_ids[logits.argmax(-1)]])
     drafted = [frontier.tokens]
     for _ in range(length):
         frontier.tokens = drafter.draft_ids[run_frontier(drafter, frontier).argmax(-1)]
@@ -222,9 +225,9 @@ def draft_block(drafter: Drafter, frontier: Frontier, plan: Chain | Tree, levels
     levels = min(deepest, levels, drafter.config.block_size - 1)
     if levels < 1:
         return Proposal.chain([root])
-    logits = slot_logits(drafter, frontier, levels)
     if isinstance(plan, Chain):
-        return Proposal.chain([root, *drafter.draft_ids[logits.argmax(-1)].tolist()])
+        return draft_chain(drafter, frontier, levels)
+    logits = slot_logits(drafter, frontier, levels)
     best = logits.float().log_softmax(-1).topk(min(plan.top_k, len(drafter.draft_ids)))
     return best_paths(root, drafter.draft_ids[best.indices].tolist(), best.values.tolist(), plan.total)
 
@@ -232,7 +235,7 @@ def draft_block(drafter: Drafter, frontier: Frontier, plan: Chain | Tree, levels
 @part("draft")
 def slot_logits(drafter: Drafter, frontier: Frontier, levels: int) -> Tensor:
     """The whole block below one root in one forward -> logits of mask slots 1 … levels, [levels, V_draft]."""
-    positions = torch.full_like(frontier.tokens, frontier.position)
+    positions = torch.zeros_like(frontier.tokens) + frontier.position
     output = run_blocks(drafter, frontier.tokens[None], positions[None], frontier.views)[0, 1 : levels + 1, 0]
     return drafter.logits(drafter.norm(output))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..drafters import attention
-from ..drafters.drafter import Drafter
+from ..drafters.drafter import Drafter, joined
 from ..drafters.layers import View
 from ..features.spec import Features
 from ..target.capture import Captured, capture
@@ -118,11 +118,9 @@ class Redrafter:
     def forward(self) -> Tensor:
         """The newest token and the drafts after it, [width]; ``entries`` has those of all verified tokens."""
         drafter, places, length = self.drafter, self.start + self.verifier.row, self.start + self.count
-        made, g = drafter.prefix(self.features(places), self.start)
+        made, g = drafter.prefix(self.features(places), self.start, self.entries)
         for layer, new in zip(self.entries, made, strict=True):
-            for name, pair in new.items():
-                for kept, own in zip(layer[name], pair, strict=True):
-                    kept.index_copy_(2, places, own)
+            joined(layer, new, self.start)
         mask = drafter.mask((length - 1)[None, None], len(self.verifier.columns))
         views = [View(layer, mask, {}, True) for layer in self.entries]
         state = None if g is None else g.index_select(1, (self.count - 1)[None])
@@ -167,20 +165,15 @@ class StaticDrafting(Drafting):
 def static_parts(
     target: Target, drafting: Drafting | NoDrafting, plan: Chain | Tree, taken: Captured
 ) -> tuple[StaticRun, Drafting | NoDrafting]:
-    """Target and drafter with fixed shapes, the drafter as far as it can have them: in chains."""
+    """Target and drafter with fixed shapes; trees are drafted with growing ones."""
     width = max(1, plan.total if isinstance(plan, Tree) else plan.length + 1)
     capacity = -(-(drafting.capacity + width) // ROUNDED_TO) * ROUNDED_TO
     layers, kv_layers = tuple(drafting.hidden_layers), tuple(drafting.kv_layers)
     verifier = _verifier(target, layers, width, capacity, _address(target.model))
     drafter = getattr(drafting, "drafter", None)
-    if isinstance(drafter, Drafter) and isinstance(plan, Chain) and has_chain(drafter):
+    if isinstance(drafter, Drafter) and isinstance(plan, Chain):
         drafting = StaticDrafting(drafter, plan, _redrafter(drafter, verifier, kv_layers, _address(drafter)))
     return StaticRun(target, taken, kv_layers, verifier), drafting
-
-
-def has_chain(drafter: Drafter) -> bool:
-    """Whether it drafts step by step, and its entries are made from the target's state alone."""
-    return drafter.config.paradigm != "block" and not (len(drafter.layers) > 1 and drafter.layers[0].own_prefix)
 
 
 def _address(module: torch.nn.Module) -> int:

@@ -222,12 +222,11 @@ class PrefixAttention(nn.Module):
         chain = extend(chain, own) if append else chain
         return self.merge(chain_attention(query, prefix, mask, chain)), chain
 
-    def columns(self, inputs: Tensor, rotary: Entries, entries: Entries, window: int) -> Tensor:
-        """The prefix's last M of N columns, each over the entries up to its own: [B, M, width] -> [B, M, d]"""
+    def columns(self, inputs: Tensor, rotary: Entries, entries: Entries, first: int | Tensor, window: int) -> Tensor:
+        """The prefix's M columns from ``first`` on, each over the entries up to its own: [B, M, width] -> [B, M, d]"""
         (query,) = self.project(inputs, rotary, "q")
-        rows, length = query.shape[2], entries[0].shape[2]
-        visible = torch.arange(length - rows, length, device=query.device) + 1
-        mask = prefix_mask(visible.expand(len(query), -1), length, window)
+        visible = first + torch.arange(1, query.shape[2] + 1, device=query.device)
+        mask = prefix_mask(visible.expand(len(query), -1), entries[0].shape[2], window)
         return self.merge(chain_attention(query, entries, mask, None))
 
     def merge(self, heads: Tensor) -> Tensor:

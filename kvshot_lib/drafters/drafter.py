@@ -84,12 +84,13 @@ class Drafter(nn.Module):
         return self.config.reads
 
     def prefix(
-        self, features: Features, first: int = 0, past: Sequence[dict[str, Entries]] = ()
+        self, features: Features, first: int | Tensor = 0, past: Sequence[dict[str, Entries]] = ()
     ) -> tuple[list[dict[str, Entries]], Tensor | None]:
         """Turn target state into what every anchor's attention shares.
 
         Decoding extends its entries: features of x_first … x_{first+n-1} give those of s = first … first+n-2.
-        ``past`` are then the entries of s < first, for layers whose entries are made from the layer below.
+        ``past`` are then the entries of s < first, for layers whose entries are made from the layer below; or, where
+        ``first`` is [] int64, rooms for more than those, into which theirs are written.
 
         Returns
         -------
@@ -114,8 +115,8 @@ class Drafter(nn.Module):
         for index, layer in enumerate(self.layers):
             entries.append(layer.prefix(source))
             if layer.own_prefix and index + 1 < len(self.layers):
-                whole = joined(past[index], entries[-1]) if past else entries[-1]
-                source = replace(source, stream=layer.columns(source, whole, self.config.window_tokens))
+                whole = joined(past[index], entries[-1], first) if past else entries[-1]
+                source = replace(source, stream=layer.columns(source, whole, first, self.config.window_tokens))
         return entries, fused
 
     def visible(self, anchors: Tensor) -> Tensor:
@@ -182,8 +183,13 @@ class Drafter(nn.Module):
         return {"config": asdict(self.config), "spec": asdict(self.spec)}
 
 
-def joined(past: dict[str, Entries], new: dict[str, Entries]) -> dict[str, Entries]:
-    """Earlier entries and new ones of one layer, by branch."""
+def joined(past: dict[str, Entries], new: dict[str, Entries], first: int | Tensor) -> dict[str, Entries]:
+    """Earlier entries and new ones of one layer, by branch; in the room of the earlier ones if ``first`` is a tensor."""
+    if isinstance(first, Tensor):
+        for name, pair in new.items():
+            for room, own in zip(past[name], pair, strict=True):
+                room.index_copy_(2, first + torch.arange(own.shape[2], device=own.device), own)
+        return past
     return {name: tuple(torch.cat(pair, 2) for pair in zip(past[name], new[name], strict=True)) for name in new}
 
 
@@ -218,8 +224,11 @@ def build_drafter(
             if isinstance(module, nn.Linear) and module is not getattr(drafter.layers[0], "gate", None):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
     with torch.no_grad():
-        spread = (shared.head.float() * shared.norm).square().sum(-1).mean().sqrt()  # of logits, random unit inputs
-        drafter.norm.weight.copy_(shared.norm / spread if config.norm_init == "unit" else shared.norm)
+        gains = shared.norm
+        if config.norm_init == "unit":
+            gains = torch.ones_like(gains) if config.feedback == "post_norm" else gains
+            gains = gains / (shared.head.float() * gains).square().sum(-1).mean().sqrt()
+        drafter.norm.weight.copy_(gains)
         if config.kv_init == "target":
             start_from_target(drafter, target)
     return drafter.to(target.device)

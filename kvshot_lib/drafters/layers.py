@@ -67,10 +67,10 @@ class DecoderLayer(nn.Module):
         inputs = self.inputs(source.token, source.stream)
         return {self.branch: tuple(self.attention.project(inputs, source.token_rotary, "k", "v"))}
 
-    def columns(self, source: PrefixSource, entries: dict[str, Entries], window: int) -> Tensor:
+    def columns(self, source: PrefixSource, entries: dict[str, Entries], first: int | Tensor, window: int) -> Tensor:
         """The layer's output at the columns themselves, [B, n-1, d]: what the next layer's entries are made from."""
         inputs = self.inputs(source.token, source.stream)
-        attended = self.attention.columns(inputs, source.token_rotary, entries[self.branch], window)
+        attended = self.attention.columns(inputs, source.token_rotary, entries[self.branch], first, window)
         return self.finish(source.stream, attended)
 
     def forward(
