@@ -16,6 +16,7 @@ from kvshot_lib.text.prompts import Prompt
 
 SMALL = {"new_tokens": 6, "device": "cpu", "dtype": "float32"}
 SPEED = SMALL | {"repeats": 2, "prompts_per_category": 1, "chains": [2, 3], "tree": [1, 2, 5]}
+QUICK = SPEED | {"repeats": 1, "chains": [2], "tree": []}  # where what is measured matters, not how
 PROMPTS = [
     Prompt("a", "coding", ("w7 w8 w9",)),
     Prompt("b", "multi_turn", ("w10 w11", "w12")),
@@ -67,9 +68,9 @@ def test_a_killed_run_goes_on_and_a_retrained_drafter_starts_anew(results, measu
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(timing, "turn_rows", killed)
-        timing.measure_speed(results, **SPEED)
+        timing.measure_speed(results, **QUICK)
     kept = {path: pd.read_parquet(path) for path in results.glob("decode/*/hidden.seed0.*turn*.parquet")}
-    timing.measure_speed(results, **SPEED)
+    timing.measure_speed(results, **QUICK)
     assert len(measured) == 6 and kept  # three turns of two drafters, none twice
     rows = tables.read(results / "tables", "decode_prompts")
     for part in kept.values():
@@ -77,17 +78,17 @@ def test_a_killed_run_goes_on_and_a_retrained_drafter_starts_anew(results, measu
     built = drafter("hidden")
     torch.nn.init.zeros_(built.norm.weight)
     save_drafter(built, results / "runs/hidden/seed0", variant="hidden", seed=0)
-    timing.measure_speed(results, **SPEED)
+    timing.measure_speed(results, **QUICK)
     assert len(measured) == 9
-    timing.measure_speed(results, **SPEED, fingerprint="other code")
+    timing.measure_speed(results, **QUICK, fingerprint="other code")
     assert len(measured) == 15
 
 
 def test_rows_recorded_before_stay(results, tmp_path):
-    timing.measure_speed(results, ["hidden/seed0"], **SPEED)
+    timing.measure_speed(results, ["hidden/seed0"], **QUICK)
     kept = tmp_path / "kept"
     (results / "tables").rename(kept)
-    timing.measure_speed(results, ["kv_1/seed0"], **SPEED | {"tree": []}, keep=str(kept))
+    timing.measure_speed(results, ["kv_1/seed0"], **QUICK | {"chains": [3]}, keep=str(kept))
     assert set(tables.read(results / "tables", "decode_prompts")["variant"]) == {"hidden", "kv_1", "transformers"}
     assert set(tables.read(results / "tables", "decoding")["variant"]) == {"hidden", "kv_1", "transformers"}
 
@@ -110,7 +111,7 @@ def test_bad_input_is_one_line(results, given, told):
 
 def test_the_two_fastest_meet_on_the_other_prompts(results, monkeypatch, measured):
     monkeypatch.setattr(timing, "load_prompts", lambda name: PROMPTS[:1])
-    timing.measure_speed(results, **SPEED | {"tree": []})
+    timing.measure_speed(results, **QUICK | {"chains": [2, 3]})
     with pytest.raises(StudyError, match="every prompt of study was used to choose"):
         timing.duel(results, **SMALL)
     monkeypatch.setattr(timing, "load_prompts", lambda name: PROMPTS)
