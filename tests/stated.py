@@ -4,11 +4,13 @@ A test module names a file and its statements: a fragment that must stand in the
 it, in their order, computed from the recorded tables:
 
     STATED = [("gains .31 tokens [.27, .35]", lambda: interval_of("hidden_31", "hidden", "measured_mat"))]
+    test_numbers_are_those_of_the_tables, test_every_interval_is_checked = checked(NOTEBOOK, STATED)
 """
 
 import re
 
 import nbformat
+import pytest
 from notebook_checks import ROOT
 
 NUMBER = re.compile(r"(?<![\w.])[+−-]?(?:\d{1,3}(?:,\d{3})+|\d*\.?\d+)(?![\w])")
@@ -34,7 +36,9 @@ def wrong(path: str, fragment: str, values) -> list[str]:
     if len(told) != len(values):
         return [f"{fragment}: {len(told)} numbers, {len(values)} values"]
     return [
-        f"{fragment}: {number} is {value:.5g}" for number, value in zip(told, values, strict=True) if not printed(number, value)
+        f"{fragment}: {number} is {value:.5g}"
+        for number, value in zip(told, values, strict=True)
+        if not printed(number, value)
     ]
 
 
@@ -42,6 +46,19 @@ def printed(number: str, value: float) -> bool:
     """Whether ``number`` is ``value``, rounded to the digits that it has."""
     digits = len(number.partition(".")[2])
     return abs(float(number.replace("−", "-").replace(",", "")) - value) <= 0.5001 * 10.0**-digits
+
+
+def checked(path: str, stated: list[tuple]) -> tuple:
+    """The two tests of a module: every statement's numbers are those of the tables, and every interval is in a statement."""
+
+    @pytest.mark.parametrize("fragment, values", stated, ids=[fragment[:40] for fragment, _ in stated])
+    def numbers(fragment, values):
+        assert wrong(path, fragment, values()) == []
+
+    def intervals():
+        assert unstated(path, [fragment for fragment, _ in stated]) == []
+
+    return numbers, intervals
 
 
 def unstated(path: str, fragments: list[str]) -> list[str]:

@@ -1,8 +1,7 @@
 """Numbers in the text of notebook 01, held against recorded tables and profiles."""
 
-import pytest
 from recorded import table
-from stated import unstated, wrong
+from stated import checked
 
 from kvshot_lib.study.profiles import load_profile
 
@@ -21,10 +20,4 @@ STATED = [
 ]
 
 
-@pytest.mark.parametrize("fragment, values", STATED, ids=[fragment[:40] for fragment, _ in STATED])
-def test_numbers_are_those_of_the_tables(fragment, values):
-    assert wrong(NOTEBOOK, fragment, values()) == []
-
-
-def test_every_interval_is_checked():
-    assert unstated(NOTEBOOK, [fragment for fragment, _ in STATED]) == []
+test_numbers_are_those_of_the_tables, test_every_interval_is_checked = checked(NOTEBOOK, STATED)

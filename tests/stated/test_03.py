@@ -1,8 +1,7 @@
 """Numbers in the text of notebook 03, held against the recorded histories."""
 
-import pytest
 from recorded import minus, table
-from stated import unstated, wrong
+from stated import checked
 
 from kvshot_lib.metrics.acceptance import training_table
 
@@ -12,7 +11,11 @@ NOTEBOOK = "notebooks/03_train_drafter.ipynb"
 def curve(variant, step):
     """Validation acceptance at the first or the last draft step, in the order of training."""
     found = training_table(table("history"))
-    return found[(found["variant"] == variant) & (found["step_name"] == step)].sort_values("million_tokens")["value"].to_numpy()
+    return (
+        found[(found["variant"] == variant) & (found["step_name"] == step)]
+        .sort_values("million_tokens")["value"]
+        .to_numpy()
+    )
 
 
 def first(*variants):
@@ -67,10 +70,4 @@ STATED = [
 ]
 
 
-@pytest.mark.parametrize("fragment, values", STATED, ids=[fragment[:40] for fragment, _ in STATED])
-def test_numbers_are_those_of_the_tables(fragment, values):
-    assert wrong(NOTEBOOK, fragment, values()) == []
-
-
-def test_every_interval_is_checked():
-    assert unstated(NOTEBOOK, [fragment for fragment, _ in STATED]) == []
+test_numbers_are_those_of_the_tables, test_every_interval_is_checked = checked(NOTEBOOK, STATED)

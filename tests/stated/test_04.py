@@ -1,8 +1,7 @@
 """Numbers in the text of notebook 04, held against the recorded tables."""
 
-import pytest
 from recorded import minus, table, turned, value
-from stated import unstated, wrong
+from stated import checked
 
 from kvshot_lib.metrics.scorecard import paper_value, read_paper
 
@@ -26,7 +25,10 @@ def trained_again():
 
 
 STATED = [
-    ("with un-rotated, normed entries it is above, by .011", lambda: minus("kv_1", "none_1", STEP, 6, profile="sources")[:1]),
+    (
+        "with un-rotated, normed entries it is above, by .011",
+        lambda: minus("kv_1", "none_1", STEP, 6, profile="sources")[:1],
+    ),
     ("with the same norms, .07", lambda: minus("states_2", "kv_2", profile="sources")[:1]),
     ("15.3 million training tokens", lambda: [table("runs").query("init_from.isna()")["trained_tokens"].mean() / 1e6]),
     ("508 greedy answers to judge on", lambda: [table("counts")["document"].nunique()]),
@@ -69,10 +71,4 @@ STATED = [
 ]
 
 
-@pytest.mark.parametrize("fragment, values", STATED, ids=[fragment[:40] for fragment, _ in STATED])
-def test_numbers_are_those_of_the_tables(fragment, values):
-    assert wrong(NOTEBOOK, fragment, values()) == []
-
-
-def test_every_interval_is_checked():
-    assert unstated(NOTEBOOK, [fragment for fragment, _ in STATED]) == []
+test_numbers_are_those_of_the_tables, test_every_interval_is_checked = checked(NOTEBOOK, STATED)

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 from recorded import minus, table
-from stated import unstated, wrong
+from stated import checked
 
 from kvshot_lib.metrics import diagnostics, resampling
 
@@ -157,11 +157,6 @@ STATED = [
 ]
 
 
-@pytest.mark.parametrize("fragment, values", STATED, ids=[fragment[:40] for fragment, _ in STATED])
-def test_numbers_are_those_of_the_tables(fragment, values):
-    assert wrong(NOTEBOOK, fragment, values()) == []
-
-
 def test_what_is_said_without_a_number():
     assert (r_squared() < 0.5).all()  # less than half of the true query
     cost, gain = lost("hybrid_warm", "random")[0], on_the_same_documents()[0]
@@ -173,5 +168,4 @@ def test_what_is_said_without_a_number():
     assert (mean[mean.index <= 0.25 * mean.index.max()].iloc[2:] < 0.2).all()  # for a quarter of the training
 
 
-def test_every_interval_is_checked():
-    assert unstated(NOTEBOOK, [fragment for fragment, _ in STATED]) == []
+test_numbers_are_those_of_the_tables, test_every_interval_is_checked = checked(NOTEBOOK, STATED)

@@ -2,11 +2,9 @@
 
 from functools import cache
 
-import numpy as np
 import pandas as pd
-import pytest
 from recorded import table
-from stated import unstated, wrong
+from stated import checked
 
 from kvshot_lib.metrics import decoding
 from kvshot_lib.metrics.resampling import interval
@@ -69,7 +67,9 @@ def scale(variant):
 
 def milliseconds(what, tokens):
     found = table("step_latency")
-    return found[(found["what"] == what) & (found["tokens"] == tokens) & (found["prefix_tokens"] == 2048)]["milliseconds"].item()
+    return found[(found["what"] == what) & (found["tokens"] == tokens) & (found["prefix_tokens"] == 2048)][
+        "milliseconds"
+    ].item()
 
 
 def step_ratio():
@@ -101,10 +101,15 @@ STATED = [
     ("is 1.31 times as fast as the target alone [1.27, 1.34]", lambda: told("speedup", "hidden_31_continued", "2")),
     (
         "gets .011 tokens more from a forward [−.005, .028], and its speedup is .051 lower [.037, .065]",
-        lambda: gap("decoded_mat", "hybrid_warm_31", "hidden_31_continued", "2")
-        + loss(gap("speedup", "hybrid_warm_31", "hidden_31_continued", "2")),
+        lambda: (
+            gap("decoded_mat", "hybrid_warm_31", "hidden_31_continued", "2")
+            + loss(gap("speedup", "hybrid_warm_31", "hidden_31_continued", "2"))
+        ),
     ),
-    ("0 of 32,320 tokens differ", lambda: table("lossless").query("dtype == 'float32'")[["mismatches", "new_tokens"]].sum()),
+    (
+        "0 of 32,320 tokens differ",
+        lambda: table("lossless").query("dtype == 'float32'")[["mismatches", "new_tokens"]].sum(),
+    ),
     ("All 35 answers are vLLM's without a drafter, and ours", lambda: [served("same_as_alone", "same_as_ours").min()]),
     (
         "accepted at the three steps: 521, 213 and 94, 8 of them past an answer's end",
@@ -112,17 +117,30 @@ STATED = [
     ),
     ("2.90 against 1.80 for", lambda: mats(("hidden_31_continued", "tree"), ("hidden_31_continued", "chain"))),
     ("1.96 against 1.59", lambda: mats(("block_kv_2", "tree"), ("block_kv_2", "chain"))),
-    ("On 7 prompts `hybrid_warm_31` came first with 1.42", lambda: [7, decoding.fastest(table("decoding"))["speedup"].max()]),
+    (
+        "On 7 prompts `hybrid_warm_31` came first with 1.42",
+        lambda: [7, decoding.fastest(table("decoding"))["speedup"].max()],
+    ),
     ("On the others it reaches 1.26 [1.22, 1.29]", lambda: told("speedup", "hybrid_warm_31", "2")),
-    ("A chain of 7 by `hidden_continued` gains nothing: 1.00 [.96, 1.04]", lambda: [7, *told("speedup", "hidden_continued", "7")]),
+    (
+        "A chain of 7 by `hidden_continued` gains nothing: 1.00 [.96, 1.04]",
+        lambda: [7, *told("speedup", "hidden_continued", "7")],
+    ),
     ("Its 1.30 has the interval [1.05, 1.60]", lambda: told("speedup", "transformers", "10", "decode_prompts")),
     ("calls chains 10% too fast on average, trees 139%", lambda: 100 * model()["plain"].groupby("mode").mean()),
-    ("60 tokens cost 2.20 to 2.55 forwards", lambda: [60, *model().xs("tree", level="mode")["verify_cost"].agg(["min", "max"])]),
+    (
+        "60 tokens cost 2.20 to 2.55 forwards",
+        lambda: [60, *model().xs("tree", level="mode")["verify_cost"].agg(["min", "max"])],
+    ),
     ("it is off by 3% on average", lambda: [100 * model()["whole"].abs().mean()]),
     ("take 1.9% to 4.0%", other_share),
     (
         "costs .077 verifications, one of `both_4_continued` .195, for the same 1.8 tokens",
-        lambda: [costs("hidden_31_continued", "2"), costs("both_4_continued", "2"), costs("both_4_continued", "2", "decoded_mat")],
+        lambda: [
+            costs("hidden_31_continued", "2"),
+            costs("both_4_continued", "2"),
+            costs("both_4_continued", "2", "decoded_mat"),
+        ],
     ),
     ("may cost most: up to .59", lambda: [costs("block_kv_2", "4", "affordable")]),
     ("a tree's 61 tokens cost 1.17 forwards", lambda: [61, milliseconds("verify", 61) / milliseconds("verify", 1)]),
@@ -155,13 +173,7 @@ STATED = [
 ]
 
 
-@pytest.mark.parametrize("fragment, values", STATED, ids=[fragment[:40] for fragment, _ in STATED])
-def test_numbers_are_those_of_the_tables(fragment, values):
-    assert wrong(NOTEBOOK, fragment, np.asarray(values(), float)) == []
-
-
-def test_every_interval_is_checked():
-    assert unstated(NOTEBOOK, [fragment for fragment, _ in STATED]) == []
+test_numbers_are_those_of_the_tables, test_every_interval_is_checked = checked(NOTEBOOK, STATED)
 
 
 def test_the_best_of_many_tries_is_the_one_named():

@@ -4,10 +4,9 @@ import re
 from functools import cache
 
 import numpy as np
-import pytest
 from notebook_checks import ROOT
 from recorded import draws, minus, table, turned
-from stated import text_of, unstated, wrong
+from stated import checked, text_of, wrong
 
 from kvshot_lib.metrics.diagnostics import flow_draws, gate_draws
 from kvshot_lib.metrics.scorecard import all_draws, compare_with_paper, paper_value, read_paper, scorecard
@@ -87,13 +86,7 @@ STATED = [
 ]
 
 
-@pytest.mark.parametrize("fragment, values", STATED, ids=[fragment[:40] for fragment, _ in STATED])
-def test_numbers_are_those_of_the_tables(fragment, values):
-    assert wrong(NOTEBOOK, fragment, values()) == []
-
-
-def test_every_interval_is_checked():
-    assert unstated(NOTEBOOK, [fragment for fragment, _ in STATED]) == []
+test_numbers_are_those_of_the_tables, test_every_interval_is_checked = checked(NOTEBOOK, STATED)
 
 
 def test_verdicts_in_the_text_are_those_of_the_scorecard():

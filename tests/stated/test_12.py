@@ -3,11 +3,10 @@
 from functools import partial
 
 import pandas as pd
-import pytest
 import recorded
 from notebook_checks import ROOT
 from recorded import turned
-from stated import unstated, wrong
+from stated import checked
 
 NOTEBOOK = "notebooks/12_compare_sources.ipynb"
 STEP = "step_acceptance"
@@ -34,7 +33,10 @@ def layers_read() -> list[int]:
 
 
 STATED = [
-    ("15.3 million training tokens for each of 70 drafters", lambda: [table("runs")["trained_tokens"].mean() / 1e6, len(table("runs"))]),
+    (
+        "15.3 million training tokens for each of 70 drafters",
+        lambda: [table("runs")["trained_tokens"].mean() / 1e6, len(table("runs"))],
+    ),
     ("judged once on 2,000 sealed answers", lambda: [table("counts")["document"].nunique()]),
     ("beats entries from hidden states by .110 tokens [.096, .124]", lambda: minus("hidden_31", "states_1")),
     ("it loses to them by .066 [.051, .081]", lambda: turned(minus("hidden_31_4", "states_4"))),
@@ -70,13 +72,7 @@ STATED = [
 ]
 
 
-@pytest.mark.parametrize("fragment, values", STATED, ids=[fragment[:40] for fragment, _ in STATED])
-def test_numbers_are_those_of_the_tables(fragment, values):
-    assert wrong(NOTEBOOK, fragment, values()) == []
-
-
-def test_every_interval_is_checked():
-    assert unstated(NOTEBOOK, [fragment for fragment, _ in STATED]) == []
+test_numbers_are_those_of_the_tables, test_every_interval_is_checked = checked(NOTEBOOK, STATED)
 
 
 def test_the_layers_that_won_on_validation_were_read():
@@ -86,5 +82,9 @@ def test_the_layers_that_won_on_validation_were_read():
 
 
 def test_the_late_lead_of_the_cache_stands_on_validation_documents_with_every_seed():
-    ends = table("history").query("split == 'validation' and step == 1300 and draft_step == 6").set_index(["variant", "seed"])["acceptance"]
+    ends = (
+        table("history")
+        .query("split == 'validation' and step == 1300 and draft_step == 6")
+        .set_index(["variant", "seed"])["acceptance"]
+    )
     assert ends["kv_4"].min() > ends["states_4"].max()
