@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,13 +104,22 @@ def test_a_run_whose_start_is_not_asked_for_is_left_and_said_so(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_run_in_the_hands_of_another_sweep_is_left_to_it_until_it_is_gone(tmp_path, capsys):
+def test_a_run_in_the_hands_of_another_sweep_is_left_to_it_until_it_is_gone(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "smoke"
     held = [FileLock(folder / f"runs/{variant}/seed0/.lock", thread_local=False) for variant in ("hidden", "kv_1")]
     for lock in held:
         Path(lock.lock_file).parent.mkdir(parents=True)
         lock.acquire()
     (folder / "runs/hidden/seed0/run.json").write_text("{}")  # done by the other one before it went
-    threading.Timer(20, lambda: [lock.release() for lock in held]).start()
+    wait, refused = sweep.wait, []
+
+    def wait_and_let_go(running, **given):
+        ended = wait(running, **given)
+        refused.extend(future.result() is None for future in ended.done if held[1].is_locked)
+        for lock in held:
+            lock.release()
+        return ended
+
+    monkeypatch.setattr(sweep, "wait", wait_and_let_go)
     assert sweep.sweep(load_profile("smoke"), folder, [("hidden", 0), ("kv_1", 0)], workers=1, stop_after_s=300) == 0
-    assert not held[1].is_locked and capsys.readouterr().out.count("kv_1/seed0:") == 1
+    assert refused == [True] and capsys.readouterr().out.count("kv_1/seed0:") == 1
