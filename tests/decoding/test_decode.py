@@ -51,6 +51,9 @@ class Scripted:
     def visible(self, anchors):
         return anchors + 1
 
+    def mask(self, anchors, length):
+        return torch.zeros(1, 1, 1, length)
+
     def step(self, tokens, positions, state, views):
         return self.rule(positions[0])[None]
 
