@@ -64,8 +64,9 @@ class DrafterConfig:
     query_from : what queries at t+1+k are made from: the drafter's ``own`` input, the ``target``'s inputs of the read
         layers there (its true queries are maps of them; no drafter knows them), or nothing (``constant``). The last
         two are teacher-forced only.
-    norm_init : gains of the final norm at the start: the ``target``'s, or those over what makes the logits of random
-        inputs of ``unit`` variance vary by 1, so that a fresh drafter's loss is near ln V_draft (on Gemma: not hundreds).
+    norm_init : gains of the final norm at the start: the ``target``'s; or ``unit``, divided so that random inputs of
+        variance 1 give logits of variance 1, and a fresh drafter's loss is near ln V_draft (on Gemma it is hundreds).
+        Where the normed state is fed back they would act again at every step; there they start all alike.
     window_tokens : an anchor sees the newest of its prefix entries, so many in each layer; 0 for all.
     cross_only : a hybrid without its self-attention branch.
     feedback : what ``hidden`` and ``hybrid`` feed back as state: ``pre_norm`` (EAGLE-3) or ``post_norm``
