@@ -94,7 +94,7 @@ def bench(
     for number in processes:
         bench.add(f"train kv_2 from live features, {number} processes", launched_speed(number, own), "tokens/s")
     judged = lambda: match_documents(resident, built, training.ttt_steps, device=model.device, dtype=model.dtype)
-    bench.add(f"judge {BENCHED[-1]}", documents / seconds(judged, model.device, 1), "documents/s")
+    bench.add(f"judge {BENCHED[-1]}", documents / seconds(judged, 1), "documents/s")
     bench.generation(texts)
     bench.decoding(live.documents[0].prompt, None, ALONE)
     if drafting:
@@ -114,8 +114,8 @@ class Bench:
         size = 8192 if device.type == "cuda" else 1024
         square = torch.randn(size, size, device=device).to(target.dtype)
         other = torch.empty_like(square)
-        self.flops = 2 * size**3 / seconds(lambda: torch.mm(square, square, out=other), device)
-        self.moved = 2 * square.nbytes / seconds(lambda: other.copy_(square), device)
+        self.flops = 2 * size**3 / seconds(lambda: torch.mm(square, square, out=other))
+        self.moved = 2 * square.nbytes / seconds(lambda: other.copy_(square))
         told = provenance(device)
         self.facts = {"card": told["device"], "date": told["date"], "revision": told["git_revision"]}
         print(f"{told['device']}, torch {told['torch']}, target {target.name}, {target.dtype}")
@@ -153,11 +153,10 @@ class Bench:
         self.add(what, new / median(times), "tokens/s", floor)
 
 
-def seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Of ``work``, the median, after a first run that isn't timed."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    timer = Timer("work(); wait()", globals={"work": work, "wait": wait})
-    return median(timer.timeit(1).median for _ in range(repeats))  # timeit warms up itself
+def seconds(work: Callable[[], object], repeats: int = 5) -> float:
+    """Of ``work``, the median, after first runs that aren't timed."""
+    timer = Timer("work()", globals={"work": work})  # it waits for a GPU, and warms up
+    return median(timer.timeit(1).median for _ in range(repeats))
 
 
 def training_speed(
