@@ -68,7 +68,7 @@ class Chooser:
         self.generator = torch.Generator().manual_seed(sampling.seed)
 
     def rows(self, logits: Tensor) -> Sequence[Tensor | int]:
-        """What `choose` reads at each node of [T, V]: if greedy the best token, of all nodes at one wait for the device."""
+        """What `choose` reads at each node of [T, V]: if greedy the best token, all at one wait for the device."""
         return logits.argmax(-1).tolist() if self.sampling.temperature == 0 else logits
 
     def choose(self, logits: Tensor | int, proposals: Sequence[int] = ()) -> tuple[int, int | None]:

@@ -184,7 +184,7 @@ class Drafter(nn.Module):
 
 
 def joined(past: dict[str, Entries], new: dict[str, Entries], first: int | Tensor) -> dict[str, Entries]:
-    """Earlier entries and new ones of one layer, by branch; in the room of the earlier ones if ``first`` is a tensor."""
+    """Earlier entries and new ones of one layer, by branch; in the earlier ones' room if ``first`` is a tensor."""
     if isinstance(first, Tensor):
         for name, pair in new.items():
             for room, own in zip(past[name], pair, strict=True):

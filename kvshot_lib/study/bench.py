@@ -61,8 +61,8 @@ def bench(
     """Capture, training, judging, generation and decoding, as users run them: rows of ``out`` beside other machines'.
 
     ``documents`` are the longest of the corpus, a training step takes half of them; ``texts`` are written at once. By
-    default (0) 64 and 2,048 on a GPU, 8 and 16 elsewhere. ``drafter`` is a folder, decoded with in a chain of 2 ("": none).
-    Training is timed in several ``processes`` too; ``share`` is what each of these does.
+    default (0) 64 and 2,048 on a GPU, 8 and 16 elsewhere. ``drafter`` is a folder, decoded with in a chain of 2 ("":
+    none). Training is timed in several ``processes`` too; ``share`` is what each of these does.
     """
     if share:
         parallel.begin()
@@ -131,7 +131,7 @@ class Bench:
         write_csv(self.path, rounded(table))
 
     def generation(self, texts: int) -> None:
-        """Answer tokens/s of a batch of dialogues, user turns included; a step moves the weights and every row's cache."""
+        """Answer tokens/s of a batch of dialogues, user turns included; a step moves weights and every row's cache."""
         settings, card = GeneratorSettings(batch_size=texts), self.target.device.type == "cuda"
         for _ in range(1 + card):  # a GPU's first batch records its graphs
             begun = time.perf_counter()

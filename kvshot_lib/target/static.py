@@ -1,8 +1,8 @@
 """The target with fixed shapes: a cache of fixed size, and a forward over it that a GPU can record once and replay.
 
-One forward of a small target is some 600 kernels, which take a GPU a millisecond and Python twenty to launch. With every
-shape and address fixed a CUDA graph holds them all. Elsewhere the same code is called as it is, and tests hold it there
-to the growing cache.
+One forward of a small target is a thousand small kernels: a GPU runs them in a millisecond or two, Python launches them
+in twenty. With every shape and address fixed, a CUDA graph holds them all. Elsewhere the same code is called as it is,
+and tests hold it there to the growing cache.
 """
 
 import logging
@@ -121,7 +121,7 @@ def recorded(work: Callable[[], object], device: torch.device) -> Callable[[], o
 
 @contextmanager
 def fused(model: nn.Module, rope: ModuleType) -> Iterator[None]:
-    """Within it the norms and MLPs of a model on a GPU, and the RoPE of this module, are few kernels by torch.compile."""
+    """Within it a model's norms and MLPs, and this module's RoPE, are few kernels on a GPU, by torch.compile."""
     with ExitStack() as undo:
         if next(model.parameters()).is_cuda and has_triton():
             compiled = partial(torch.compile, dynamic=True)

@@ -86,8 +86,8 @@ def sampled(logits: Tensor, noise: Tensor, temperature: float, top_p: float, mas
 def least_probability(probabilities: Tensor, top_p: float, mass: Callable = mass_from) -> Tensor:
     """The least probability [B] that top-p keeps in each row of [B, V] float32, without sorting them.
 
-    Kept is what has less than ``top_p`` of the mass above it: all from the largest t on with Σ p[p ≥ t] ≥ ``top_p``. The
-    bits of positive floats are ordered as they are, so t is found two bits at a time, from the highest.
+    Kept is what has less than ``top_p`` of the mass above it: all p ≥ t, with t the largest for which Σ p[p ≥ t] ≥
+    ``top_p``. Positive floats are ordered as their bits are, so t is found two bits at a time, from the highest.
     """
     bits = torch.zeros(len(probabilities), dtype=torch.int32, device=probabilities.device)
     parts = torch.arange(1, 4, dtype=torch.int32, device=probabilities.device)[:, None]
