@@ -14,7 +14,7 @@ from kvshot_lib.text.corpus import SPLITS, load_corpus, save_corpus
 from kvshot_lib.training.run import Run, prepare_run, train_run
 
 VARYING = ["seconds", "train_s", "date", "profile"]  # the last is the name of the folder
-DOCUMENTS = {"train": 48, "validation": 4, "evaluation": 8}
+DOCUMENTS = {"train": 24, "validation": 4, "evaluation": 8}
 EXTRACT = {
     "target": "tiny", "corpus": "tiny", "kv_layers": 3, "max_length_tokens": 512, "device": "cpu", "dtype": "float32",
     "features": "stored", "replace_store": False, "batch_documents": 4, "shard_documents": 4,
