@@ -1,4 +1,4 @@
-"""Training curves in TensorBoard, by Accelerate's own tracker: `tensorboard --logdir results/PROFILE/runs` shows them."""
+"""Training curves by Accelerate's own tracker; `tensorboard --logdir results/PROFILE/runs` shows them."""
 
 import contextlib
 import math
