@@ -61,6 +61,11 @@ def timed_parts(device: torch.device) -> Iterator[Clock]:
         _running = None
 
 
+def is_timed() -> bool:
+    """Whether a clock runs."""
+    return _running is not None
+
+
 def part(name: str) -> Callable[[Callable], Callable]:
     """Decorator: what the function takes is booked as ``name``, but for calls of other parts within it."""
 

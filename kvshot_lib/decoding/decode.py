@@ -27,7 +27,7 @@ from ..target.capture import capture
 from ..target.load import Target
 from ..target.shared import check_length
 from ..target.static import STATIC
-from .clock import part
+from .clock import is_timed, part
 from .drafting import Drafting, NoDrafting
 from .propose import ALONE, CHAIN, Chain, Proposal, Tree
 from .sampling import GREEDY, Chooser, Sampling
@@ -98,7 +98,8 @@ def decode(
     with capture(target.model, hidden=drafting.hidden_layers) as taken:
         run = TargetRun(target, taken, drafting.kv_layers)
         if target.device.type in STATIC:
-            run, drafting = static_parts(target, drafting, plan if drafts else ALONE, taken)
+            ahead = sampling.temperature == 0 and not is_timed()  # one graph has no parts
+            run, drafting = static_parts(target, drafting, plan if drafts else ALONE, taken, ahead)
         return speculate(run, drafting, prompt, Chooser(sampling), max_new_tokens, set(stops))
 
 

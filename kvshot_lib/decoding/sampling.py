@@ -67,9 +67,10 @@ class Chooser:
         self.sampling = sampling
         self.generator = torch.Generator().manual_seed(sampling.seed)
 
-    def rows(self, logits: Tensor) -> Sequence[Tensor | int]:
+    def rows(self, logits: Tensor | list[int]) -> Sequence[Tensor | int]:
         """What `choose` reads at each node of [T, V]: if greedy the best token, all at one wait for the device."""
-        return logits.argmax(-1).tolist() if self.sampling.temperature == 0 else logits
+        greedy = self.sampling.temperature == 0 and isinstance(logits, Tensor)
+        return logits.argmax(-1).tolist() if greedy else logits
 
     def choose(self, logits: Tensor | int, proposals: Sequence[int] = ()) -> tuple[int, int | None]:
         """The token where the target's logits are [V], and which of the ``proposals`` it is (None: none of them)."""

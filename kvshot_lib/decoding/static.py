@@ -1,9 +1,10 @@
-"""Decoding with fixed shapes, for GPUs: verifying a proposal is one CUDA graph, drafting the next chain another.
+"""Decoding with fixed shapes, for GPUs: verifying a proposal is one CUDA graph, drafting the next chain another; of a
+greedy chain both are one.
 
 A proposal is filled up to the plan's number of tokens with nodes that nobody sees. The cache has room for more than the
 sequence; its columns hold their own positions, and what lies behind the sequence is written over by the next proposal.
-So are the drafter's entries: they're made for all verified tokens, and only the accepted ones are ever seen. Both
-graphs are kept for the next prompt of about the same length.
+So are the drafter's entries: they're made for all verified tokens, and only the accepted ones are ever seen. Graphs
+are kept for the next prompt of about the same length.
 """
 
 from functools import lru_cache
@@ -41,6 +42,7 @@ class Verifier:
         self.row, self.columns = torch.arange(width, device=device), torch.arange(capacity, device=device)
         self.all_seen = torch.ones(width, capacity, dtype=torch.bool, device=device)
         self.states = torch.zeros(1, width, len(layers), target.config.hidden_size, dtype=target.dtype, device=device)
+        self.forward()  # the cache takes its room
         self.run = recorded(self.forward, device)
 
     def forward(self) -> Tensor:
@@ -72,19 +74,27 @@ def _form(parents: tuple[int, ...], width: int) -> Tensor:
 
 
 class StaticRun(TargetRun):
-    """A `TargetRun` over the cache of a `Verifier`, from which nothing needs to be taken off again."""
+    """A `TargetRun` over the cache of a `Verifier`, from which nothing needs to be taken off again.
 
-    def __init__(self, target: Target, taken: Captured, kv_layers: tuple[int, ...], verifier: Verifier):
+    ``ahead`` : a `Round` that verifies, and drafts what comes next.
+    """
+
+    def __init__(
+        self, target: Target, taken: Captured, kv_layers: tuple[int, ...], verifier: Verifier,
+        ahead: "Round | None" = None,
+    ):  # fmt: skip
         super().__init__(target, taken, kv_layers)
-        self.verifier, self.cache = verifier, verifier.cache
+        self.verifier, self.cache, self.ahead = verifier, verifier.cache, ahead
 
     def prefill(self, tokens: list[int]) -> Tensor:
         self.cache.place(torch.arange(len(tokens), device=self.device))
         return super().prefill(tokens)
 
     @part("verify")
-    def verify(self, proposal: Proposal) -> Tensor:
-        self.length, verifier = self.end, self.verifier
+    def verify(self, proposal: Proposal) -> Tensor | list[int]:
+        begun, self.length, verifier = self.length > 0, self.end, self.verifier
+        if self.ahead:
+            return self.ahead.verify(proposal, self.length, begun)
         verifier.fill(proposal, self.length)
         logits = verifier.run()[: len(proposal.tokens)]
         self.taken.hidden_states.update(zip(verifier.layers, verifier.states.unbind(2)))
@@ -95,7 +105,7 @@ class StaticRun(TargetRun):
 
 
 class Redrafter:
-    """Entries of the tokens verified last, then the next chain, of ``width`` - 1 drafts.
+    """Entries of the tokens verified last, then the next chain, of ``width`` - 1 drafts, or as many as a block has.
 
     ``tokens`` [1, width + 1] : the ``count`` accepted ones (the root is the first) and the newest, then whatever.
     ``start`` : entries made before them. ``entries`` [1, G, capacity, D] each, per layer and branch.
@@ -105,14 +115,19 @@ class Redrafter:
         self.drafter, self.verifier, self.kv_layers, self.entries = drafter, verifier, kv_layers, []
         self.numbers = verifier.numbers.new_zeros(verifier.tokens.shape[1] + 3)
         self.tokens, self.start, self.count = self.numbers[None, :-2], self.numbers[-2], self.numbers[-1]
-        self.recorded = None
+        self.count.fill_(1)
+        room = lambda like: like.new_zeros(*like.shape[:2], len(verifier.columns), like.shape[3])
+        for layer in drafter.prefix(self.features(verifier.row))[0]:
+            self.entries.append({name: tuple(map(room, pair)) for name, pair in layer.items()})
+        slots = drafter.config.block_size if drafter.config.paradigm == "block" else len(verifier.row)
+        self.drafts = min(slots, len(verifier.row)) - 1
+        self.recorded = recorded(self.forward, self.tokens.device)
 
     def run(self, tokens: list[int], start: int) -> Tensor:
         """The newest of the ``tokens`` behind the first ``start``, and the drafts after it, [width]."""
         new = tokens[start:]
         spare = [0] * (self.tokens.shape[1] - len(new))
         self.numbers.copy_(torch.tensor([*new, *spare, start, len(new) - 1]))
-        self.recorded = self.recorded or recorded(self.forward, self.tokens.device)
         return self.recorded()
 
     def forward(self) -> Tensor:
@@ -126,7 +141,7 @@ class Redrafter:
         state = None if g is None else g.index_select(1, (self.count - 1)[None])
         root = Frontier(self.tokens[0].index_select(0, self.count[None]), length, state, views)
         with fused(drafter, attention):
-            return chain_tokens(drafter, root, len(self.verifier.row) - 1)
+            return chain_tokens(drafter, root, self.drafts)
 
     def features(self, places: Tensor) -> Features:
         """The target's state at all verified positions."""
@@ -140,12 +155,45 @@ class Redrafter:
         return batch.to(ids.device, self.drafter.norm.weight.dtype)
 
 
+class Round:
+    """A greedy round of a chain as one graph: verify, accept, make entries, draft. The host waits once, and reads all.
+
+    Accepted drafts are the target's own tokens, so what follows the root is ``best``, wherever acceptance ends.
+    """
+
+    def __init__(self, redrafter: Redrafter):
+        self.redrafter, self.verifier, self.drafted = redrafter, redrafter.verifier, []
+        self.run = recorded(self.forward, self.verifier.row.device)
+
+    def forward(self) -> Tensor:
+        """The target's best token after each node [width], and the next chain with its root [width] or less."""
+        redrafter, verifier = self.redrafter, self.verifier
+        best = verifier.forward().argmax(-1)
+        drafts = verifier.tokens[0, 1 : redrafter.drafts + 1]
+        count = 1 + (best[: len(drafts)] == drafts).cumprod(0).sum()
+        parts = verifier.tokens[0, :1], best, verifier.length[None], count[None]
+        redrafter.numbers.copy_(torch.cat(parts))
+        drafted = redrafter.forward()
+        verifier.tokens[0, : len(drafted)] = drafted
+        verifier.length.add_(count)
+        return torch.cat([best, drafted])
+
+    def verify(self, proposal: Proposal, length: int, begun: bool) -> list[int]:
+        """The target's best token after each node; once ``begun``, the proposal is what the last round has drafted."""
+        width = len(self.verifier.row)
+        if not begun:
+            self.verifier.fill(Proposal.chain(proposal.tokens + [0] * (width - len(proposal.tokens))), length)
+        told = self.run().tolist()
+        self.drafted = told[width:]
+        return told[: len(proposal.tokens)]
+
+
 class StaticDrafting(Drafting):
     """A `Drafting` of chains over entries of fixed size; the prompt's entries and first chain are made as ever."""
 
-    def __init__(self, drafter: Drafter, plan: Chain, redrafter: Redrafter):
+    def __init__(self, drafter: Drafter, plan: Chain, redrafter: Redrafter, ahead: Round | None = None):
         super().__init__(drafter, plan, len(redrafter.verifier.columns))
-        self.redrafter, self.entries, self.tokens = redrafter, redrafter.entries, []
+        self.redrafter, self.entries, self.tokens, self.ahead = redrafter, redrafter.entries, [], ahead
 
     def extend(self, run: StaticRun, tokens: list[int]) -> None:
         if self.length:
@@ -157,23 +205,26 @@ class StaticDrafting(Drafting):
     def propose(self, token: int, levels: int) -> Proposal:
         if not self.tokens:
             return super().propose(token, levels)
-        drafted = self.redrafter.run(self.tokens, self.length)
+        drafted = self.ahead.drafted if self.ahead else self.redrafter.run(self.tokens, self.length).tolist()
         self.length = len(self.tokens) - 1
-        return Proposal.chain(drafted[: levels + 1].tolist())
+        return Proposal.chain(drafted[: levels + 1])
 
 
 def static_parts(
-    target: Target, drafting: Drafting | NoDrafting, plan: Chain | Tree, taken: Captured
+    target: Target, drafting: Drafting | NoDrafting, plan: Chain | Tree, taken: Captured, ahead: bool
 ) -> tuple[StaticRun, Drafting | NoDrafting]:
-    """Target and drafter with fixed shapes; trees are drafted with growing ones."""
+    """Target and drafter with fixed shapes; trees are drafted with growing ones. ``ahead``: a `Round`, if greedy."""
     width = max(1, plan.total if isinstance(plan, Tree) else plan.length + 1)
-    capacity = -(-(drafting.capacity + width) // ROUNDED_TO) * ROUNDED_TO
+    most = max(drafting.capacity, 4 * width) + width  # recording a round runs four, one after the other
+    capacity = -(-most // ROUNDED_TO) * ROUNDED_TO
     layers, kv_layers = tuple(drafting.hidden_layers), tuple(drafting.kv_layers)
     verifier = _verifier(target, layers, width, capacity, _address(target.model))
-    drafter = getattr(drafting, "drafter", None)
+    drafter, both = getattr(drafting, "drafter", None), None
     if isinstance(drafter, Drafter) and isinstance(plan, Chain):
-        drafting = StaticDrafting(drafter, plan, _redrafter(drafter, verifier, kv_layers, _address(drafter)))
-    return StaticRun(target, taken, kv_layers, verifier), drafting
+        redrafter = _redrafter(drafter, verifier, kv_layers, _address(drafter))
+        both = _round(redrafter) if ahead else None
+        drafting = StaticDrafting(drafter, plan, redrafter, both)
+    return StaticRun(target, taken, kv_layers, verifier, both), drafting
 
 
 def _address(module: torch.nn.Module) -> int:
@@ -189,3 +240,8 @@ def _verifier(target: Target, layers: tuple[int, ...], width: int, capacity: int
 @lru_cache(maxsize=32)
 def _redrafter(drafter: Drafter, verifier: Verifier, kv_layers: tuple[int, ...], _address: int) -> Redrafter:
     return Redrafter(drafter, verifier, kv_layers)
+
+
+@lru_cache(maxsize=32)
+def _round(redrafter: Redrafter) -> Round:
+    return Round(redrafter)

@@ -10,6 +10,7 @@ from static_shapes import nothing_waits
 from test_propose import FORK, PROMPT
 
 from kvshot_lib.decoding import decode as decoding
+from kvshot_lib.decoding.clock import timed_parts
 from kvshot_lib.decoding.decode import decode
 from kvshot_lib.decoding.drafting import Drafting
 from kvshot_lib.decoding.propose import ALONE, Chain, Tree
@@ -85,6 +86,14 @@ def test_draws_are_the_same(both, device):
     assert fixed.rounds == growing.rounds and fixed.tokens == growing.tokens
 
 
+def test_a_timed_pass_decodes_the_same_part_by_part(both, device):
+    built = copy.deepcopy(trained("block_kv_1")).to(device)
+    _, plain = both(built, prompt(0), Chain(6))  # more drafts than a block of four has
+    with timed_parts(torch.device(device)) as clock:
+        growing, fixed = both(built, prompt(0), Chain(6))
+    assert fixed.rounds == growing.rounds == plain.rounds and min(clock.seconds[p] for p in ("draft", "verify")) > 0
+
+
 @torch.inference_mode()
 def test_filler_is_seen_by_no_node_and_sees_none(device):
     """Five nodes of a tree in a forward of eight: logits and states of each are those of its branch alone."""
@@ -109,14 +118,15 @@ def test_nothing_in_a_round_waits_for_the_device(variant, monkeypatch):
     built, target = drafter(variant), on("cpu")
     monkeypatch.setattr(decoding, "STATIC", ("cpu",))
     decode(target, built, prompt(0), Chain(3), max_new_tokens=9, eos_token_ids=())  # makes the buffers
-    drafting = static_parts(target, Drafting(built, Chain(3), 18), Chain(3), Captured())[1]
+    drafting = static_parts(target, Drafting(built, Chain(3), 18), Chain(3), Captured(), True)[1]
     with nothing_waits():
-        drafting.redrafter.verifier.run()
+        drafting.ahead.forward()
         drafting.redrafter.forward()
 
 
+@torch.inference_mode()
 def test_chains_have_fixed_shapes():
     built = drafter("kv_2")
     for plan, kind in ((Chain(2), StaticDrafting), (Tree(2, 2, 5), Drafting)):
-        run, drafting = static_parts(on("cpu"), Drafting(built, plan, 20), plan, Captured())
+        run, drafting = static_parts(on("cpu"), Drafting(built, plan, 20), plan, Captured(), True)
         assert type(drafting) is kind and type(run) is StaticRun
