@@ -14,6 +14,7 @@ from ..drafters.checkpoint import load_drafter
 from ..drafters.eagle3 import export_eagle3
 from ..drafters.runs import DESCRIPTION
 from ..files import write_atomically, write_csv
+from ..metrics.resampling import Interval
 from ..metrics.tables import rounded
 from ..plots.forest import forest
 from ..plots.lines import lines
@@ -77,7 +78,7 @@ def findings(found: Examination) -> list[str]:
         tried = sum(part == "counterfactual" for part in found.parts.values())
         told.append(f"No fault found: under none of {tried} changes are more drafts right, by {VISIBLE} or more.")
     differing = found.of(SAME, DIFFER).value
-    same = "alike" if not differing else f"differently in {100 * differing:.1f}% of rounds: the decoder has a fault"
+    same = "alike" if not differing else f"differently in {100 * differing:.1f}% of rounds; rounding tips only a few"
     told.append(
         f"Decoded, it accepts {found.of(ENDS)}. From the same anchors, decoding and teacher forcing draft {same}."
     )
@@ -97,7 +98,7 @@ def findings(found: Examination) -> list[str]:
     template = found.gain(PLAIN)
     hint = ": IT WAS TRAINED without this chat template" if helps(template) else ""
     told.append(
-        f"Without the chat template around the same prompts and answers, {template} more drafts are right{hint}."
+        f"Without the chat template the share of right drafts, along the same answers, changes by {template}{hint}."
     )
     if (beyond := f"context beyond {found.trained_tokens}") in found.parts:
         inside = found.of(f"context up to {found.trained_tokens}")
@@ -116,22 +117,19 @@ def page(title: str, told: Sequence[str], found: Examination) -> str:
     curves = curves.assign(draft_step=curves["draft_step"].astype(int))
     ylabel = {"ylabel": "share of right drafts", "xlabel": "draft step", "ylim": (0, None)}
     body = svg(lines(curves, "draft_step", looks=lambda name: (colours[name], "o"), legend=True, **ylabel))
-    gains = table[table["metric"].eq(SHARE) & table["part"].eq("counterfactual")][
-        ["variant", "gain", "gain_low", "gain_high"]
-    ]
+    gains = table[table["metric"].eq(SHARE) & table["part"].eq("counterfactual")].drop(columns=["value", "low", "high"])
     if len(gains):
-        gains = gains.set_axis(["change", "value", "low", "high"], axis=1)
-        body += svg(forest(gains, label="change", title=f"Share of right drafts, less that of: {found.base}"))
+        gains = gains.rename(columns={"gain": "value", "gain_low": "low", "gain_high": "high"})
+        shown = {"label": "variant", "title": f"Share of right drafts, less that of: {found.base}"}
+        body += svg(forest(gains, **shown, looks=lambda row: ("#222222", "o")))
     for part, own in table[table["draft_step"].isna()].groupby("part", sort=False):
-        own = own.assign(
-            value=[f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, low, high in own[["value", "low", "high"]].values]
-        )
+        own = own.assign(value=[str(Interval(*edges)) for edges in own[["value", "low", "high"]].values])
         wide = own.pivot(index="variant", columns="metric", values="value").reindex(own["variant"].unique())
         body += f"<h2>{escape(part)}</h2>{wide.fillna('').rename_axis(index=None, columns=None).to_html(border=0)}"
     steps = curves.pivot(index="variant", columns="draft_step", values="value").rename_axis(index=None, columns=None)
     body += f"<h2>draft steps</h2>{steps.to_html(border=0, float_format='{:.3f}'.format)}"
     cannot = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in found.unreadable.items())
-    body += f"<h2>can't be read</h2><ul>{cannot}</ul>" if cannot else ""
+    body += f"<h2>readings that fail</h2><ul>{cannot}</ul>" if cannot else ""
     return PAGE.format(title=escape(title), findings="".join(f"<li>{escape(line)}</li>" for line in told), body=body)
 
 
