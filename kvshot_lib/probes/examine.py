@@ -81,7 +81,7 @@ class Examination:
 
 
 class Microscope:
-    """A checkpoint that is read in several ways, and judged once in each. ``changes`` : those that make a difference."""
+    """A checkpoint that is read in several ways, and judged once in each; ``changes`` make a difference to it."""
 
     def __init__(self, folder: Path, target: Target, fields: Mapping, draft_length: int, parts: Parts):
         self.folder, self.target, self.fields, self.parts = folder, target, fields, parts

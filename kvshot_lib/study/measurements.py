@@ -190,7 +190,7 @@ def export(run_folder: str, out: str, target: str, dtype: str) -> None:
 @device
 @options("where report, table and finished parts go", out="results/examined")
 def examine_checkpoint(**given) -> None:
-    """Why does this EAGLE-3 checkpoint accept what it accepts? Usual faults are tried: a report as HTML, and a table."""
+    """Why does this EAGLE-3 checkpoint accept what it accepts? Tries the usual faults: an HTML report, and a table."""
     from .microscope import examine_checkpoint
 
     print(examine_checkpoint(**given))

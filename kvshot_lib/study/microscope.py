@@ -1,4 +1,4 @@
-"""`kvshot examine`: one checkpoint under the microscope, told in sentences, a table and a page that needs no network."""
+"""`kvshot examine`: a checkpoint under the microscope, told in sentences, a table and a page that needs no network."""
 
 import html
 import io
@@ -28,7 +28,8 @@ from .fingerprints import fingerprint
 STEP = "step_acceptance"
 COLOURS = ("#0072B2", "#D55E00", "#777777", "#CC79A7")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }} svg {{ max-width: 100%; height: auto }}
+body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
+svg {{ max-width: 100%; height: auto }}
 table {{ border-collapse: collapse }} td, th {{ padding: .15em .8em; text-align: right; border-top: 1px solid #ddd }}
 </style><h1>{title}</h1><ul>{findings}</ul>{body}</html>
 """
@@ -36,7 +37,8 @@ table {{ border-collapse: collapse }} td, th {{ padding: .15em .8em; text-align:
 
 def examine_checkpoint(
     checkpoint: str, *, target: str = DEFAULT_TARGET, prompts: str = "study", count: int = 28, new_tokens: int = 96,
-    draft_length: int = 7, rounds: int = 2, fields: Sequence[str] = (), device: str = "auto", out: str = "results/examined",
+    draft_length: int = 7, rounds: int = 2, fields: Sequence[str] = (), device: str = "auto",
+    out: str = "results/examined",
 ) -> Path:  # fmt: skip
     """Examine a checkpoint (of ours, or in EAGLE-3's form); prints what is found and returns the page beside the table.
 
@@ -84,13 +86,14 @@ def findings(found: Examination) -> list[str]:
     )
     told.append(
         f"Where these figures differ: steps that were independent would give {1 + np.cumprod(steps).sum():.3f}; all "
-        f"anchors {found.of(base).value:.3f}; those where decoding begins a round {found.of(BEGUN).value:.3f}; with the "
-        f"short chains at ends of answers {found.of(ENDS).value:.3f}."
+        f"anchors {found.of(base).value:.3f}; those where decoding begins a round {found.of(BEGUN).value:.3f}; with "
+        f"the short chains at ends of answers {found.of(ENDS).value:.3f}."
     )
     lost = found.of(base, OUTSIDE).value
     told.append(
-        f"{100 * lost:.1f}% of the answers' tokens are not in its draft vocabulary: no step can be right more often than "
-        f"{1 - lost:.3f}. With all of them, guessed as well as the others, step 0 would be {steps[0] / (1 - lost):.3f}."
+        f"{100 * lost:.1f}% of the answers' tokens are not in its draft vocabulary: no step can be right more often "
+        f"than {1 - lost:.3f}. With all of them, guessed as well as the others, step 0 would be "
+        f"{steps[0] / (1 - lost):.3f}."
     )
     share, shuffled, zero = (found.of(name, SHARE).value for name in (base, SHUFFLED, ZERO))
     use = "It reads the target's states" if shuffled < 0.9 * share else "IT HARDLY USES the target's states"

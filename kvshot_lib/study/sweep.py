@@ -1,9 +1,9 @@
 """A profile's trainings without the pipeline: side by side on one GPU, or each of them over several processes.
 
 The pipeline keeps features on disk and each training reads them from there. In a sweep the target writes them into the
-device's memory once and all trainings share them; a run that starts from another waits for it. Sweeps of one folder at
-the same time, one for each GPU, share its runs. Either way runs that are done are skipped, and runs that were begun go on
-from their last checkpoint.
+device's memory once and all trainings share them; a run that starts from another waits for it. Sweeps of one folder
+at the same time, one for each GPU, share its runs. Either way runs that are done are skipped, and runs that were begun
+go on from their last checkpoint.
 """
 
 import contextlib

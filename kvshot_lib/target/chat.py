@@ -126,8 +126,9 @@ def _render(tokenizer: PreTrainedTokenizerFast, turns: Sequence[str], thinking: 
     messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
     if not tokenizer.chat_template:
         raise StudyError(
-            f"{_name(tokenizer)} has no chat template to write dialogues with; in text mode a base model writes plain text "
-            "(text_prefix_tokens=32), and a corpus folder gives prompts; or put the template that it was trained with into chat_template.jinja beside it"
+            f"{_name(tokenizer)} has no chat template to write dialogues with; in text mode a base model writes plain "
+            "text (text_prefix_tokens=32), and a corpus folder gives prompts; or put the template that it was trained "
+            "with into chat_template.jinja beside it"
         )
     options = {"add_generation_prompt": len(turns) % 2 == 1, "enable_thinking": thinking, "date_string": DATE}
     try:

@@ -256,7 +256,7 @@ def _collect(
             number, empty = number + 1, 0 if taken else empty + 1
             if empty == MAX_EMPTY_BATCHES:
                 raise StudyError(
-                    f"{empty} batches in a row gave no document; raise max_user_tokens, or use a chat model or text mode"
+                    f"{empty} batches in a row gave no document; raise max_user_tokens, use a chat model, or text mode"
                 )
     return documents
 
