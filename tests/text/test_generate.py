@@ -73,7 +73,9 @@ def test_a_base_model_writes_texts_and_is_decoded_from_what_they_begin_with(tmp_
     base = load_target("tiny-gemma3", device="cpu", dtype="float32")
     base.tokenizer.chat_template = None
     settings, counts = replace(SETTINGS, text_prefix_tokens=5), {"train": 9, "evaluation": 3}
-    with pytest.raises(StudyError, match="no chat template .*in text mode a base model writes plain text .text_prefix_tokens=32"):
+    with pytest.raises(
+        StudyError, match="no chat template .*in text mode a base model writes plain text .text_prefix_tokens=32"
+    ):
         generate_corpus(base, tmp_path / "dialogues", counts, SETTINGS)
     folder = generate_corpus(base, tmp_path / "texts", counts, settings)
     found = {split: load_corpus(folder, split).documents for split in counts}
