@@ -22,7 +22,7 @@ FUSED = ("cpu", "cuda")  # devices with a fused attention that returns its log-s
 
 
 def prefix_mask(visible: Tensor, length: int, window: int = 0) -> Tensor:
-    """Additive mask: row m sees the first ``visible[b, m]`` of ``length`` prefix entries, or the last ``window`` of them.
+    """Additive mask: row m sees the first ``visible[b, m]`` of ``length`` prefix entries, or the last of these.
 
     [B, M] -> [B, 1, M, N] float32, 0 where visible and -inf elsewhere. Anchor t sees t + 1 entries, s ≤ t.
 

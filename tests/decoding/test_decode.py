@@ -282,7 +282,9 @@ def test_rounds_tell_what_was_proposed_and_taken():
         out = decode(target(), trained("hybrid"), prompt(0), plan, max_new_tokens=NEW, eos_token_ids=())
         told = out.tokens[:1]
         for proposal, path in out.rounds:
-            assert proposal.tokens[0] == told[-1] and [proposal.parents[node] for node in path] == [0, *path][: len(path)]
+            assert (
+                proposal.tokens[0] == told[-1] and [proposal.parents[node] for node in path] == [0, *path][: len(path)]
+            )
             told += [proposal.tokens[node] for node in path]
             told.append(out.tokens[len(told)])
         assert told == out.tokens
