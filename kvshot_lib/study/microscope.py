@@ -30,7 +30,7 @@ COLOURS = ("#0072B2", "#D55E00", "#777777", "#CC79A7")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
 svg {{ max-width: 100%; height: auto }}
-table {{ border-collapse: collapse }} td, th {{ padding: .15em .8em; text-align: right; border-top: 1px solid #ddd }}
+table {{ border-collapse: collapse }} td, th {{ padding: .15em .8em; text-align: right; border-top: 1px solid #ddd; white-space: nowrap }}
 </style><h1>{title}</h1><ul>{findings}</ul>{body}</html>
 """
 
@@ -129,7 +129,8 @@ def page(title: str, told: Sequence[str], found: Examination) -> str:
         own = own.assign(value=[str(Interval(*edges)) for edges in own[["value", "low", "high"]].values])
         wide = own.pivot(index="variant", columns="metric", values="value").reindex(own["variant"].unique())
         body += f"<h2>{escape(part)}</h2>{wide.fillna('').rename_axis(index=None, columns=None).to_html(border=0)}"
-    steps = curves.pivot(index="variant", columns="draft_step", values="value").rename_axis(index=None, columns=None)
+    steps = table[table["metric"].isin([STEP, "chain_acceptance"]) & table["variant"].isin(names)]
+    steps = steps.pivot(index=["metric", "variant"], columns="draft_step", values="value")
     body += f"<h2>draft steps</h2>{steps.to_html(border=0, float_format='{:.3f}'.format)}"
     cannot = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in found.unreadable.items())
     body += f"<h2>readings that fail</h2><ul>{cannot}</ul>" if cannot else ""
