@@ -8,6 +8,7 @@ import planted
 import pytest
 import torch
 
+from kvshot_lib.drafters.checkpoint import save_drafter
 from kvshot_lib.drafters.config import DrafterConfig
 from kvshot_lib.drafters.context import drafter_spec
 from kvshot_lib.drafters.drafter import build_drafter
@@ -49,7 +50,8 @@ def good(tmp_path_factory):
         ttt_loss(built, features, ttt_steps=GIVEN["draft_length"]).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-    return export_eagle3(built.eval(), target, folder / "good")
+    save_drafter(built.eval(), folder / "run")
+    return export_eagle3(built, target, folder / "good")
 
 
 def test_rows_by_hand():
@@ -156,7 +158,7 @@ def test_what_is_done_is_kept_and_the_page_tells_it(good, tmp_path, capsys, monk
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     words = [
         "examine",
-        str(good),
+        str(good.parent / "run"),
         "--target",
         "tiny-llama",
         "--prompts",
@@ -168,14 +170,14 @@ def test_what_is_done_is_kept_and_the_page_tells_it(good, tmp_path, capsys, monk
     assert main(words) == 0
     told = capsys.readouterr().out
     assert "LIKELY FAULT: it was trained on states fed back after the final norm: write norm_output=true" in told
-    page = (tmp_path / "good.html").read_text()
+    page = (tmp_path / "run.html").read_text()
     assert "LIKELY FAULT" in page and page.count("<svg") == 2 and "http" not in page.replace("http://www.w3.org", "")
     assert main([*words, "--set", "rope_theta=fast"]) == 1
     assert "rope_theta='fast' must be a finite number" in capsys.readouterr().err
-    before = (tmp_path / "good.csv").read_bytes()
+    before = (tmp_path / "run.csv").read_bytes()
     monkeypatch.setattr(examine, "match_documents", None)
     monkeypatch.setattr(answers, "decode", None)
-    assert main(words) == 0 and (tmp_path / "good.csv").read_bytes() == before
+    assert main(words) == 0 and (tmp_path / "run.csv").read_bytes() == before
 
 
 def test_what_is_no_checkpoint_is_one_line(good, tmp_path):
