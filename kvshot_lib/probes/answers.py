@@ -28,10 +28,11 @@ BEGUN, SAME, ENDS = "teacher-forced, where rounds begin", "decoded, the same rou
 
 def answered(target: Target, prompt: Prompt, most: int) -> pd.DataFrame:
     """A row: the first turn of a prompt as the target sees it and by itself, and its answer, cut where it repeats."""
-    ids = encode_turn(target, [prompt.turns[0]])
+    turn = prompt.turns[0]
+    ids = encode_turn(target, [turn])
     tokens = np.array([*ids, *decode(target, None, ids, max_new_tokens=most).tokens], np.int32)
     answer = cut_repetition(Document(tokens, np.arange(len(tokens)) >= len(ids))).answer
-    plain = turn_ids(target.tokenizer, prompt.turns[0])
+    plain = ids if isinstance(turn, Document) else turn_ids(target.tokenizer, turn)
     return pd.DataFrame([{"category": prompt.category, "prompt": ids, "plain": plain, "answer": answer}])
 
 

@@ -23,6 +23,7 @@ from kvshot_lib.probes.counterfactuals import counterfactuals, halves
 from kvshot_lib.probes.examine import AS_IT_IS, PLAIN, SHUFFLED, ZERO
 from kvshot_lib.study.cli import main
 from kvshot_lib.study.microscope import findings
+from kvshot_lib.text.corpus import load_corpus
 from kvshot_lib.text.prompts import Prompt
 from kvshot_lib.training.loss import ttt_loss
 
@@ -88,6 +89,13 @@ def test_contexts_and_categories():
     found = {name: [anchors.sum() for anchors in chosen] for name, chosen in judged.by_context(own, 40).items()}
     assert found == {"context 0-15": [2, 0], "context 16-31": [2, 0], "context 32-63": [0, 3], "context up to 40": [4, 1], "context beyond 40": [0, 2]}  # fmt: skip
     assert [a.all() for a in judged.by_category(own["category"])["rag"]] == [True, False]
+
+
+def test_a_document_is_a_prompt_too():
+    """It has no chat template to be without."""
+    own = load_corpus("tiny", "evaluation").documents[0]
+    (row,) = answers.answered(examples.target("tiny"), Prompt("0", "held_out", (own,)), 4).itertuples()
+    assert row.prompt.tolist() == row.plain.tolist() == own.prompt.tolist() and len(row.answer) == 4
 
 
 def test_a_good_checkpoint_is_left_alone_and_every_part_is_measured(good, tmp_path):
