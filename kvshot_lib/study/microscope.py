@@ -30,7 +30,8 @@ COLOURS = ("#0072B2", "#D55E00", "#777777", "#CC79A7")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
 svg {{ max-width: 100%; height: auto }}
-table {{ border-collapse: collapse }} td, th {{ padding: .15em .8em; text-align: right; border-top: 1px solid #ddd; white-space: nowrap }}
+table {{ border-collapse: collapse }}
+td, th {{ padding: .15em .8em; text-align: right; border-top: 1px solid #ddd; white-space: nowrap }}
 </style><h1>{title}</h1><ul>{findings}</ul>{body}</html>
 """
 
