@@ -30,7 +30,9 @@ def value(variant: str, metric: str, step: int | None = None, profile: str = "fu
     return float(draws(profile).rows(variant, metric, step)[:, 0].mean())
 
 
-def minus(a: str, b: str, metric: str = "measured_mat", *step: int, profile: str = "full") -> tuple[float, float, float]:
+def minus(
+    a: str, b: str, metric: str = "measured_mat", *step: int, profile: str = "full"
+) -> tuple[float, float, float]:
     """a's metric minus b's, with its interval over documents and seeds: (value, low, high)."""
     found = draws(profile).contrast((1, a, metric, *step), (-1, b, metric, *step))
     return found.value, found.low, found.high

@@ -19,17 +19,25 @@ def test_every_comparison_is_between_drafters_of_the_profile(name, monkeypatch):
     assert len({row["id"] for row in compared}) == len(compared) > 0
     for profile in plan.get("profiles") or [plan["profile"]]:
         drafters = checked_profile(profile).drafters
-        assert {row[side] for row in compared for side in ("a", "b") if side in row} <= drafters.keys() <= VARIANTS.keys()
+        assert (
+            {row[side] for row in compared for side in ("a", "b") if side in row} <= drafters.keys() <= VARIANTS.keys()
+        )
 
 
 def test_no_user_turn_of_the_sealed_set_stands_in_the_corpus():
-    seen = {prompt_key(d) for split in ("train", "validation", "evaluation") for d in load_corpus("selfgen", split, whole_answers=True).documents}
+    seen = {
+        prompt_key(d)
+        for split in ("train", "validation", "evaluation")
+        for d in load_corpus("selfgen", split, whole_answers=True).documents
+    }
     sealed = load_corpus("sealed", "evaluation", whole_answers=True).documents
     assert len(sealed) == 2177 and not seen & {prompt_key(d) for d in sealed}
 
 
 def test_a_sealed_set_says_when_it_was_opened(capsys):
     load_corpus("sealed", "evaluation")
-    assert "sealed is a sealed set that was opened. On 2026-11-28 at revision 7bfb319e81, once" in capsys.readouterr().err
+    assert (
+        "sealed is a sealed set that was opened. On 2026-11-28 at revision 7bfb319e81, once" in capsys.readouterr().err
+    )
     load_corpus("selfgen", "validation")
     assert capsys.readouterr().err == ""

@@ -22,7 +22,9 @@ def test_the_smaller_recorded_study_is_drawn_as_it_is_committed(tmp_path, monkey
     monkeypatch.chdir(ROOT / "notebooks")
     for notebook, _, parameters in jobs:
         run_here(ROOT / notebook, parameters | {"figures_dir": str(tmp_path)})
-    drawn, committed = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path, ROOT / "figures/laptop"))
+    drawn, committed = (
+        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path, ROOT / "figures/laptop")
+    )
     assert drawn.keys() == committed.keys()
     assert [name for name in drawn if drawn[name] != committed[name]] == []
 

@@ -49,7 +49,9 @@ def test_tables_of_a_whole_run(results):
     plans = {("alone", "-"), ("chain", "2"), ("chain", "3"), ("tree", "1/2/5")}
     for variant in ("hidden", "kv_1"):
         own = rows[rows["variant"] == variant]
-        assert set(zip(own["mode"], own["plan"])) == plans and len(own) == 3 * len(plans)  # an answer, a dialogue of two
+        assert set(zip(own["mode"], own["plan"])) == plans and len(own) == 3 * len(
+            plans
+        )  # an answer, a dialogue of two
         assert (own["same_tokens"] == own["new_tokens"]).all()  # greedy, float32: the target's own answers
         full = own["new_tokens"] == 1 + own["forwards"] + own["accepted"]
         assert full.mean() > 0.5  # but where an answer ends on a draft
@@ -124,7 +126,10 @@ def test_the_two_fastest_meet_on_the_other_prompts(results, monkeypatch, measure
     rows = tables.read(results / "tables", "decode_duel")
     assert set(zip(rows["prompt"], rows["turn"])) == {("b", 0), ("b", 1), ("c", 0)}
     chains = rows[rows["mode"] == "chain"]
-    assert set(zip(chains["variant"], chains["plan"])) == set(zip(best["variant"], best["plan"])) and len(rows) == 2 * 2 * 3
+    assert (
+        set(zip(chains["variant"], chains["plan"])) == set(zip(best["variant"], best["plan"]))
+        and len(rows) == 2 * 2 * 3
+    )
     assert (rows["same_tokens"] == rows["new_tokens"]).all()
     pd.testing.assert_frame_equal(tables.read(results / "tables", "decode_prompts"), known)
 

@@ -427,7 +427,10 @@ def test_a_block_drafter_learns_two_documents_by_heart(tmp_path):
         ),
         ({"kv_control": "zero"}, "kv_control='zero' means nothing to a block drafter"),
         ({"hidden_norm": True}, "hidden_norm=True means nothing without hidden states"),
-        ({"block_context": "hidden", "kv_layers": 4}, "kv_layers=4 means nothing to a block drafter over EAGLE's layers"),
+        (
+            {"block_context": "hidden", "kv_layers": 4},
+            "kv_layers=4 means nothing to a block drafter over EAGLE's layers",
+        ),
         ({"block_context": "hidden", "kv_fusion": "mlp"}, "block_context='hidden' contradicts kv_fusion='mlp'"),
         ({"paradigm": "kv", "block_size": 16}, "block_size=16 means nothing to a kv drafter"),
     ],

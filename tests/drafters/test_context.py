@@ -33,7 +33,13 @@ def built(config, name="tiny-llama", documents=(0, 4)):
         DrafterConfig("hidden", 2, feedback="post_norm", hidden_norm=True, state_layers="kv", qk_norm=True),
         DrafterConfig("kv", kv_layers=(0, 1), kv_rope="unrotate", kv_norm=True),
     ],
-    ids=["the target's own cache", "states of the same layers", "both of the same layers", "hidden of them", "named layers"],
+    ids=[
+        "the target's own cache",
+        "states of the same layers",
+        "both of the same layers",
+        "hidden of them",
+        "named layers",
+    ],
 )
 @torch.no_grad()
 def test_drafts_equal_those_of_one_anchor_and_one_token_at_a_time(config, name):

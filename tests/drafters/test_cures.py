@@ -1,6 +1,5 @@
 """The drafter's own cures for a starving cross branch: a gate floor, and key and value maps started from the target's."""
 
-
 import examples
 import pytest
 import torch
@@ -22,6 +21,7 @@ def gradients(drafter, loss):
     drafter.zero_grad()
     loss.backward()
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in drafter.named_parameters()}
+
 
 BRANCH = ("layers.0.cross.", "layers.0.fusion.")
 

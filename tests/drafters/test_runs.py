@@ -50,7 +50,9 @@ def test_a_folder_of_checkpoints(tmp_path):
 
 
 def test_what_is_not_there_is_told(results, tmp_path):
-    with pytest.raises(StudyError, match="hidden/seed0: no finished run in .*; there: kv_2/seed10, kv_2/seed2, zoo/seed0"):
+    with pytest.raises(
+        StudyError, match="hidden/seed0: no finished run in .*; there: kv_2/seed10, kv_2/seed2, zoo/seed0"
+    ):
         find_runs(results, ["hidden/seed0"])
     with pytest.raises(StudyError, match="no trained drafter in .*: train one with notebooks/03_train_drafter.ipynb"):
         find_runs(tmp_path / "nowhere", finished=False)

@@ -43,7 +43,9 @@ def test_a_variant_differs_from_the_one_that_it_is_against():
 
 
 def test_a_new_variant_needs_no_other_file(monkeypatch):
-    new = Variant("kv_5", "Five layers over the cache.", {"paradigm": "kv", "num_layers": 5}, "kv_4", "paper", "#123456", "h")
+    new = Variant(
+        "kv_5", "Five layers over the cache.", {"paradigm": "kv", "num_layers": 5}, "kv_4", "paper", "#123456", "h"
+    )
     monkeypatch.setitem(VARIANTS, new.name, new)
     assert in_study_order(["zoo", "kv_5", "hidden", "kv_5"]) == ["hidden", "kv_5", "zoo"]
     assert look("kv_5") == ("#123456", "h")

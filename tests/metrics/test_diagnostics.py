@@ -122,7 +122,9 @@ def test_gradients_are_pooled_over_documents_layers_and_seeds_and_divided_by_par
 def test_a_hybrid_has_both_branches():
     draws = diagnostics.flow_draws(flow_table("hybrid"), samples=50)
     metrics = ("key_gradient", "self_key_gradient", "self_value_gradient")
-    assert [draws.mean("hybrid", metric).value for metric in metrics] == pytest.approx([0.15, 0.15, (0.2 / 2) / (6 / 3)])
+    assert [draws.mean("hybrid", metric).value for metric in metrics] == pytest.approx(
+        [0.15, 0.15, (0.2 / 2) / (6 / 3)]
+    )
     assert not diagnostics.flow_draws(flow_table(), 50).has("kv_1", "self_key_gradient")
 
 

@@ -37,13 +37,18 @@ def test_most_of_a_keys_length_is_common_and_less_so_as_cached():
 
 
 def test_draft_side_gradients_are_smaller_but_not_by_as_much_as_their_share():
-    ratios = [numbers(f"attention.{part}_proj")[0] / numbers(f"fusion.{name}")[0] for part, name in (("k", "keys"), ("v", "values"))]
+    ratios = [
+        numbers(f"attention.{part}_proj")[0] / numbers(f"fusion.{name}")[0]
+        for part, name in (("k", "keys"), ("v", "values"))
+    ]
     share = int(re.search(r"draft-side entries are (\d+)%", saved_outputs()).group(1)) / 100
     assert all(2 * share < ratio < 1 for ratio in ratios)
 
 
 def test_the_published_drafters_are_what_the_text_says():
-    cache, states = (read_json(ROOT / f"data/checkpoints/{name}/drafter.json", "") for name in ("kv_2", "hidden_31_continued"))
+    cache, states = (
+        read_json(ROOT / f"data/checkpoints/{name}/drafter.json", "") for name in ("kv_2", "hidden_31_continued")
+    )
     assert cache["config"]["kv_rope"] == "raw" and cache["config"]["kv_fusion"] == "linear"
     assert states["config"]["feedback"] == "post_norm" and states["config"]["hidden_norm"]
 

@@ -26,7 +26,9 @@ def small(tmp_path, monkeypatch):
     write(library, {"__init__.py": "", "high/__init__.py": "", "low/__init__.py": "", "parts.py": ""})
     write(library, {"high/top.py": '"""Top."""\nfrom ..low import deep\n', "low/inner/__init__.py": ""})
     write(library, {"low/deep.py": "def f():\n    from .inner.deepest import g\n    return g()\n"})
-    write(library, {"low/inner/deepest.py": 'def g():\n    """Doc."""\n    return 1\n', "drafters/variants.py": "A = 1\n"})
+    write(
+        library, {"low/inner/deepest.py": 'def g():\n    """Doc."""\n    return 1\n', "drafters/variants.py": "A = 1\n"}
+    )
     code = "%matplotlib inline\nfrom kvshot_lib.high.top import f"
     write_notebook(tmp_path / NOTEBOOKS["extract"], "a = 1", code)
     monkeypatch.chdir(tmp_path)
@@ -36,7 +38,13 @@ def small(tmp_path, monkeypatch):
 
 def test_code_counts_wherever_it_is_and_comments_docstrings_and_other_modules_do_not(small):
     before = fingerprint("extract", {"a": 1})
-    write(small, {"low/inner/deepest.py": 'def g():  # a comment\n    """Another doc."""\n    return 1\n', "low/other.py": "x = 1"})
+    write(
+        small,
+        {
+            "low/inner/deepest.py": 'def g():  # a comment\n    """Another doc."""\n    return 1\n',
+            "low/other.py": "x = 1",
+        },
+    )
     assert fingerprint("extract", {"a": 1}) == before
     assert len({before, fingerprint("extract", {"a": 2}), fingerprint("extract", {"a": 1}, "other input")}) == 3
     write(small, {"low/inner/deepest.py": "def g():\n    return 2\n"})
@@ -72,7 +80,10 @@ def append(path, line: str) -> None:
 
 
 def steps() -> dict[str, str]:
-    return {step: fingerprint(step, {}) for step in ("extract", "train", "decay", "probes.shift", "decoding.timing", "training.cost")}
+    return {
+        step: fingerprint(step, {})
+        for step in ("extract", "train", "decay", "probes.shift", "decoding.timing", "training.cost")
+    }
 
 
 @pytest.mark.parametrize(

@@ -335,7 +335,9 @@ def test_full_trains_the_studys_variants_on_layers_that_are_extracted():
 def test_variants_by_list_and_by_mapping(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("drafters: [kv_2, hybrid_warm, hidden]")
-    assert load_profile(path).drafters == {name: VARIANTS[name].parameters for name in ("kv_2", "hybrid_warm", "hidden")}
+    assert load_profile(path).drafters == {
+        name: VARIANTS[name].parameters for name in ("kv_2", "hybrid_warm", "hidden")
+    }
     path.write_text("drafters: {kv_2: , hidden: {epochs: 9}, mine: {paradigm: kv, kv_layers: 5}}")
     assert load_profile(path).drafters == {
         "kv_2": {"paradigm": "kv", "num_layers": 2},

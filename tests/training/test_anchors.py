@@ -1,6 +1,5 @@
 """Anchors and their valid draft steps against hand-written masks and the definition; samples of them."""
 
-
 import numpy as np
 import pytest
 import sequential

@@ -160,6 +160,7 @@ def every_subset(anchors, fraction):
         found.setdefault(tuple(kept), []).append(seed)
     return found
 
+
 SPANS = ["00111111000", "01111000000"]  # 5 and 3 anchors; K = 3
 
 

@@ -91,7 +91,9 @@ def test_what_cannot_be_trained_is_told(study, tmp_path):
     kept = manifest.read_bytes()
     told = read_json(manifest, "")
     write_json(manifest, told | {"spec": told["spec"] | {"target_hash": "0" * 64}})
-    with pytest.raises(StudyError, match="come from other weights of tiny, or .*; run notebook 01_extract_kv_cache anew"):
+    with pytest.raises(
+        StudyError, match="come from other weights of tiny, or .*; run notebook 01_extract_kv_cache anew"
+    ):
         prepare_run("mine", VALUES, study)
     manifest.write_bytes(kept)
     with pytest.raises(StudyError, match="ttt_steps=3 contradicts block_size=8"):
