@@ -93,8 +93,7 @@ def findings(found: Examination) -> list[str]:
     lost = found.of(base, OUTSIDE).value
     told.append(
         f"{100 * lost:.1f}% of the answers' tokens are not in its draft vocabulary: no step can be right more often "
-        f"than {1 - lost:.3f}. With all of them, guessed as well as the others, step 0 would be "
-        f"{steps[0] / (1 - lost):.3f}."
+        f"than {1 - lost:.3f}. With all of them, guessed no worse, step 0 would be {steps[0] / (1 - lost):.3f}."
     )
     share, shuffled, zero = (found.of(name, SHARE).value for name in (base, SHUFFLED, ZERO))
     use = "It reads the target's states" if shuffled < 0.9 * share else "IT HARDLY USES the target's states"
