@@ -108,13 +108,15 @@ def watch(drafter: Drafter, features, anchors: Anchors, steps: Sequence[int]) ->
     return calls
 
 
-def scores(query: Tensor, prefix: Entries, mask: Tensor, chain: Entries) -> tuple[Tensor, Tensor]:
+def scores(query: Tensor, prefix: Entries, mask: Tensor, chain: Entries | None) -> tuple[Tensor, Tensor]:
     """q k / √D in float32, on the prefix [B, G, R, M, N] (-inf where hidden) and on the chain [B, G, R, M, J].
 
     Arguments as for `chain_attention`; R query heads share each of G KV heads.
     """
     grouped, scale = query.unflatten(1, (prefix[0].shape[1], -1)).float(), query.shape[-1] ** -0.5
     on_prefix = grouped @ prefix[0][:, :, None].float().transpose(-1, -2) * scale + mask[:, None]
+    if chain is None:
+        return on_prefix, on_prefix[..., :0]
     return on_prefix, torch.einsum("bgrmd,bgmjd->bgrmj", grouped, chain[0].float()) * scale
 
 

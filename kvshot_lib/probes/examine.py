@@ -4,6 +4,7 @@
     decoding         in chains of the same length, on the same answers
     counterfactual   teacher-forced, and read as it would be if one of the usual faults were undone
     control          without the target's states, or with those of another answer
+    drift            how far its state and its attention move along the draft steps (`drift`)
 
 A change helps if the share of right drafts over all steps rises by `VISIBLE` or more, and the interval of the
 difference (answers resampled, paired) is above 0. That share counts every draft of every anchor, and so sees more than
@@ -39,6 +40,7 @@ from ..text.prompts import Prompt
 from ..training.judging import match_documents
 from .answers import MAT, SHARE, Judged, accepted_drafts, answered, documents_of, outside
 from .counterfactuals import Counterfactual, counterfactuals, read_with
+from .drift import drift_rows
 
 VISIBLE = 0.005
 AS_IT_IS, PLAIN = "as it is", "without chat template"
@@ -193,6 +195,9 @@ def examine(
         for name, anchors in chosen.items():
             add(part, name, own.rows(name, anchors))
     rows += outside(answers, drafter, base)
+    moved = partial(drift_rows, target, drafter, read_by(drafter.config, drafter.spec, source), draft_length)
+    for row in parts.table(f"drift {base}".replace("/", " "), lambda: pd.DataFrame(moved())).to_dict("records"):
+        add("drift", row["variant"], [row])
     rounds_of = {}
     for row in tqdm(answers.itertuples(), "decode", len(answers), unit="answer", mininterval=1):
         make = partial(accepted_drafts, target, drafter, row, draft_length)

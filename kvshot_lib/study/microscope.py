@@ -19,6 +19,7 @@ from ..metrics.tables import rounded
 from ..plots.forest import forest
 from ..plots.lines import lines
 from ..probes.answers import BEGUN, DIFFER, ENDS, OUTSIDE, SAME, SHARE
+from ..probes.drift import COSINE, DRIFT, HELD, RECALL
 from ..probes.examine import AS_IT_IS, PLAIN, SHUFFLED, VISIBLE, ZERO, Examination, examine, helps
 from ..target.load import load_target
 from ..target.wheels import DEFAULT_TARGET
@@ -100,6 +101,20 @@ def findings(found: Examination) -> list[str]:
     told.append(f"{use}: {share:.3f} of drafts are right, {shuffled:.3f} with another answer's, {zero:.3f} with none.")
     template = found.gain(PLAIN)
     hint = ": IT WAS TRAINED without this chat template" if helps(template) else ""
+    ends = found.table.query("part == 'drift'").groupby("metric")["draft_step"].agg(["min", "max"])
+    for metric, what in (
+        (COSINE, "its state's cosine with the target's there"),
+        (RECALL, "its recall of the target's attention"),
+    ):
+        if metric in ends.index:
+            (first, last), at = (
+                ends.loc[metric],
+                lambda name, step, metric=metric: found.of(name, metric, int(step)).value,
+            )
+            told.append(
+                f"From step {first} to {last}, {what} goes from {at(DRIFT, first):.2f} to {at(DRIFT, last):.2f}; what "
+                f"was known at the anchor would give {at(HELD, first):.2f} and {at(HELD, last):.2f}."
+            )
     told.append(
         f"Without the chat template the share of right drafts, along the same answers, changes by {template}{hint}."
     )
@@ -132,6 +147,8 @@ def page(title: str, told: Sequence[str], found: Examination) -> str:
     steps = table[table["metric"].isin([STEP, "chain_acceptance"]) & table["variant"].isin(names)]
     steps = steps.pivot(index=["metric", "variant"], columns="draft_step", values="value")
     body += f"<h2>draft steps</h2>{steps.to_html(border=0, float_format='{:.3f}'.format)}"
+    moved = table[table["part"].eq("drift")].pivot(index=["metric", "variant"], columns="draft_step", values="value")
+    body += f"<h2>drift</h2>{moved.to_html(border=0, float_format='{:.3f}'.format, na_rep='')}"
     cannot = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in found.unreadable.items())
     body += f"<h2>readings that fail</h2><ul>{cannot}</ul>" if cannot else ""
     return PAGE.format(title=escape(title), findings="".join(f"<li>{escape(line)}</li>" for line in told), body=body)

@@ -105,7 +105,8 @@ def test_a_good_checkpoint_is_left_alone_and_every_part_is_measured(good, tmp_pa
     assert 0 < found.of(AS_IT_IS, OUTSIDE).value < 0.2
     assert all(found.gain(name).high < 0 for name in (ZERO, SHUFFLED, PLAIN))
     table = found.table
-    assert set(table["part"]) == {AS_IT_IS, "counterfactual", "control", "template", "context", "category", "decoding"}
+    parts = {"counterfactual", "control", "template", "context", "category", "drift", "decoding"}
+    assert set(table["part"]) == {AS_IT_IS, *parts}
     whole = table[table["variant"].eq(AS_IT_IS) & table["metric"].eq(SHARE)]["anchors"].item()
     for part in ("context", "category"):
         assert table[table["part"].eq(part) & table["metric"].eq(SHARE)]["anchors"].sum() == whole
