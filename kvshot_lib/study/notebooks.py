@@ -173,23 +173,28 @@ class Progress:
         sys.stderr.flush()
 
 
+class Taken(StudyError):
+    """Another process is at work there."""
+
+
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = False, patience_s: float = 0) -> Iterator[None]:
     """Hold a lock that ends with the process, however it ends.
 
     Raises
     ------
-    StudyError : another process holds it, and ``wait`` is False; or a folder that can't be written.
+    Taken : another process still holds it after ``patience_s``, and ``wait`` is False.
+    StudyError : a folder that can't be written.
     """
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = lock.acquire(timeout=0)
+        held = lock.acquire(timeout=patience_s)
     except Timeout as error:
         if not wait:
-            raise StudyError(f"another run is at work in {path.parent}; wait for it or stop it first") from error
+            raise Taken(f"another run is at work in {path.parent}; wait for it or stop it first") from error
         print(f"waiting for another process that writes to {path.parent}", file=sys.stderr, flush=True)
         held = lock.acquire()
     except OSError as error:

@@ -16,7 +16,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from .. import parallel
 from ..errors import StudyError
@@ -24,6 +23,7 @@ from ..features.extract import hold, keep, prepare
 from ..metrics.collect import collect
 from ..training.run import train_run
 from . import profiles
+from .notebooks import Taken, locked
 from .profiles import Profile, named_runs, train_values
 
 _shared: dict = {}  # of a worker process: features, profile, results_dir
@@ -154,24 +154,22 @@ def _train_here(variant: str, seed: int) -> dict | None:
     """One run in a worker; what it prints goes to ``log.txt`` in the run's folder. None if another sweep has it."""
     results_dir = _shared["results_dir"]
     folder = results_dir / "runs" / variant / f"seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(folder / ".lock").acquire(timeout=2)  # a worker of a killed sweep may have a moment left
-    except Timeout:
+        with (
+            locked(folder / ".lock", patience_s=2),  # a worker of a killed sweep may have a moment left
+            open(folder / "log.txt", "a") as log,
+            contextlib.redirect_stderr(log),
+            contextlib.redirect_stdout(log),
+        ):
+            if _done(results_dir, variant, seed):
+                return None
+            values = train_values(_shared["profile"], variant, seed)
+            return train_run(variant, values, results_dir, _shared["features"])
+    except Taken:
         return None
-    with (
-        lock,
-        open(folder / "log.txt", "a") as log,
-        contextlib.redirect_stderr(log),
-        contextlib.redirect_stdout(log),
-    ):
-        if _done(results_dir, variant, seed):
-            return None
-        try:
-            return train_run(variant, train_values(_shared["profile"], variant, seed), results_dir, _shared["features"])
-        finally:  # what this training held is for the next one, in whichever worker
-            gc.collect()
-            torch.cuda.empty_cache()
+    finally:  # what this training held is for the next one, in whichever worker
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _tell(job: tuple[str, int], future: Future) -> None:
