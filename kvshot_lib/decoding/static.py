@@ -18,7 +18,7 @@ from ..drafters.layers import View
 from ..features.spec import Features
 from ..target.capture import Captured, capture
 from ..target.load import Target
-from ..target.static import PlacedCache, fused, recorded, static_forward
+from ..target.static import PlacedCache, address, fused, recorded, static_forward
 from .clock import part
 from .drafting import Drafting, NoDrafting
 from .propose import Chain, Frontier, Proposal, Tree, chain_tokens
@@ -218,18 +218,13 @@ def static_parts(
     most = max(drafting.capacity, 4 * width) + width  # recording a round runs four, one after the other
     capacity = -(-most // ROUNDED_TO) * ROUNDED_TO
     layers, kv_layers = tuple(drafting.hidden_layers), tuple(drafting.kv_layers)
-    verifier = _verifier(target, layers, width, capacity, _address(target.model))
+    verifier = _verifier(target, layers, width, capacity, address(target.model))
     drafter, both = getattr(drafting, "drafter", None), None
     if isinstance(drafter, Drafter) and isinstance(plan, Chain):
-        redrafter = _redrafter(drafter, verifier, kv_layers, _address(drafter))
+        redrafter = _redrafter(drafter, verifier, kv_layers, address(drafter))
         both = _round(redrafter) if ahead else None
         drafting = StaticDrafting(drafter, plan, redrafter, both)
     return StaticRun(target, taken, kv_layers, verifier, both), drafting
-
-
-def _address(module: torch.nn.Module) -> int:
-    """A graph reads the weights where they were: a module that was moved since needs another."""
-    return next(module.parameters()).data_ptr()
 
 
 @lru_cache(maxsize=32)

@@ -119,6 +119,11 @@ def recorded(work: Callable[[], object], device: torch.device) -> Callable[[], o
     return replay
 
 
+def address(module: nn.Module) -> int:
+    """Where its weights are: a graph reads them there, so a module that was moved since needs another."""
+    return next(module.parameters()).data_ptr()
+
+
 @contextmanager
 def fused(model: nn.Module, rope: ModuleType) -> Iterator[None]:
     """Within it a model's norms and MLPs, and this module's RoPE, are few kernels on a GPU, by torch.compile."""

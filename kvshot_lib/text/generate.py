@@ -133,9 +133,9 @@ def generate_batch(
     seed = np.random.SeedSequence([settings.seed, SPLITS.index(split), number]).generate_state(1)[0]
     with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
         torch.manual_seed(int(seed))
-        if most := settings.max_answer_tokens:
+        if settings.max_answer_tokens:
             how = {"temperature": settings.temperature, "top_p": settings.top_p}
-            most = settings.max_user_tokens, most
+            most = settings.max_user_tokens, settings.max_answer_tokens
             return write_dialogues(target, settings.batch_size, settings.max_length_tokens, most, **how)
         if turns is None:
             prompts = write_prompts(target, settings)

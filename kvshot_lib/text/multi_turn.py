@@ -12,7 +12,7 @@ from tqdm import trange
 from ..target.chat import chat_headers, turn_header
 from ..target.load import Target
 from .corpus import Document
-from .rows import Writer, rows_at_once
+from .rows import Writer, rows_at_once, writer_of
 
 USER, ASSISTANT = 0, 1
 
@@ -42,7 +42,7 @@ class DialogueWriter(Writer):
 
     def write(self) -> list[Document]:
         """One dialogue a row."""
-        for state in (self.speaker, self.spent, self.framing, self.own):
+        for state in (self.speaker, self.spent, self.framing, self.own, self.column):
             state.zero_()
         rows, length = len(self.ended), self.text.shape[1] - 1
         self.begin(dict.fromkeys(range(rows), self.opening), length)
@@ -80,10 +80,8 @@ def write_dialogues(
     ----------
     most : tokens of a user turn and of an answer, at most.
     """
-    documents = []
+    rows, documents = rows_at_once(target, length, count), []
+    writer = writer_of(DialogueWriter, target, rows, length, temperature, top_p, most)
     while len(documents) < count:
-        rows = rows_at_once(target, length, count - len(documents))
-        with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
-            writer = DialogueWriter(target, rows, length, temperature, top_p, most)
         documents += writer.write()
-    return documents
+    return documents[:count]

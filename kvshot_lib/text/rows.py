@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from ..target.load import Target
-from ..target.static import EMPTY, PlacedCache, recorded, static_forward
+from ..target.static import EMPTY, PlacedCache, address, recorded, static_forward
 
 ROWS = 1024  # at most, of one step
 STEPS = 16  # between two looks at what has ended
@@ -36,8 +36,7 @@ def write_rows(
     -----
     Which draw a token gets depends on its row and step: equal prompts, rows and seed give equal texts on one machine.
     """
-    told = length, temperature, top_p, tuple(stops), next(target.model.parameters()).data_ptr()
-    writer = _writer(target, rows, *told)
+    writer = writer_of(Writer, target, rows, length, temperature, top_p, tuple(stops))
     writer.ended.fill_(True)
     writer.column.zero_()
     waiting, inside = list(enumerate(prompts))[::-1], {}
@@ -163,7 +162,14 @@ class Writer:
         return logits.argmax(-1)
 
 
+def writer_of(
+    kind: type[Writer], target: Target, rows: int, length: int, temperature: float, top_p: float, ends: tuple[int, ...]
+) -> Writer:
+    """A writer, whose last argument is ``ends``; the one that is there already if it was recorded for the same."""
+    return _writer(kind, target, rows, length, temperature, top_p, ends, address(target.model))
+
+
 @lru_cache(maxsize=2)  # user turns are sampled, evaluation answers are not
-def _writer(target: Target, rows: int, length: int, temperature: float, top_p: float, stops: tuple, _address: int):
+def _writer(kind: type[Writer], target: Target, *told) -> Writer:
     with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
-        return Writer(target, rows, length, temperature, top_p, stops)
+        return kind(target, *told[:-1])

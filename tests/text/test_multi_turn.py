@@ -11,6 +11,7 @@ from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.features.spec import feature_spec
 from kvshot_lib.target.chat import chat_headers, dialogue_ids, next_turn_ids, turn_header
 from kvshot_lib.target.load import load_target
+from kvshot_lib.text import rows
 from kvshot_lib.text.corpus import load_corpus
 from kvshot_lib.text.generate import GeneratorSettings, generate_corpus
 from kvshot_lib.text.multi_turn import DialogueWriter, write_dialogues
@@ -74,6 +75,20 @@ def test_turns_are_framed_as_the_chat_template_frames_them_and_end_in_time(devic
     assert (
         write_dialogues(target, 2, 200, MOST, temperature=1.0, top_p=0.95)[0].tokens.tolist() == first.tokens.tolist()
     )
+
+
+@pytest.mark.parametrize("most_rows", [1024, 2])
+def test_dialogues_follow_the_seed_and_nothing_that_was_written_before(device, most_rows, monkeypatch):
+    monkeypatch.setattr(rows, "ROWS", most_rows)
+
+    def again(seed, count=3):
+        torch.manual_seed(seed)
+        written = write_dialogues(on(device), count, LENGTH, MOST, temperature=1.0, top_p=0.95)
+        return [(document.tokens.tolist(), document.answer_mask.tolist()) for document in written]
+
+    first = again(1)
+    assert len(first) == 3 and again(2) != first
+    assert again(1) == first
 
 
 def test_a_corpus_of_them_is_written_read_and_judged_like_any_other(tmp_path):
