@@ -8,10 +8,10 @@
 the drafter at s is made from (g_s, x_{s+1}), so it stands at token s + 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..drafters.drafter import Drafter
@@ -19,8 +19,8 @@ from ..target.load import Target, full_attention_layers
 from ..training.anchors import find_anchors
 from ..training.ttt import draft_steps
 from .answers import ratio
-from .attention import TOP, layer_row, recall, watch
-from .target_rows import compute_state
+from .attention import TOP, Call, attending, kv_attentions, layer_row, own_query, recall
+from .target_rows import TargetState, compute_state
 
 DRIFT, HELD, COSINE, RECALL = "along the draft steps", "kept from the anchor", "state_cosine", "attention_recall"
 
@@ -33,8 +33,15 @@ def drift_rows(target: Target, drafter: Drafter, source, draft_length: int) -> I
         features = source.batch([document], drafter.reads).to(drafter.norm.weight.device, torch.float32)
         anchors = find_anchors(features.answer_mask, draft_length)
         valid, t = anchors.valid[0], anchors.index[0]
-        _, fused = drafter.prefix(features)
-        for k, _, output in draft_steps(drafter, features, anchors, draft_length - 1):
+        fused, calls = drafter.prefix(features)[1], []
+
+        def see(call: Call, calls=calls) -> Tensor:
+            calls.append(call)
+            return own_query(call)
+
+        with attending(kv_attentions(drafter), see):
+            outputs = [output for *_, output in draft_steps(drafter, features, anchors, draft_length)]
+        for k, output in enumerate(outputs[:-1]):
             used = valid[:, k + 1]
             true = fused[0, t[used] + 1 + k]
             for name, state in ((DRIFT, drafter.feedback(output)[0, used]), (HELD, fused[0, t[used]])):
@@ -42,23 +49,25 @@ def drift_rows(target: Target, drafter: Drafter, source, draft_length: int) -> I
                 yield ratio(name, document, COSINE, k + 1, float(cosine.sum()), int(used.sum()))
         if not layers:
             continue
-        state, last = compute_state(target, features.tokens[0], layers), len(drafter.layers) - 1
-        for call in watch(drafter, features, anchors, range(draft_length)):
+        state = compute_state(target, features.tokens[0], layers)
+        held = [state.rows(place, t).mean(0) for place in range(len(layers))]
+        for call in calls:
             used = valid[:, call.draft_step] & (t > TOP)
-            if call.key == last and used.any():
-                yield from _looks(call, state, used, document)
+            if call.key == len(drafter.layers) - 1 and used.any():
+                for name, found in zip((DRIFT, HELD), _recalls(call, state, held, used), strict=True):
+                    yield ratio(name, document, RECALL, call.draft_step, found, int(used.sum()))
 
 
-def _looks(call, state, used, document: int) -> Iterator[dict]:
-    """Recall of the target's attention by the drafter's, and by the target's own at the anchor."""
-    t, length = call.anchors[used], state.length
-    mine = layer_row(call)[used].roll(1, 1)
-    kept = torch.arange(mine.shape[1], device=t.device)
+def _recalls(call: Call, state: TargetState, held: Sequence[Tensor], used: Tensor) -> list[float]:
+    """Recall of the target's rows by the drafter's and by the target's own at the anchor (``held`` [M, n], by layer):
+    sums over the ``used`` anchors [M], means over layers.
+    """
+    t, mine = call.anchors[used], layer_row(call)[used].roll(1, 1)
+    length = mine.shape[1]
+    kept = torch.arange(length, device=t.device)
     kept = (kept > 0) & (kept <= t[:, None])
     sums = torch.zeros(2)
-    for place in range(len(state.queries)):
-        true = state.rows(place, call.places(length)[used]).mean(0)[:, : mine.shape[1]]
-        before = state.rows(place, t).mean(0)[:, : mine.shape[1]]
-        sums += torch.stack([recall(row, true, kept).sum() for row in (mine, before)]).cpu()
-    for name, total in zip((DRIFT, HELD), (sums / len(state.queries)).tolist(), strict=True):
-        yield ratio(name, document, RECALL, call.draft_step, total, len(t))
+    for place, before in enumerate(held):
+        true = state.rows(place, call.places(state.length)[used]).mean(0)[:, :length]
+        sums += torch.stack([recall(row, true, kept).sum() for row in (mine, before[used, :length])]).cpu()
+    return (sums / len(held)).tolist()
