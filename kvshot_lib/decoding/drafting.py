@@ -1,5 +1,7 @@
 """A drafter while it decodes: its prefix entries, made once each of the target's state, and what it proposes."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ..drafters.attention import Entries
@@ -8,6 +10,12 @@ from ..drafters.layers import View
 from .clock import part
 from .propose import Chain, Frontier, Proposal, Tree, draft_block, draft_chain, draft_tree
 from .verify import TargetRun
+
+
+def rooms(made: Sequence[dict[str, Entries]], capacity: int) -> list[dict[str, Entries]]:
+    """Blank keys and values [1, G, capacity, D] for entries such as these, per layer and branch."""
+    blank = lambda like: like.new_zeros(*like.shape[:2], capacity, like.shape[3])
+    return [{name: tuple(map(blank, pair)) for name, pair in layer.items()} for layer in made]
 
 
 class Drafting:
@@ -29,17 +37,13 @@ class Drafting:
         features = run.features(tokens, self.drafter.reads, self.drafter.norm.weight.dtype)
         made, fused = self.drafter.prefix(features, self.length, self.first(self.length))
         if not self.entries:
-            self.entries += [{name: self.room(pair) for name, pair in layer.items()} for layer in made]
+            self.entries = rooms(made, self.capacity)
         end = self.length + features.tokens.shape[1] - 1
         for layer, new in zip(self.entries, made, strict=True):
             for name, pair in new.items():
                 for kept, entries in zip(layer[name], pair, strict=True):
                     kept[:, :, self.length : end] = entries
         self.length, self.state = end, None if fused is None else fused[:, -1:]
-
-    def room(self, pair: Entries) -> Entries:
-        """Blank keys and values [1, G, capacity, D]."""
-        return tuple(entries.new_zeros(1, entries.shape[1], self.capacity, entries.shape[3]) for entries in pair)
 
     def first(self, count: int) -> list[dict[str, Entries]]:
         """Views of the first ``count`` entries, per layer and branch."""

@@ -20,9 +20,9 @@ from ..target.capture import Captured, capture
 from ..target.load import Target
 from ..target.static import PlacedCache, address, fused, recorded, static_forward
 from .clock import part
-from .drafting import Drafting, NoDrafting
+from .drafting import Drafting, NoDrafting, rooms
 from .propose import Chain, Frontier, Proposal, Tree, chain_tokens
-from .verify import TargetRun
+from .verify import TargetRun, prefix_features
 
 ROUNDED_TO = 256  # positions: prompts of different lengths share their graphs
 
@@ -112,13 +112,11 @@ class Redrafter:
     """
 
     def __init__(self, drafter: Drafter, verifier: Verifier, kv_layers: tuple[int, ...]):
-        self.drafter, self.verifier, self.kv_layers, self.entries = drafter, verifier, kv_layers, []
+        self.drafter, self.verifier, self.kv_layers = drafter, verifier, kv_layers
         self.numbers = verifier.numbers.new_zeros(verifier.tokens.shape[1] + 3)
         self.tokens, self.start, self.count = self.numbers[None, :-2], self.numbers[-2], self.numbers[-1]
         self.count.fill_(1)
-        room = lambda like: like.new_zeros(*like.shape[:2], len(verifier.columns), like.shape[3])
-        for layer in drafter.prefix(self.features(verifier.row))[0]:
-            self.entries.append({name: tuple(map(room, pair)) for name, pair in layer.items()})
+        self.entries = rooms(drafter.prefix(self.features(verifier.row))[0], len(verifier.columns))
         slots = drafter.config.block_size if drafter.config.paradigm == "block" else len(verifier.row)
         self.drafts = min(slots, len(verifier.row)) - 1
         self.recorded = recorded(self.forward, self.tokens.device)
@@ -145,14 +143,10 @@ class Redrafter:
 
     def features(self, places: Tensor) -> Features:
         """The target's state at all verified positions."""
-        ids, state = self.tokens, {}
-        if "hidden_states" in self.drafter.reads:
-            state["hidden_states"] = self.verifier.states
-        for name in {"keys", "values"} & {*self.drafter.reads}:
-            layers = [getattr(self.verifier.cache.layers[layer], name) for layer in self.kv_layers]
-            state[name] = torch.stack([part.index_select(2, places) for part in layers], 2).permute(0, 3, 2, 1, 4)
-        batch = Features(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 0], **state)
-        return batch.to(ids.device, self.drafter.norm.weight.dtype)
+        reads, verifier = self.drafter.reads, self.verifier
+        states = verifier.states if "hidden_states" in reads else None
+        cached = verifier.cache, self.kv_layers, lambda entries: entries.index_select(2, places)
+        return prefix_features(self.tokens, states, *cached, reads, self.drafter.norm.weight.dtype)
 
 
 class Round:

@@ -6,11 +6,11 @@ own method; of a tree's entries the accepted ones are first moved to the front o
 was there before the verification is touched or copied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from ..features.spec import Features
 from ..target.capture import Captured
@@ -90,11 +90,21 @@ class TargetRun:
     def features(self, tokens: list[int], reads: Sequence[str], dtype: torch.dtype) -> Features:
         """Target state at the kept positions s, with x_s and one token more: what prefix entries are made from."""
         hidden, ids = self.taken.hidden_states, torch.tensor([tokens[self.length :]], device=self.device)
-        state = {}
-        if "hidden_states" in reads:
-            state["hidden_states"] = torch.stack([hidden[layer][:, self.kept] for layer in hidden], dim=2)
-        for name in {"keys", "values"} & set(reads):
-            new = slice(self.length, self.end)
-            layers = [getattr(self.cache.layers[layer], name)[:, :, new] for layer in self.kv_layers]
-            state[name] = torch.stack(layers, dim=2).permute(0, 3, 2, 1, 4)  # [1, m, S_kv, G, D]
-        return Features(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 0], **state).to(self.device, dtype)
+        states = torch.stack([own[:, self.kept] for own in hidden.values()], 2) if "hidden_states" in reads else None
+        cached = self.cache, self.kv_layers, lambda entries: entries[:, :, self.length : self.end]
+        return prefix_features(ids, states, *cached, reads, dtype)
+
+
+def prefix_features(
+    ids: Tensor, states: Tensor | None, cache: Cache, kv_layers: Sequence[int], kept: Callable[[Tensor], Tensor],
+    reads: Sequence[str], dtype: torch.dtype,
+) -> Features:  # fmt: skip
+    """What prefix entries of m positions are made from: tokens [1, m + 1] and what of the target's state is read.
+
+    ``states`` [1, m, S, d] are hidden; of a layer's cached keys or values [1, G, N, D] ``kept`` gives those m.
+    """
+    state = {} if states is None else {"hidden_states": states}
+    for name in {"keys", "values"} & {*reads}:
+        layers = [kept(getattr(cache.layers[layer], name)) for layer in kv_layers]
+        state[name] = torch.stack(layers, dim=2).permute(0, 3, 2, 1, 4)  # [1, m, S_kv, G, D]
+    return Features(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 0], **state).to(ids.device, dtype)
