@@ -14,7 +14,7 @@ NOTEBOOKS ?= $(DEFAULT_NOTEBOOKS)
 PIP = $(BIN)/python -m pip --disable-pip-version-check --retries 3 2> >(grep -v "^WARNING: Location" >&2)
 PIP_FAILED = { rm -f $(INSTALLING); echo "pip could not install the packages. If the network is down, run the same command again when it is back: finished downloads are kept." >&2; exit 1; }
 
-.PHONY: help study verify-lossless serve-check test figures lab bench torture report publish execute clean environment
+.PHONY: help study verify-lossless serve-check test test-gpu figures lab bench torture report publish execute clean environment
 .DEFAULT_GOAL := help
 
 help:  ## this list

@@ -94,12 +94,12 @@ def decode(
     drafter = check_drafter(target, drafter) if drafter else None
     drafts = drafter and plan != ALONE
     capacity = len(prompt) + max_new_tokens
-    drafting = Drafting(drafter, plan, capacity) if drafts else NoDrafting(capacity)
+    drafting = Drafting(drafter, plan, capacity) if drafts else NoDrafting()
     with capture(target.model, hidden=drafting.hidden_layers) as taken:
         run = TargetRun(target, taken, drafting.kv_layers)
         if target.device.type in STATIC:
             ahead = sampling.temperature == 0 and not is_timed()  # one graph has no parts
-            run, drafting = static_parts(target, drafting, plan if drafts else ALONE, taken, ahead)
+            run, drafting = static_parts(target, drafting, plan if drafts else ALONE, capacity, taken, ahead)
         return speculate(run, drafting, prompt, Chooser(sampling), max_new_tokens, set(stops))
 
 

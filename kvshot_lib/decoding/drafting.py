@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..drafters.attention import Entries
-from ..drafters.drafter import Drafter
+from ..drafters.drafter import Drafter, joined
 from ..drafters.layers import View
 from .clock import part
 from .propose import Chain, Frontier, Proposal, Tree, draft_block, draft_chain, draft_tree
@@ -39,10 +39,9 @@ class Drafting:
         if not self.entries:
             self.entries = rooms(made, self.capacity)
         end = self.length + features.tokens.shape[1] - 1
+        first = torch.tensor(self.length, device=features.tokens.device)
         for layer, new in zip(self.entries, made, strict=True):
-            for name, pair in new.items():
-                for kept, entries in zip(layer[name], pair, strict=True):
-                    kept[:, :, self.length : end] = entries
+            joined(layer, new, first)
         self.length, self.state = end, None if fused is None else fused[:, -1:]
 
     def first(self, count: int) -> list[dict[str, Entries]]:
@@ -75,9 +74,6 @@ class NoDrafting:
     """The target alone: proposes nothing."""
 
     hidden_layers, kv_layers = (), ()
-
-    def __init__(self, capacity: int = 0):
-        self.capacity = capacity
 
     def extend(self, run: TargetRun, tokens: list[int]) -> None:
         pass

@@ -205,16 +205,16 @@ class StaticDrafting(Drafting):
 
 
 def static_parts(
-    target: Target, drafting: Drafting | NoDrafting, plan: Chain | Tree, taken: Captured, ahead: bool
+    target: Target, drafting: Drafting | NoDrafting, plan: Chain | Tree, capacity: int, taken: Captured, ahead: bool
 ) -> tuple[StaticRun, Drafting | NoDrafting]:
-    """Target and drafter with fixed shapes; trees are drafted with growing ones. ``ahead``: a `Round`, if greedy."""
+    """Target and drafter with fixed shapes, for ``capacity`` positions at most; ``ahead``: a `Round`, if greedy."""
     width = max(1, plan.total if isinstance(plan, Tree) else plan.length + 1)
-    most = max(drafting.capacity, 4 * width) + width  # recording a round runs four, one after the other
+    most = max(capacity, 4 * width) + width  # recording a round runs four, one after the other
     capacity = -(-most // ROUNDED_TO) * ROUNDED_TO
     layers, kv_layers = tuple(drafting.hidden_layers), tuple(drafting.kv_layers)
     verifier = _verifier(target, layers, width, capacity, address(target.model))
     drafter, both = getattr(drafting, "drafter", None), None
-    if isinstance(drafter, Drafter) and isinstance(plan, Chain):
+    if isinstance(drafter, Drafter) and isinstance(plan, Chain):  # trees are drafted with growing shapes
         redrafter = _redrafter(drafter, verifier, kv_layers, address(drafter))
         both = _round(redrafter) if ahead else None
         drafting = StaticDrafting(drafter, plan, redrafter, both)

@@ -177,17 +177,20 @@ class PrefixAttention(nn.Module):
 
     Parameters
     ----------
-    width : what q, k and v read. groups : KV heads.
+    width : what q, k and v read; ``query_width`` what q reads, if it is given something else. groups : KV heads.
     grad_scale : multiplies the gradient of k_proj and v_proj.
     qk_norm : norm queries and keys per head before RoPE.
     """
 
-    def __init__(self, sizes: LlamaConfig, width: int, groups: int, grad_scale: float = 1.0, qk_norm: bool = False):
+    def __init__(
+        self, sizes: LlamaConfig, width: int, groups: int, grad_scale: float = 1.0, qk_norm: bool = False,
+        query_width: int = 0,
+    ):  # fmt: skip
         super().__init__()
         heads, self.head_dim = sizes.num_attention_heads, sizes.head_dim
         if heads % groups:
             raise StudyError(f"{heads} query heads can't share {groups} KV heads evenly; choose kv_fusion='linear'")
-        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
+        self.q_proj = nn.Linear(query_width or width, heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(width, groups * self.head_dim, bias=False)
         self.v_proj = nn.Linear(width, groups * self.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * self.head_dim, sizes.hidden_size, bias=False)

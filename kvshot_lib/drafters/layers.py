@@ -168,10 +168,8 @@ class PlainLayer(DecoderLayer):
         if config.paradigm == "block" and config.fuses_hidden:
             self.context_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
         groups = self.fusion.groups if self.fusion else sizes.num_key_value_heads
-        self.attention = PrefixAttention(sizes, sizes.hidden_size, groups, config.kv_grad_scale, config.qk_norm)
-        if config.query_from != "own":
-            width = len(spec.hidden_layers) * spec.hidden_size if config.query_from == "target" else 1
-            self.attention.q_proj = nn.Linear(width, self.attention.q_proj.out_features, bias=False)
+        asked = {"own": 0, "target": len(spec.hidden_layers) * spec.hidden_size, "constant": 1}[config.query_from]
+        self.attention = PrefixAttention(sizes, sizes.hidden_size, groups, config.kv_grad_scale, config.qk_norm, asked)
         self.mlp = LlamaMLP(sizes)
 
     def inputs(self, embedding: Tensor, state: Tensor) -> Tensor:

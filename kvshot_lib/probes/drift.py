@@ -59,15 +59,11 @@ def drift_rows(target: Target, drafter: Drafter, source, draft_length: int) -> I
 
 
 def _recalls(call: Call, state: TargetState, held: Sequence[Tensor], used: Tensor) -> list[float]:
-    """Recall of the target's rows by the drafter's and by the target's own at the anchor (``held`` [M, n], by layer):
-    sums over the ``used`` anchors [M], means over layers.
-    """
-    t, mine = call.anchors[used], layer_row(call)[used].roll(1, 1)
-    length = mine.shape[1]
-    kept = torch.arange(length, device=t.device)
-    kept = (kept > 0) & (kept <= t[:, None])
-    sums = torch.zeros(2)
-    for place, before in enumerate(held):
-        true = state.rows(place, call.places(state.length)[used]).mean(0)[:, :length]
-        sums += torch.stack([recall(row, true, kept).sum() for row in (mine, before[used, :length])]).cpu()
+    """Recall of the target's rows by the drafter's, and by ``held`` ones [M, n], summed over the ``used`` anchors [M]."""
+    t, place = call.anchors[used], torch.arange(state.length, device=used.device)
+    kept, sums = (place > 0) & (place <= t[:, None]), torch.zeros(2)
+    mine = nn.functional.pad(layer_row(call)[used], (1, 0))
+    for layer, before in enumerate(held):
+        true = state.rows(layer, call.places(state.length)[used]).mean(0)
+        sums += torch.stack([recall(row, true, kept).sum() for row in (mine, before[used])]).cpu()
     return (sums / len(held)).tolist()

@@ -20,13 +20,13 @@ from ..drafters.runs import find_runs
 from ..errors import StudyError
 from ..features.live import LiveFeatures
 from ..features.spec import FeatureSpec
-from ..metrics.acceptance import COUNTS, bin_low, count_document
+from ..metrics.acceptance import COUNTS, STEPS, bin_low, count_document
 from ..target.load import load_target, resolve_dtype
 from ..text.corpus import load_corpus
 from ..training.judging import anchor_places, match_documents
 from .measuring import Part, Results, described, facts_of, measure_parts, write_tables
 
-DRAFT_LENGTH, NO_CUT = 7, 1 << 20
+NO_CUT = 1 << 20
 
 
 def measure_context(
@@ -64,7 +64,7 @@ def measure_window(run: Path, source: LiveFeatures, window: int) -> pd.DataFrame
         read_by(drafter.config, drafter.spec, source),
         {"device": device, "dtype": resolve_dtype("auto", device)},
     )
-    matched = match_documents(source, drafter, DRAFT_LENGTH, batch_documents=1, **how)
+    matched = match_documents(source, drafter, STEPS, batch_documents=1, **how)
     rows = []
     for document, (match, valid) in enumerate(matched):
         bins = bin_low(anchor_places(source, document)[:, 1])

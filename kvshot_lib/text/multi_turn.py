@@ -11,6 +11,7 @@ from tqdm import trange
 
 from ..target.chat import chat_headers, turn_header
 from ..target.load import Target
+from ..target.static import address
 from .corpus import Document
 from .rows import Writer, rows_at_once, writer_of
 
@@ -81,7 +82,8 @@ def write_dialogues(
     most : tokens of a user turn and of an answer, at most.
     """
     rows, documents = rows_at_once(target, length, count), []
-    writer = writer_of(DialogueWriter, target, rows, length, temperature, top_p, most)
+    how = rows, length, temperature, top_p, most
+    writer = writer_of(DialogueWriter, address(target.model), target, *how)
     while len(documents) < count:
         documents += writer.write()
     return documents[:count]

@@ -36,7 +36,8 @@ def write_rows(
     -----
     Which draw a token gets depends on its row and step: equal prompts, rows and seed give equal texts on one machine.
     """
-    writer = writer_of(Writer, target, rows, length, temperature, top_p, tuple(stops))
+    told = rows, length, temperature, top_p, tuple(stops)
+    writer = writer_of(Writer, address(target.model), target, *told)
     writer.ended.fill_(True)
     writer.column.zero_()
     waiting, inside = list(enumerate(prompts))[::-1], {}
@@ -162,14 +163,8 @@ class Writer:
         return logits.argmax(-1)
 
 
-def writer_of(
-    kind: type[Writer], target: Target, rows: int, length: int, temperature: float, top_p: float, ends: tuple[int, ...]
-) -> Writer:
-    """A writer, whose last argument is ``ends``; the one that is there already if it was recorded for the same."""
-    return _writer(kind, target, rows, length, temperature, top_p, ends, address(target.model))
-
-
 @lru_cache(maxsize=2)  # user turns are sampled, evaluation answers are not
-def _writer(kind: type[Writer], target: Target, *told) -> Writer:
+def writer_of(kind: type[Writer], _address: int, target: Target, *how) -> Writer:
+    """The writer of a kind, made with ``target`` and ``how``: recorded once, as long as the weights stay where they are."""
     with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
-        return kind(target, *told[:-1])
+        return kind(target, *how)

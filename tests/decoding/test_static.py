@@ -118,7 +118,7 @@ def test_nothing_in_a_round_waits_for_the_device(variant, monkeypatch):
     built, target = drafter(variant), on("cpu")
     monkeypatch.setattr(decoding, "STATIC", ("cpu",))
     decode(target, built, prompt(0), Chain(3), max_new_tokens=9, eos_token_ids=())  # makes the buffers
-    drafting = static_parts(target, Drafting(built, Chain(3), 18), Chain(3), Captured(), True)[1]
+    drafting = static_parts(target, Drafting(built, Chain(3), 18), Chain(3), 18, Captured(), True)[1]
     with nothing_waits():
         drafting.ahead.forward()
         drafting.redrafter.forward()
@@ -128,5 +128,5 @@ def test_nothing_in_a_round_waits_for_the_device(variant, monkeypatch):
 def test_chains_have_fixed_shapes():
     built = drafter("kv_2")
     for plan, kind in ((Chain(2), StaticDrafting), (Tree(2, 2, 5), Drafting)):
-        run, drafting = static_parts(on("cpu"), Drafting(built, plan, 20), plan, Captured(), True)
+        run, drafting = static_parts(on("cpu"), Drafting(built, plan, 20), plan, 20, Captured(), True)
         assert type(drafting) is kind and type(run) is StaticRun

@@ -8,8 +8,8 @@ from finished import finished
 from kvshot_lib.drafters.checkpoint import load_drafter
 from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.metrics import tables
-from kvshot_lib.metrics.acceptance import COUNTS, count_document
-from kvshot_lib.probes.long_context import DRAFT_LENGTH, measure_context
+from kvshot_lib.metrics.acceptance import COUNTS, STEPS, count_document
+from kvshot_lib.probes.long_context import measure_context
 from kvshot_lib.text.corpus import load_corpus
 from kvshot_lib.text.generate import GeneratorSettings, generate_corpus
 from kvshot_lib.training.judging import match_documents
@@ -32,7 +32,7 @@ def test_bins_are_the_whole_taken_apart(study):
     assert set(table["bin_low"]) == {0, 16, 32, 64} and set(table["document"]) == {0, 1}
     drafter = load_drafter(folder / "results/runs/kv_2/seed0", target())
     source = LiveFeatures(target(), load_corpus(corpus, "evaluation").documents[:2], drafter.spec, 100)
-    for document, matched in enumerate(match_documents(source, drafter, DRAFT_LENGTH)):
+    for document, matched in enumerate(match_documents(source, drafter, STEPS)):
         counts, (complete, accepted) = count_document(*matched)
         own = table.query("variant == 'kv_2' and window_tokens == 0 and document == @document")
         assert own.groupby("draft_step")[COUNTS].sum().to_numpy().tolist() == counts.tolist()

@@ -77,7 +77,7 @@ def test_a_killed_run_in_rows_goes_on_and_makes_the_same_corpus(device, tmp_path
     batch = lambda number: generate.generate_batch(target, "train", number, settings)
     told = lambda documents: [document.tokens.tolist() for document in documents]
     whole = [told(batch(number)) for number in range(3)]
-    rows._writer.cache_clear()
+    rows.writer_of.cache_clear()
     assert told(batch(2)) == whole[2] and told(batch(1)) == whole[1] != whole[2]
 
 
