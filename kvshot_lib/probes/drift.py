@@ -59,7 +59,7 @@ def drift_rows(target: Target, drafter: Drafter, source, draft_length: int) -> I
 
 
 def _recalls(call: Call, state: TargetState, held: Sequence[Tensor], used: Tensor) -> list[float]:
-    """Recall of the target's rows by the drafter's, and by ``held`` ones [M, n], summed over the ``used`` anchors [M]."""
+    """Recall of the target's rows by the drafter's, and by ``held`` ones [M, n]: sums over the ``used`` anchors [M]."""
     t, place = call.anchors[used], torch.arange(state.length, device=used.device)
     kept, sums = (place > 0) & (place <= t[:, None]), torch.zeros(2)
     mine = nn.functional.pad(layer_row(call)[used], (1, 0))

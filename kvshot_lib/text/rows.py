@@ -165,6 +165,6 @@ class Writer:
 
 @lru_cache(maxsize=2)  # user turns are sampled, evaluation answers are not
 def writer_of(kind: type[Writer], _address: int, target: Target, *how) -> Writer:
-    """The writer of a kind, made with ``target`` and ``how``: recorded once, as long as the weights stay where they are."""
+    """The writer of a kind for ``target``, made ``how``: recorded once, while the weights stay where they are."""
     with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
         return kind(target, *how)
