@@ -125,7 +125,7 @@ class Drafter(nn.Module):
         return (anchors + 1 - lag).clamp(min=1)
 
     def mask(self, anchors: Tensor, length: int, lag: Tensor | None = None) -> Tensor:
-        """Additive mask [B, 1, M, length] over prefix entries, for anchors [B, M]; ``lag`` [B] hides the newest but one."""
+        """Additive mask [B, 1, M, length] of what anchors [B, M] see; ``lag`` [B] hides the newest entries but one."""
         visible = self.visible(anchors)
         visible = visible if lag is None else (visible - lag[:, None]).clamp(min=1)
         return prefix_mask(visible, length, self.config.window_tokens)
