@@ -7,51 +7,25 @@ gate's record.
 import numpy as np
 import pandas as pd
 
-from ..drafters.variants import QUERY_ARMS, parameters_of
-from .resampling import Draws, draw, draw_ratios, drawn_as
+from ..drafters.variants import parameters_of
+from .resampling import Draws, draw_ratios, drawn_as
 
 CONTEXT = 512  # the longest context that drafters are trained on
 CLAIM_AT = 0.1  # C17 is about the gate after this share of the training
 RATIOS = {"key_gradient": ("k_proj", "q_proj"), "value_gradient": ("v_proj", "o_proj")}
 
 
-def oracle_draws(oracle: pd.DataFrame, samples: int = 2000, seed: int = 0) -> Draws:
-    """`resampling.draw` of every arm, named as a variant: ``kv_1 own``, ``kv_1 oracle`` and so on."""
-    if oracle.empty:
-        return drawn_as([], [], samples, seed)
-    named = oracle.assign(variant=oracle["variant"] + " " + oracle["arm"])
-    unknown = named[["variant", "seed", "document"]].drop_duplicates().assign(anchors=0, accepted=0)  # run lengths
-    return draw(named, unknown, samples, seed)
-
-
-def query_draws(overlap: pd.DataFrame, oracle: pd.DataFrame, samples: int = 2000, seed: int = 0) -> Draws:
-    """C15's statistics of each run.
+def overlap_draws(overlap: pd.DataFrame, samples: int = 2000, seed: int = 0) -> Draws:
+    """C15a's statistic of each run.
 
     overlap_recall : recall (without the sink) of the target's 8 largest prefix entries by the drafter's last layer,
         over all measured draft steps and reused target layers.
-    mat_as_trained : expected MAT of the drafter itself, on the documents of the oracle.
-    own_gain, oracle_gain, perfect_gain, random_gain : expected MAT of that arm minus that of ``own`` (of
-        ``as_trained``, for ``own``).
     """
     rows = overlap[(overlap["source"] == "drafter") & overlap["recall"].notna()]
     rows = rows[rows["layer"] == rows.groupby("variant")["layer"].transform("max")]
     recall = draw_ratios(rows.assign(top=rows["recall"] * rows["anchors"], bottom=rows["anchors"]), (), samples, seed)
-    keys, values = [[*run, "overlap_recall", None] for run in _runs(recall.keys)], [*recall.values]
-    arms = oracle_draws(oracle, samples, seed)
-    for variant, run in _runs(oracle):
-        one = Draws(arms.keys[arms.keys["seed"] == run], arms.values[arms.keys["seed"] == run])
-        mat = {a: one.rows(f"{variant} {a}", "expected_mat")[0] for a in QUERY_ARMS if f"{variant} {a}" in one.variants}
-        found = {"mat_as_trained": mat["as_trained"]}
-        for arm in list(mat)[1:]:
-            found[f"{arm}_gain"] = mat[arm] - mat["as_trained" if arm == "own" else "own"]
-        keys += [[variant, run, metric, None] for metric in found]
-        values += found.values()
-    return drawn_as(keys, values, samples, seed)
-
-
-def _runs(table: pd.DataFrame) -> list[tuple[str, int]]:
-    """(variant, seed) of every run in a table, in order of first appearance."""
-    return list(dict.fromkeys(table[["variant", "seed"]].itertuples(index=False, name=None)))
+    runs = recall.keys[["variant", "seed"]].itertuples(index=False, name=None)
+    return drawn_as([[*run, "overlap_recall", None] for run in runs], recall.values, samples, seed)
 
 
 def nearest_context(flow: pd.DataFrame, context: int = CONTEXT) -> int:

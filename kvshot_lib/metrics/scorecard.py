@@ -4,7 +4,7 @@ The paper's target is Qwen3-8B, trained on 70,000 dialogues; another target has 
 compared is the *ordering*: the sign of a variant's difference from the baseline that the paper compares it with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,12 @@ from . import tables
 from .acceptance import SCALAR_METRICS
 from .claims import CLAIMS, LAST, Claim, combine, verdict
 from .decoding import decode_draws
-from .diagnostics import flow_draws, gate_draws, query_draws
+from .diagnostics import flow_draws, gate_draws, overlap_draws
 from .interaction import shift_draws
-from .resampling import Draws, Interval, draw, joined
+from .resampling import Draws, Interval, draw, drawn_as, joined
 
 PAPER = Path(__file__).parents[2] / "data/paper/results.csv"
+NOTHING = drawn_as([], [], 1, 0)  # draws of an experiment that is not at hand
 PAPER_METRICS = {"decoded_mat_tree": "tree_decoded_mat", "gate_mean_late": "gate_at_the_end"}  # theirs, and ours
 
 
@@ -89,19 +90,20 @@ def compare_with_paper(draws: Draws, paper: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).astype({"draft_step": "Int64"}).dropna(subset="paper_difference")
 
 
-def scorecard(draws: Draws, paper: pd.DataFrame, claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
+def scorecard(
+    draws: Draws, paper: pd.DataFrame, claims: Sequence[Claim] = CLAIMS, experiments: Mapping[str, Draws] | None = None
+) -> pd.DataFrame:
     """A row for each claim, part of a claim and control: its statistic with interval, threshold and verdict.
 
     Intervals are over documents and seeds; ``seeds`` is the fewest seeds of a variant involved. ``measured_*`` is the
     same about measured MAT (empty where a claim is not about MAT), ``paper_value`` the statistic in the paper.
     A claim of several parts has a further row with the combined verdict and no statistic, ahead of them.
+    ``experiments`` are the draws of those that some claims are judged on, by name; without them these are not run.
     """
-    steps = draws.keys["draft_step"].dropna()
-    last = int(steps.max()) if len(steps) else 0
-    rows = []
+    judged_on, rows = {"": draws, **(experiments or {})}, []
     for whole in dict.fromkeys(claim.whole for claim in claims):
         own = [claim for claim in claims if claim.whole == whole]
-        parts = [_row(claim, draws, paper, last) for claim in own]
+        parts = [_row(claim, judged_on.get(claim.experiment, NOTHING), paper) for claim in own]
         if len(parts) > 1:
             rows.append(_combined(whole, [part for part, claim in zip(parts, own) if not claim.aside]))
         rows += parts
@@ -109,8 +111,10 @@ def scorecard(draws: Draws, paper: pd.DataFrame, claims: Sequence[Claim] = CLAIM
     return pd.DataFrame(rows, columns=columns).astype({"seeds": "Int64"})
 
 
-def _row(claim: Claim, draws: Draws, paper: pd.DataFrame, last: int) -> dict:
+def _row(claim: Claim, draws: Draws, paper: pd.DataFrame) -> dict:
     """The row of one claim."""
+    steps = draws.keys["draft_step"].dropna()
+    last = int(steps.max()) if len(steps) else 0
     told = ("claim", "kind", "statement", "statistic", "direction", "threshold", "note")
     terms, measured = _at_last(claim, last), claim.measured()
     row = {name: getattr(claim, name) for name in told}
@@ -159,7 +163,7 @@ def all_draws(tables_dir: str | Path, samples: int = 2000, seed: int = 0) -> Dra
 
     how, shifts = {"samples": samples, "seed": seed}, read("attention_shift", "attention_matches")
     parts = [draw(*read("counts", "run_lengths"), **how), decode_draws(*read("decode_prompts", "decode_duel"), **how)]
-    parts += [query_draws(*read("attention_overlap", "query_oracle"), **how)]
+    parts += [overlap_draws(*read("attention_overlap"), **how)]
     parts += [flow_draws(*read("gradient_flow"), **how), gate_draws(*read("gradients"), **how)]
     parts += [shift_draws(*shifts, **how)] if len(shifts[0]) else []
     return joined([part for part in parts if len(part.keys)])
