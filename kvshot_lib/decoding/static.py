@@ -3,8 +3,8 @@ greedy chain both are one.
 
 A proposal is filled up to the plan's number of tokens with nodes that nobody sees. The cache has room for more than the
 sequence; its columns hold their own positions, and what lies behind the sequence is written over by the next proposal.
-So are the drafter's entries: they're made for all verified tokens, and only the accepted ones are ever seen. Graphs
-are kept for the next prompt of about the same length.
+So are the drafter's entries: they're made for all verified tokens, and only the accepted ones are ever seen. A prompt
+is filled up in the same way. Graphs are kept for the next prompt of about the same length.
 """
 
 from functools import lru_cache
@@ -25,23 +25,60 @@ from .propose import Chain, Frontier, Proposal, Tree, chain_tokens
 from .verify import TargetRun, prefix_features
 
 ROUNDED_TO = 256  # positions: prompts of different lengths share their graphs
+RECORDED = 2048  # tokens of a prompt at most that a graph is made for: a GPU is busy with more, however they're launched
 
 
-class Verifier:
-    """The target's forward over ``width`` nodes behind a sequence of ``length`` tokens, of ``capacity`` at most.
+class Forward:
+    """The target's forward over ``width`` tokens, which join the ``cache``.
 
-    ``states`` [1, width, m, d] : inputs of the hidden ``layers`` at the nodes.
+    ``states`` [1, width, m, d] : inputs of the hidden ``layers`` at these tokens.
     """
 
-    def __init__(self, target: Target, layers: tuple[int, ...], width: int, capacity: int):
-        self.target, self.layers, device = target, layers, target.device
-        self.cache = PlacedCache(target, capacity)
+    def __init__(self, target: Target, layers: tuple[int, ...], width: int, cache: PlacedCache):
+        self.target, self.layers, self.cache, device = target, layers, cache, target.device
+        capacity = cache.layers[0].max_cache_len
+        self.row, self.columns = torch.arange(width, device=device), torch.arange(capacity, device=device)
+        self.states = torch.zeros(1, width, len(layers), target.config.hidden_size, dtype=target.dtype, device=device)
+
+    def logits(self, ids: Tensor, positions: Tensor, *given: Tensor | None) -> Tensor:
+        """Those of `static_forward`, [tokens, V]; ``states`` is filled."""
+        with capture(self.target.model, hidden=self.layers) as taken:
+            logits = static_forward(self.target, self.cache, ids, positions, *given)
+        if self.layers:
+            self.states.copy_(torch.stack([taken.hidden_states[layer] for layer in self.layers], dim=2))
+        return logits[0]
+
+
+class Prefill(Forward):
+    """The forward over a prompt of ``width`` tokens at most."""
+
+    def __init__(self, target: Target, layers: tuple[int, ...], width: int, cache: PlacedCache):
+        super().__init__(target, layers, width, cache)
+        self.numbers = torch.zeros(width + 2, dtype=torch.int64, device=target.device)
+        self.ids, self.first, self.last = self.numbers[None, :-2], self.numbers[-2], self.numbers[-1:]
+        self.recorded = recorded(self.forward, target.device)
+
+    def forward(self) -> Tensor:
+        """Logits [1, V] after the last token; what the filling writes is written over before anybody sees it."""
+        return self.logits(self.ids, self.row[None], self.first, self.columns[None], None, self.last)
+
+    def run(self, tokens: list[int]) -> Tensor:
+        """Logits [V] after the last of these tokens."""
+        spare = [0] * (len(self.row) - len(tokens))
+        self.numbers.copy_(torch.tensor([*tokens, *spare, 0, len(tokens) - 1]))
+        return self.recorded()[0]
+
+
+class Verifier(Forward):
+    """The forward over ``width`` nodes behind a sequence of ``length`` tokens."""
+
+    def __init__(self, target: Target, layers: tuple[int, ...], width: int, cache: PlacedCache):
+        super().__init__(target, layers, width, cache)
+        device = target.device
         self.numbers = torch.zeros(width * (width + 2) + 1, dtype=torch.int64, device=device)  # one copy fills them all
         self.tokens, self.depths = self.numbers[: 2 * width].view(2, 1, width)
         self.sees, self.length = self.numbers[2 * width : -1].view(width, width), self.numbers[-1]
-        self.row, self.columns = torch.arange(width, device=device), torch.arange(capacity, device=device)
-        self.all_seen = torch.ones(width, capacity, dtype=torch.bool, device=device)
-        self.states = torch.zeros(1, width, len(layers), target.config.hidden_size, dtype=target.dtype, device=device)
+        self.all_seen = torch.ones(width, len(self.columns), dtype=torch.bool, device=device)
         self.forward()  # the cache takes its room
         self.run = recorded(self.forward, device)
 
@@ -50,11 +87,7 @@ class Verifier:
         places, positions = self.length + self.row, self.length + self.depths
         held = self.columns[None].index_copy(1, places, positions)
         sees = self.all_seen.index_copy(1, places, self.sees.bool())
-        with capture(self.target.model, hidden=self.layers) as taken:
-            logits = static_forward(self.target, self.cache, self.tokens, positions, self.length, held, sees)
-        if self.layers:
-            self.states.copy_(torch.stack([taken.hidden_states[layer] for layer in self.layers], dim=2))
-        return logits[0]
+        return self.logits(self.tokens, positions, self.length, held, sees)
 
     def fill(self, proposal: Proposal, length: int) -> None:
         """What the next forward is over."""
@@ -86,9 +119,18 @@ class StaticRun(TargetRun):
         super().__init__(target, taken, kv_layers)
         self.verifier, self.cache, self.ahead = verifier, verifier.cache, ahead
 
+    @part("prefill")
     def prefill(self, tokens: list[int]) -> Tensor:
-        self.cache.place(torch.arange(len(tokens), device=self.device))
-        return super().prefill(tokens)
+        count, verifier = len(tokens), self.verifier
+        if count > RECORDED:
+            self.cache.place(torch.arange(count, device=self.device))
+            return super().prefill(tokens)
+        width = min(rounded_up(count), len(verifier.columns))
+        prefill = _prefill(verifier.target, verifier.layers, width, self.cache, address(verifier.target.model))
+        logits = prefill.run(tokens)
+        self.taken.hidden_states.update(zip(prefill.layers, prefill.states.unbind(2)))
+        self.kept, self.end = slice(0, count), count
+        return logits
 
     @part("verify")
     def verify(self, proposal: Proposal) -> Tensor | list[int]:
@@ -150,19 +192,24 @@ class Redrafter:
 
 
 class Round:
-    """A greedy round of a chain as one graph: verify, accept, make entries, draft. The host waits once, and reads all.
+    """A greedy round of a chain as one graph: verify, accept, make entries, draft. Of the target alone: the next token.
 
-    Accepted drafts are the target's own tokens, so what follows the root is ``best``, wherever acceptance ends.
+    Accepted drafts are the target's own tokens, so what follows the root is ``best``, wherever acceptance ends. A GPU
+    is given the next round before the host has read this one; the last is for nothing.
     """
 
-    def __init__(self, redrafter: Redrafter):
-        self.redrafter, self.verifier, self.drafted = redrafter, redrafter.verifier, []
-        self.run = recorded(self.forward, self.verifier.row.device)
+    def __init__(self, verifier: Verifier, redrafter: Redrafter | None):
+        self.redrafter, self.verifier, self.drafted, self.next = redrafter, verifier, [], None
+        self.run = recorded(self.forward, verifier.row.device)
 
     def forward(self) -> Tensor:
         """The target's best token after each node [width], and the next chain with its root [width] or less."""
         redrafter, verifier = self.redrafter, self.verifier
         best = verifier.forward().argmax(-1)
+        if redrafter is None:
+            verifier.tokens[0] = best
+            verifier.length.add_(1)
+            return best
         drafts = verifier.tokens[0, 1 : redrafter.drafts + 1]
         count = 1 + (best[: len(drafts)] == drafts).cumprod(0).sum()
         parts = verifier.tokens[0, :1], best, verifier.length[None], count[None]
@@ -177,9 +224,24 @@ class Round:
         width = len(self.verifier.row)
         if not begun:
             self.verifier.fill(Proposal.chain(proposal.tokens + [0] * (width - len(proposal.tokens))), length)
-        told = self.run().tolist()
+            self.next = None
+        out, done = self.next or self.launch()
+        self.next = self.launch() if done else None
+        if done:
+            done.synchronize()
+        told = out.tolist()
         self.drafted = told[width:]
         return told[: len(proposal.tokens)]
+
+    def launch(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        """A round's result on the host, and when it will be there (None: it is)."""
+        out = self.run()
+        if not out.is_cuda:
+            return out, None
+        there, done = torch.empty(out.shape, dtype=out.dtype, pin_memory=True), torch.cuda.Event()
+        there.copy_(out, non_blocking=True)
+        done.record()
+        return there, done
 
 
 class StaticDrafting(Drafting):
@@ -209,28 +271,47 @@ def static_parts(
 ) -> tuple[StaticRun, Drafting | NoDrafting]:
     """Target and drafter with fixed shapes, for ``capacity`` positions at most; ``ahead``: a `Round`, if greedy."""
     width = max(1, plan.total if isinstance(plan, Tree) else plan.length + 1)
-    most = max(capacity, 4 * width) + width  # recording a round runs four, one after the other
-    capacity = -(-most // ROUNDED_TO) * ROUNDED_TO
-    layers, kv_layers = tuple(drafting.hidden_layers), tuple(drafting.kv_layers)
-    verifier = _verifier(target, layers, width, capacity, address(target.model))
-    drafter, both = getattr(drafting, "drafter", None), None
-    if isinstance(drafter, Drafter) and isinstance(plan, Chain):  # trees are drafted with growing shapes
+    most = max(capacity, 4 * width) + 2 * width  # recording a round runs four, one after the other
+    layers, kv_layers, place = tuple(drafting.hidden_layers), tuple(drafting.kv_layers), address(target.model)
+    verifier = _verifier(target, layers, width, _cache(target, rounded_up(most), place), place)
+    drafter, redrafter = getattr(drafting, "drafter", None), None
+    if isinstance(plan, Tree):  # is drafted with growing shapes
+        return StaticRun(target, taken, kv_layers, verifier), drafting
+    if isinstance(drafter, Drafter):
         redrafter = _redrafter(drafter, verifier, kv_layers, address(drafter))
-        both = _round(redrafter) if ahead else None
-        drafting = StaticDrafting(drafter, plan, redrafter, both)
+    elif not isinstance(drafting, NoDrafting):
+        ahead = False
+    both = _round(verifier, redrafter) if ahead else None
+    drafting = StaticDrafting(drafter, plan, redrafter, both) if redrafter else drafting
     return StaticRun(target, taken, kv_layers, verifier, both), drafting
 
 
-@lru_cache(maxsize=32)
-def _verifier(target: Target, layers: tuple[int, ...], width: int, capacity: int, _address: int) -> Verifier:
-    return Verifier(target, layers, width, capacity)
+def rounded_up(positions: int) -> int:
+    """To a multiple of `ROUNDED_TO`."""
+    return -(-positions // ROUNDED_TO) * ROUNDED_TO
+
+
+@lru_cache(maxsize=8)
+def _cache(target: Target, capacity: int, _address: int) -> PlacedCache:
+    """One for all that decode so many positions, for one prompt is decoded at a time."""
+    return PlacedCache(target, capacity)
 
 
 @lru_cache(maxsize=32)
+def _prefill(target: Target, layers: tuple[int, ...], width: int, cache: PlacedCache, _address: int) -> Prefill:
+    return Prefill(target, layers, width, cache)
+
+
+@lru_cache(maxsize=64)
+def _verifier(target: Target, layers: tuple[int, ...], width: int, cache: PlacedCache, _address: int) -> Verifier:
+    return Verifier(target, layers, width, cache)
+
+
+@lru_cache(maxsize=64)
 def _redrafter(drafter: Drafter, verifier: Verifier, kv_layers: tuple[int, ...], _address: int) -> Redrafter:
     return Redrafter(drafter, verifier, kv_layers)
 
 
-@lru_cache(maxsize=32)
-def _round(redrafter: Redrafter) -> Round:
-    return Round(redrafter)
+@lru_cache(maxsize=64)
+def _round(verifier: Verifier, redrafter: Redrafter | None) -> Round:
+    return Round(verifier, redrafter)

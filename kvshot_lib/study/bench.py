@@ -29,7 +29,7 @@ from ..decoding.propose import ALONE, Chain
 from ..decoding.turns import take_turns
 from ..drafters.checkpoint import draft_vocabulary, load_drafter
 from ..drafters.config import DrafterConfig
-from ..drafters.drafter import Drafter, build_drafter
+from ..drafters.drafter import Drafter, build_drafter, in_dtype
 from ..drafters.variants import parameters_of
 from ..errors import StudyError
 from ..features.extract import prepare
@@ -61,7 +61,7 @@ def bench(
     """Capture, training, judging, generation and decoding, as users run them: rows of ``out`` beside other machines'.
 
     ``documents`` are the longest of the corpus, a training step takes half of them; ``texts`` are written at once. By
-    default (0) 64 and 2,048 on a GPU, 8 and 16 elsewhere. ``drafter`` is a folder, decoded with in a chain of 2 ("":
+    default (0) 64 and 8,192 on a GPU, 8 and 16 elsewhere. ``drafter`` is a folder, decoded with in a chain of 2 ("":
     none). Training is timed in several ``processes`` too; ``share`` is what each of these does.
     """
     if share:
@@ -69,7 +69,7 @@ def bench(
     values = parameter_defaults(NOTEBOOKS["extract"]) | {"target": target, "corpus": corpus, "dtype": "auto"}
     made = prepare(values | {"train_documents": None})
     model, card = made.target, made.target.device.type == "cuda"
-    documents, texts = documents or (64 if card else 8), texts or (2048 if card else 16)
+    documents, texts = documents or (64 if card else 8), texts or (8192 if card else 16)
     training = TrainConfig(batch_documents=max(1, documents // 2))
     longest = sorted(made.documents["train"].documents, key=lambda d: -len(d.tokens))[:documents]
     live = LiveFeatures(model, longest, made.spec)
@@ -79,7 +79,7 @@ def bench(
         if parallel.is_main():
             print(f"data-parallel {found:.2f}", flush=True)
         return
-    drafting = load_drafter(drafter, model) if drafter else None
+    drafting = in_dtype(load_drafter(drafter, model), model.dtype) if drafter else None
     bench = Bench(model, out)
     extraction, bare = extraction_speed(live, range(training.batch_documents))
     bench.add("capture", extraction, "tokens/s", bare)

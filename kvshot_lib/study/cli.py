@@ -153,24 +153,12 @@ def convert(tables_dir: str) -> None:
 
 
 @cli.command()
-@tables
-def compute(tables_dir: str) -> None:
-    """Count the FLOPs and bytes of the runs in these tables: TABLES_DIR/compute.csv."""
-    from ..metrics.tables import read, rounded, write
-    from .compute import compute_table
-
-    table, untold = compute_table(read(tables_dir, "runs"))
-    print(*(f"not counted: {line}" for line in untold), sep="\n", end="\n" * bool(untold), file=sys.stderr)
-    print(write(tables_dir, "compute", rounded(table)))
-
-
-@cli.command()
 @target
 @options(corpus="selfgen", vocabulary=8192)
 @options("to decode with in a chain of 2, if given", drafter="data/checkpoints/hidden_31_continued")
 @options("the longest of the corpus (0: 64 on a GPU, else 8); half of them make a training step", documents=0)
 @options("timed training steps", steps=3)
-@options("dialogues to write (0: 2,048 on a GPU, else 16)", texts=0)
+@options("dialogues to write (0: 8,192 on a GPU, else 16)", texts=0)
 @several("processes", "to train with, one number after the other", 1, 2, kind=int)
 @options("the table that gets a row for each speed", out="results/bench.csv")
 @options("only one process's part of the training in several", share=False)

@@ -9,13 +9,13 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from types import ModuleType
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils._triton import has_triton
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
@@ -58,7 +58,7 @@ class PlacedCache(Cache):
 
 def static_forward(
     target: Target, cache: PlacedCache, ids: Tensor, positions: Tensor, column: Tensor, held: Tensor,
-    sees: Tensor | None = None,
+    sees: Tensor | None = None, wanted: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Logits [B, T, V] after each of T new tokens in B rows; nothing in it waits for the device.
 
@@ -68,6 +68,7 @@ def static_forward(
     column : [] int64, where in the ``cache`` the first new entry goes; the others follow it.
     held : [B, C] int64, the position of each column's entry, new ones included; `EMPTY` where there is none.
     sees : [T, C] bool, what the new tokens may see of the entries at or before their positions (None: all).
+    wanted : [W] int64, the tokens whose logits are given, [B, W, V] (None: all).
     """
     config, dtype = target.config, target.dtype
     cache.place(column + torch.arange(ids.shape[1], device=ids.device))
@@ -85,8 +86,9 @@ def static_forward(
         inside = held[:, None] > positions[:, :, None] - config.sliding_window
         mask = {"full_attention": mask, "sliding_attention": additive(visible & inside)}
     given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+    given |= {} if wanted is None else {"logits_to_keep": wanted}
     family = sys.modules[type(target.model).__module__]  # transformers has a module for each, with a RoPE of its own
-    with _grouped_attention(target.model), fused(target.model, family):
+    with _grouped_attention(target.model), _joint_projections(target.model), fused(target.model, family):
         return target.model(input_ids=ids, **given).logits
 
 
@@ -135,6 +137,51 @@ def fused(model: nn.Module, rope: ModuleType) -> Iterator[None]:
                     undo.enter_context(patch.object(part, "forward", compiled(part.forward)))
             undo.enter_context(patch.object(rope, "apply_rotary_pos_emb", compiled(rope.apply_rotary_pos_emb)))
         yield
+
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear maps of one input, by their names in an attention or an MLP."""
+
+
+@contextmanager
+def _joint_projections(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the maps of `TOGETHER` are one matrix product: of a single token, a product takes as long as three."""
+    with ExitStack() as undo:
+        for maps, weight in _joint_weights(model, address(model)):
+            for part, forward in zip(maps, _joint_forwards(maps, weight), strict=True):
+                undo.enter_context(patch.object(part, "forward", forward))
+        yield
+
+
+@lru_cache(maxsize=4)
+def _joint_weights(model: PreTrainedModel, _address: int) -> list[tuple[list[nn.Linear], Tensor]]:
+    """Maps without biases that read one input, and their weights end to end."""
+    found = []
+    for part in model.modules():
+        for names in TOGETHER:
+            maps = [getattr(part, name, None) for name in names]
+            if all(type(own) is nn.Linear and own.bias is None for own in maps):
+                found.append((maps, torch.cat([own.weight for own in maps])))
+    return found
+
+
+def _joint_forwards(maps: list[nn.Linear], weight: Tensor) -> list[Callable[[Tensor], Tensor]]:
+    """Of each map: the first computes all and leaves the others what is theirs, if they are asked about the same."""
+    sizes, made = [own.out_features for own in maps], {}
+
+    def first(x: Tensor) -> Tensor:
+        out, *others = linear(x, weight).split(sizes, -1)
+        made.update((number, (x, other)) for number, other in enumerate(others, 1))
+        return out
+
+    def later(number: int) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            asked, out = made.pop(number, (None, None))
+            return out if asked is x else linear(x, maps[number].weight)
+
+        return forward  # a closure, which torch.compile takes for the same code in every layer; a `partial` it doesn't
+
+    return [first, *map(later, range(1, len(maps)))]
 
 
 @contextmanager

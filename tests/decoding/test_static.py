@@ -10,14 +10,16 @@ from static_shapes import nothing_waits
 from test_propose import FORK, PROMPT
 
 from kvshot_lib.decoding import decode as decoding
+from kvshot_lib.decoding import static
 from kvshot_lib.decoding.clock import timed_parts
 from kvshot_lib.decoding.decode import decode
-from kvshot_lib.decoding.drafting import Drafting
+from kvshot_lib.decoding.drafting import Drafting, NoDrafting
 from kvshot_lib.decoding.propose import ALONE, Chain, Tree
 from kvshot_lib.decoding.sampling import GREEDY, Sampling
-from kvshot_lib.decoding.static import StaticDrafting, StaticRun, Verifier, static_parts
+from kvshot_lib.decoding.static import Prefill, StaticDrafting, StaticRun, Verifier, static_parts
 from kvshot_lib.target.capture import Captured
 from kvshot_lib.target.load import load_target
+from kvshot_lib.target.static import PlacedCache
 
 NAME, NEW = "tiny-llama", 12
 
@@ -71,6 +73,12 @@ def test_the_target_alone_answers_the_same(name, both):
         assert fixed.tokens == growing.tokens == alone(name, seed)[:NEW]
 
 
+def test_a_prompt_too_long_for_a_graph_is_read_the_same(both, device, monkeypatch):
+    monkeypatch.setattr(static, "RECORDED", 4)
+    growing, fixed = both(copy.deepcopy(trained("hybrid")).to(device), prompt(0), Chain(3))
+    assert len(prompt(0)) > 4 and fixed.rounds == growing.rounds and fixed.tokens == growing.tokens
+
+
 def test_answers_end_where_they_should(both, device):
     built = copy.deepcopy(trained("hybrid")).to(device)
     for new in (1, 2, 3):
@@ -98,7 +106,7 @@ def test_a_timed_pass_decodes_the_same_part_by_part(both, device):
 def test_filler_is_seen_by_no_node_and_sees_none(device):
     """Five nodes of a tree in a forward of eight: logits and states of each are those of its branch alone."""
     target = on(device)
-    run = StaticRun(target, taken := Captured(), (), Verifier(target, (1, 2), 8, 32))
+    run = StaticRun(target, taken := Captured(), (), Verifier(target, (1, 2), 8, PlacedCache(target, 32)))
     run.prefill(PROMPT)
     logits = run.verify(FORK)
     for node, branch in enumerate([[40], [40, 41], [40, 42], [40, 41, 43], [40, 42, 44]]):
@@ -119,9 +127,13 @@ def test_nothing_in_a_round_waits_for_the_device(variant, monkeypatch):
     monkeypatch.setattr(decoding, "STATIC", ("cpu",))
     decode(target, built, prompt(0), Chain(3), max_new_tokens=9, eos_token_ids=())  # makes the buffers
     drafting = static_parts(target, Drafting(built, Chain(3), 18), Chain(3), 18, Captured(), True)[1]
+    run, _ = static_parts(target, NoDrafting(), ALONE, 18, Captured(), True)
+    prefill = Prefill(target, (1,), 8, run.cache)
     with nothing_waits():
         drafting.ahead.forward()
         drafting.redrafter.forward()
+        run.ahead.forward()
+        prefill.forward()
 
 
 @torch.inference_mode()

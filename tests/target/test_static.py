@@ -5,9 +5,23 @@ import torch
 from greedy import prompt
 
 from kvshot_lib.target.load import load_target
-from kvshot_lib.target.static import EMPTY, PlacedCache, recorded, static_forward
+from kvshot_lib.target.static import EMPTY, PlacedCache, _joint_projections, recorded, static_forward
 
 COLUMNS, LENGTH, DELAYS = 18, 12, (0, 3, 9)
+
+
+@torch.inference_mode()
+def test_joint_maps_give_each_its_own_and_another_input_its_own_product():
+    model = load_target("tiny-llama", device="cpu", dtype="float32").model
+    attention, x, y = model.model.layers[0].self_attn, *torch.randn(2, 1, 3, model.config.hidden_size)
+    maps = attention.q_proj, attention.k_proj, attention.v_proj
+    plain = [[own(z) for own in maps] for z in (x, y)]
+    with _joint_projections(model):
+        assert maps[0](x).data_ptr() == maps[1](x).data_ptr() - 4 * maps[0].out_features  # parts of one product
+        torch.testing.assert_close([own(x) for own in maps], plain[0])
+        maps[0](x)
+        torch.testing.assert_close([own(y) for own in maps[1:]], plain[1][1:])
+    assert maps[0].forward.__func__ is torch.nn.Linear.forward
 
 
 @pytest.mark.parametrize("width", [1, 3])
