@@ -9,10 +9,9 @@ from kvshot_lib.metrics.acceptance import count_run
 from kvshot_lib.training.judging import match_documents
 
 
-def finished(results_dir, *variants, splits=("evaluation",)):
+def finished(results_dir, *variants):
     """Stored features, and a finished run of each variant, judged on them."""
-    for split in splits:
-        write_store(results_dir / "features" / split, live(), dtype=torch.float32)
+    write_store(results_dir / "features/evaluation", live(), dtype=torch.float32)
     for variant in variants:
         folder = results_dir / f"runs/{variant}/seed0"
         save_drafter(drafter(variant), folder)

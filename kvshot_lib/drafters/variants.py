@@ -215,7 +215,6 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _ENTRIES}
 MAIN_VARIANTS = ("hidden", "kv_1", "kv_2", "kv_4", "hybrid", "hybrid_warm", "none_1")
 # Those whose queries are compared with the target's: plain reuse of the cache at every depth, and with hidden states.
 QUERY_VARIANTS = ("kv_1", "kv_2", "kv_3", "kv_4", "hybrid", "hybrid_warm")
-QUERY_ARMS = ("as_trained", "own", "oracle", "perfect", "random")  # of the oracle (`probes.oracle` explains them)
 
 _RENAMED = {
     old + end: new + end

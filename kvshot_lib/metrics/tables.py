@@ -76,8 +76,8 @@ TABLES = {
         RUN + "*metric:str *draft_step:int? value:float low:float high:float anchors documents", optional=False
     ),
     "compute": _table(
-        RUN + "tokens anchors:float pairs:float training_flops:float start_flops:float chain_flops chain_bytes "
-        "target_flops target_bytes context_length_tokens"
+        RUN + "tokens anchors:float pairs:float training_flops:float chain_flops chain_bytes target_flops target_bytes "
+        "context_length_tokens"
     ),
     # Decoding.
     "decode_prompts": ANSWER,
@@ -117,7 +117,6 @@ TABLES = {
     "query_probe": _table(
         RUN + "*document *labels:str *draft_step *layer *target_layer residual:float total:float", large=True
     ),
-    "query_oracle": _table(RUN + "*arm:str trained_tokens *document *draft_step" + CHAIN, large=True),
     "query_estimation_facts": _table("*runs:str" + FACTS),
     "attention_shift_facts": _table("kv_layers:str" + FACTS),
     "context": _table(

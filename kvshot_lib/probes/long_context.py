@@ -45,7 +45,7 @@ def measure_context(
     spec = FeatureSpec.from_json(described(next(iter(found.values())))["spec"])
     text, target = load_corpus(corpus, "evaluation"), load_target(spec.target, device=device)
     source = LiveFeatures(target, text.documents[:documents], spec, NO_CUT)
-    results = Results(Path(results_dir), found, target, {"evaluation": source})
+    results = Results(Path(results_dir), found, target, source)
     parts = [
         Part("context", f"window{window}", partial(measure_window, run, source, window), run)
         for run in found.values()

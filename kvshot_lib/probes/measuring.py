@@ -23,12 +23,12 @@ from ..training.anchors import find_anchors
 
 @dataclass(frozen=True)
 class Results:
-    """The finished runs of a results folder (``variant/seedN`` -> folder), their target, and its features by split."""
+    """The finished runs of a results folder (``variant/seedN`` -> folder), their target, its evaluation features."""
 
     folder: Path
     runs: dict[str, Path]
     target: Target
-    sources: dict[str, StoredFeatures]
+    source: StoredFeatures
 
     @property
     def draft_length(self) -> int:
@@ -38,11 +38,11 @@ class Results:
 
     @property
     def hashes(self) -> str:
-        """What the features are: target and documents of every split."""
-        return " ".join([self.target.hash, *(source.documents_hash for source in self.sources.values())])
+        """What the features are: target and documents."""
+        return f"{self.target.hash} {self.source.documents_hash}"
 
 
-def open_results(results_dir: str | Path, runs: Sequence[str] = (), splits: Sequence[str] = ("evaluation",)) -> Results:
+def open_results(results_dir: str | Path, runs: Sequence[str] = ()) -> Results:
     """Open a results folder, its target in float32.
 
     Raises
@@ -51,18 +51,15 @@ def open_results(results_dir: str | Path, runs: Sequence[str] = (), splits: Sequ
     """
     folder = Path(results_dir)
     found = find_runs(folder, runs)
-    sources = {split: StoredFeatures(folder / "features" / split) for split in splits}
-    spec = next(iter(sources.values())).spec
-    target = load_target(spec.target, dtype="float32")
-    check_target(target, spec, f"the features in {folder}")
-    return Results(folder, found, target, sources)
+    source = StoredFeatures(folder / "features/evaluation")
+    target = load_target(source.spec.target, dtype="float32")
+    check_target(target, source.spec, f"the features in {folder}")
+    return Results(folder, found, target, source)
 
 
-def visit(
-    source, told: str, reads: Sequence[str], draft_length: int, device, documents: Sequence[int] = ()
-) -> Iterator:
-    """Documents of a source one by one (all by default): number, features in float32 and their anchors."""
-    for document in tqdm(documents or range(len(source)), desc=told, mininterval=5):
+def visit(source, told: str, reads: Sequence[str], draft_length: int, device) -> Iterator:
+    """Documents of a source one by one: number, features in float32 and their anchors."""
+    for document in tqdm(range(len(source)), desc=told, mininterval=5):
         features = source.batch([document], reads).to(device, torch.float32)
         yield document, features, find_anchors(features.answer_mask, draft_length)
 
@@ -117,7 +114,7 @@ def table_of(name: str, rows: pd.DataFrame, folder: Path | None = None) -> pd.Da
 
 def facts_of(results: Results, seconds: float, **more) -> pd.DataFrame:
     """One row: what was measured, on what, by which code."""
-    found, source = {"target": results.target.name, "target_hash": results.target.hash}, results.sources["evaluation"]
+    found, source = {"target": results.target.name, "target_hash": results.target.hash}, results.source
     found |= {"runs": " ".join(results.runs), "documents": len(source), "documents_hash": source.documents_hash, **more}
     found |= {"dtype": "float32", "seconds": round(seconds, 1), **provenance(results.target.device)}
     return pd.DataFrame([found])

@@ -1,12 +1,12 @@
-"""Query estimation, measured on trained drafters: do they look where the target will look, and would it help them to?
+"""Query estimation, measured on trained drafters: do they look where the target will look?
 
-Three measurements of each run over a linear map of the target's own KV (kv_1 … kv_4, the hybrids); `attention`,
-`probe` and `oracle` say what they are. Into RESULTS_DIR/tables go
+Two measurements of each run over a linear map of the target's own KV (kv_1 … kv_4, the hybrids); `attention` and
+`probe` say what they are. (What a true query would bring is asked of drafters that are trained with one: variants
+``kv_1_oracle_query`` and others of data/experiments/sources.yaml.) Into RESULTS_DIR/tables go
 
     attention_overlap.parquet    means over the anchors of a document, by draft step, drafter layer and target layer;
                                  the rows of the target alone have the variant "target"
     query_probe.parquet          squared errors of the linear probe on a document, and those of its floor
-    query_oracle.parquet         counts of every arm of the oracle on a document, by draft step
     query_estimation_facts.csv   what was measured, and how
 
 Documents are taken one by one. The target's queries and keys are kept in RESULTS_DIR/target_state (3 MB a
@@ -24,30 +24,28 @@ from ..drafters.checkpoint import load_drafter
 from ..drafters.config import DrafterConfig
 from ..drafters.drafter import Drafter
 from ..drafters.runs import find_runs
-from ..drafters.variants import QUERY_ARMS, QUERY_VARIANTS
+from ..drafters.variants import QUERY_VARIANTS
 from ..errors import StudyError
 from ..features.shuffled import ShuffledKV
 from ..metrics.acceptance import axis_steps
 from ..parts import claim
 from .attention import overlap_rows, reference_rows, watch
 from .measuring import Part, Results, described, facts_of, measure_parts, open_results, visit, write_tables
-from .oracle import RATE, Retraining, run_arm
 from .probe import probe_data, probe_rows
 from .target_rows import check_rows, plain_queries, read_state
 
 REFERENCE = "target"  # in place of a variant: rows of `attention_overlap` that are about the target alone
-RETRAINED = 96  # training documents that arms are re-trained on
 
 
 class Run:
-    """One drafter beside the target: features and target state of its reused layers, by split; loaded when needed."""
+    """One drafter beside the target: evaluation features and target state of its reused layers; loaded when needed."""
 
     def __init__(self, results: Results, folder: Path):
         self.folder, self.target, self.steps = folder, results.target, axis_steps(results.draft_length)
         self.draft_length, self.layers = results.draft_length, described(folder)["spec"]["kv_layers"]
         kept = results.folder / "target_state" / "-".join(map(str, self.layers))
-        self.sources = {split: source.with_layers(kv=self.layers) for split, source in results.sources.items()}
-        self.states = {s: partial(read_state, kept, self.target, source) for s, source in self.sources.items()}
+        self.source = results.source.with_layers(kv=self.layers)
+        self.state = partial(read_state, kept, self.target, self.source)
 
     @cached_property
     def drafter(self) -> Drafter:
@@ -55,15 +53,15 @@ class Run:
 
     def documents(self, told: str, reads: Sequence[str] = ()) -> Iterator[tuple]:
         """Every evaluation document: its number, features, anchors and the target's state."""
-        for found in visit(self.sources["evaluation"], told, reads, self.draft_length, self.target.device):
-            yield *found, self.states["evaluation"](found[0])
+        for found in visit(self.source, told, reads, self.draft_length, self.target.device):
+            yield *found, self.state(found[0])
 
 
 def measure_references(run: Run) -> pd.DataFrame:
     """Rows of ``attention_overlap`` about the target alone, in the layers that ``run`` reuses."""
-    partner, rows = ShuffledKV(run.sources["evaluation"]).partner, []
+    partner, rows = ShuffledKV(run.source).partner, []
     for document, _, anchors, state in run.documents("references"):
-        other = run.states["evaluation"](partner[document])
+        other = run.state(partner[document])
         found = reference_rows(anchors.index[0], anchors.valid[0], run.steps, state, other, run.layers)
         rows += [{"document": document, **row} for row in found]
     return pd.DataFrame(rows).assign(variant=REFERENCE, seed=0)
@@ -88,23 +86,15 @@ def measure_probe(run: Run) -> pd.DataFrame:
     return pd.DataFrame(probe_rows(data, run.layers))
 
 
-def measure_arm(run: Run, arm: str, how: Retraining) -> pd.DataFrame:
-    """Rows of ``query_oracle`` of one run and arm."""
-    return run_arm(run.drafter, arm, how)
-
-
 def measure_queries(
-    results_dir: str | Path, runs: Sequence[str] = (), *, fingerprint: str, documents: int = RETRAINED, passes: int = 1,
-    rate: float = RATE, oracle: bool = True, keep: str | Path = "",
-) -> dict[str, Path]:  # fmt: skip
+    results_dir: str | Path, runs: Sequence[str] = (), *, fingerprint: str, keep: str | Path = ""
+) -> dict[str, Path]:
     """Measure runs (``variant/seedN``; by default all finished ones of ``QUERY_VARIANTS``) and write the tables.
 
     Parameters
     ----------
     runs : the references are about the layers that the first of them reuses.
     fingerprint : of the code; parts that another one left are measured anew.
-    documents, passes, rate : training documents that each arm is re-trained on, how often, and the learning rate.
-    oracle : measure the arms of the oracle too, which takes most of the time.
     keep : a folder of tables made before, on the same documents: their other runs stay.
 
     Raises
@@ -112,27 +102,19 @@ def measure_queries(
     StudyError : no such run; a drafter whose queries, or a target whose attention, can't be compared, by name.
     """
     started = time.perf_counter()
-    if not rate > 0 or min(documents, passes) < 1:
-        raise StudyError(f"documents={documents} and passes={passes} must be 1 or more, and rate={rate} above 0")
-    results = open_results(results_dir, _chosen(results_dir, runs), ("train", "evaluation"))
+    results = open_results(results_dir, _chosen(results_dir, runs))
     claim(results.folder / "target_state", f"{fingerprint} {results.target.hash}")
     measured = [Run(results, folder) for folder in results.runs.values()]
-    layers, evaluation = measured[0].layers, results.sources["evaluation"]
+    layers, evaluation = measured[0].layers, results.source
     check_rows(results.target, layers, evaluation.batch([0], ()).tokens[0, : evaluation.lengths[0]][:64])
-    retrained = range(min(documents, len(results.sources["train"])))
     told = "-".join(map(str, layers))
     parts = [Part("attention_overlap", f"target.{told}", partial(measure_references, measured[0]))]
     for run in measured:
-        how = Retraining(run.sources, run.states, retrained, run.draft_length, passes, rate)
         parts.append(Part("attention_overlap", "overlap", partial(measure_overlap, run), run.folder))
         parts.append(Part("query_probe", "probe", partial(measure_probe, run), run.folder))
-        for arm in QUERY_ARMS if oracle else ("as_trained",):
-            parts.append(Part("query_oracle", f"oracle_{arm}", partial(measure_arm, run, arm, how), run.folder))
-    depends = f"{fingerprint} {results.hashes} {documents} {passes} {rate} {results.draft_length}"
+    depends = f"{fingerprint} {results.hashes} {results.draft_length}"
     made = measure_parts(results.folder / "query_estimation", depends, parts)
-    tokens = int(made["query_oracle"]["trained_tokens"].max())
-    how = {"retrained_documents": len(retrained), "retrained_tokens": tokens, "passes": passes, "learning_rate": rate}
-    made["query_estimation_facts"] = facts_of(results, time.perf_counter() - started, **(how if oracle else {}))
+    made["query_estimation_facts"] = facts_of(results, time.perf_counter() - started)
     return write_tables(results_dir, made, keep)
 
 

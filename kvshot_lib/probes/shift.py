@@ -165,7 +165,7 @@ def measure_shift(
     keep : a folder of tables made before on the same documents: their other runs stay.
     """
     started, results = time.perf_counter(), open_results(results_dir, runs)
-    source, target, draft_length = results.sources["evaluation"], results.target, results.draft_length
+    source, target, draft_length = results.source, results.target, results.draft_length
     layers = uniform_layers(full_attention_layers(target.model), KV_LAYERS)
     parts = [Part("attention_shift", "target", partial(measure_target, source, target, draft_length, layers))]
     for folder in results.runs.values():

@@ -23,13 +23,9 @@ def measure() -> None:
 
 @measure.command()
 @of_runs
-@options(
-    "of an arm of the oracle: training documents, passes over them, learning rate", documents=96, passes=1, rate=5e-4
-)
-@options("measure the oracle too, which takes most of the time", oracle=True)
 @keep
 def queries(**given) -> None:
-    """Attention overlap, probe and oracle of drafters whose queries can be compared with the target's."""
+    """Attention overlap and probe of drafters whose queries can be compared with the target's."""
     from ..probes.queries import measure_queries
 
     tell(measure_queries(**given, fingerprint=code("probes.queries")).values())
