@@ -27,6 +27,8 @@ def write_run(results_dir, variant, seed=0, documents=6, history_steps=3, **fact
     gradients = [variant, seed, 1, 100, 0, "cross", "k_proj", None, None, "grad_norm", 0.5]
     gradients = pd.DataFrame([gradients], columns=list(tables.SCHEMAS["gradients"]))
     made = {"counts": counts, "run_lengths": run_lengths, "axes": axes, "history": history, "gradients": gradients}
+    cost = {name: 1 for name in tables.SCHEMAS["compute"]} | {"variant": variant, "seed": seed}
+    made["compute"] = pd.DataFrame([cost])
     for name, table in made.items():
         table.to_csv(folder / f"{name}.csv", index=False)
     filled = {name: "x" if kind == "str" else 1 for name, kind in tables.SCHEMAS["runs"].items()}

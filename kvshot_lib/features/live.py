@@ -65,6 +65,8 @@ class LiveFeatures:
     def batch(self, indices: Sequence[int], state: Sequence[str] = STATE) -> Features:
         """Run the target on the chosen documents and return their features on its device, in its dtype."""
         plain = pad_documents(self.documents, indices).to(self.target.device)
+        if not state:
+            return plain
         model, spec = self.target.model, self.spec
         hidden = spec.hidden_layers if "hidden_states" in state else ()
         kv = spec.kv_layers if "keys" in state or "values" in state else ()

@@ -18,7 +18,7 @@ from .resampling import acceptance_table
 from .tables import TABLES, check, read, read_one, rounded, write
 
 AGAIN = "run notebooks/03_train_drafter.ipynb for this run again"
-OF_RUN = ("counts", "run_lengths", "axes", "history", "gradients")
+OF_RUN = ("counts", "run_lengths", "axes", "history", "gradients", "compute")
 
 
 def collect(

@@ -11,13 +11,13 @@ head has no gradient of weights, a map that reads target state as it is no gradi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..drafters.drafter import Drafter
+from ..drafters.drafter import Drafter, build_drafter
 from ..features.spec import feature_spec
 from ..target.load import Target
 from ..text.corpus import Document
@@ -37,19 +37,27 @@ class Cost:
     bytes: float
 
 
-def drafting_cost(drafter: Drafter, context_length_tokens: int = CONTEXT, draft_length: int = CHAIN) -> dict[str, int]:
-    """Columns for ``runs.csv``, for an anchor that sees N prefix entries.
+def run_cost(drafter: Drafter, training: TrainConfig, target: Target, documents: Sequence[Document]) -> dict:
+    """A run's columns of table ``compute``: its training on these documents, one chain of its drafts, a target forward.
 
-    ``drafting_flops`` of one draft step, the mean over the chain's K (of a block, its pass over the tokens it drafts);
-    ``prefix_flops_per_token`` and ``prefix_bytes_per_token``, for each token that the target verified; and N.
+    A hybrid's branch is trained alone for ``branch_warmup_steps``, or beside the whole with ``branch_loss_weight``.
     """
-    steps = drafter.config.block_size - 1 if drafter.config.paradigm == "block" else draft_length
-    prefix = prefix_cost(drafter, context_length_tokens)
+    work = run_work(documents, training, drafter.config.paradigm != "block")
+    flops, chain, alone = training_flops(drafter, work), chain_cost(drafter), target_cost(target)
+    if training.branch_warmup_steps or training.branch_loss_weight:
+        config, warming = replace(drafter.config, cross_only=True), training.branch_warmup_steps / work.steps
+        branch = training_flops(build_drafter(config, target, drafter.spec, drafter.draft_ids.cpu()), work)
+        flops = (1 - warming) * flops + (warming or 1) * branch
     return {
-        "drafting_flops": round(chain_cost(drafter, context_length_tokens, draft_length).flops / steps),
-        "prefix_flops_per_token": round(prefix.flops),
-        "prefix_bytes_per_token": prefix.bytes,
-        "draft_context_tokens": context_length_tokens,
+        "tokens": work.tokens,
+        "anchors": work.rows[0],
+        "pairs": work.rows.sum(),
+        "training_flops": flops,
+        "chain_flops": chain.flops,
+        "chain_bytes": chain.bytes + prefix_cost(drafter).flops,
+        "target_flops": alone.flops,
+        "target_bytes": alone.bytes,
+        "context_length_tokens": CONTEXT,
     }
 
 

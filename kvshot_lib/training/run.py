@@ -24,9 +24,9 @@ from ..files import sha256, write_csv, write_json
 from ..metrics.acceptance import count_axes, count_run
 from ..provenance import provenance
 from ..target.load import Target, load_target, resolve_device, resolve_dtype
-from ..text.corpus import SPLITS
+from ..text.corpus import SPLITS, Document
 from .config import TrainConfig, configurations
-from .cost import drafting_cost
+from .cost import prefix_cost, run_cost
 from .judging import anchor_places, match_documents, outside_vocabulary
 from .loop import train
 from .record import recorded_gradients
@@ -140,7 +140,7 @@ def run_facts(run: Run, history: pd.DataFrame) -> dict:
         "evaluation_documents": len(evaluation),
         "out_of_draft_vocab_fraction": outside_vocabulary(evaluation, drafter),
         "init_from": run.init_from,
-        **drafting_cost(drafter),
+        "prefix_bytes_per_token": prefix_cost(drafter).bytes,
     }
 
 
@@ -174,6 +174,20 @@ def judge_run(run: Run, history: pd.DataFrame, facts: dict, draft_length: int) -
     gradients = recorded_gradients(run.folder / "checkpoint.pt", **labels)
     if gradients is not None:
         tables["gradients"] = gradients
+    if "train" in run.features:  # a published drafter was trained elsewhere
+        cost = run_cost(run.drafter, run.training, run.target, _documents(run.features["train"]))
+        tables["compute"] = pd.DataFrame([labels | cost])
     written = [write_csv(run.folder / f"{name}.csv", table) for name, table in tables.items()]
     write_json(run.folder / "run.json", {**facts, "files": {path.name: sha256(path) for path in written}})
     return counts
+
+
+def _documents(source, at_once: int = 64) -> list[Document]:
+    """Tokens and answer masks of a source of features, without target state."""
+    found = []
+    for start in range(0, len(source), at_once):
+        batch = source.batch(range(start, min(start + at_once, len(source))), ())
+        for tokens, mask in zip(batch.tokens.cpu().numpy(), batch.answer_mask.cpu().numpy()):
+            length = source.lengths[len(found)]
+            found.append(Document(tokens[:length], mask[:length]))
+    return found

@@ -12,6 +12,7 @@ from kvshot_lib.drafters import attention
 from kvshot_lib.drafters.drafter import DrafterConfig, build_drafter
 from kvshot_lib.drafters.variants import VARIANTS
 from kvshot_lib.features.spec import feature_spec
+from kvshot_lib.metrics import tables
 from kvshot_lib.training import cost
 from kvshot_lib.training.anchors import Anchors
 from kvshot_lib.training.config import TrainConfig
@@ -97,21 +98,6 @@ def test_drafting_flops_are_those_that_pytorch_counts(variant, monkeypatch):
             assert flops + head == cost.pass_cost(found, N, k).flops + HEAD_DIM
 
 
-@pytest.mark.parametrize("variant", ["hybrid", "block_both_2"])
-def test_the_columns_of_a_run(variant):
-    found = drafter(variant)
-    columns = cost.drafting_cost(found, context_length_tokens=64, draft_length=3)
-    steps = [cost.pass_cost(found, 64, k).flops for k in range(3)]
-    mean = cost.pass_cost(found, 64).flops / 7 if variant.startswith("block") else sum(steps) / 3
-    prefix = cost.prefix_cost(found)
-    assert columns == {
-        "drafting_flops": round(mean),
-        "prefix_flops_per_token": prefix.flops,
-        "prefix_bytes_per_token": prefix.bytes,
-        "draft_context_tokens": 64,
-    }
-
-
 def test_the_target_by_hand():
     """Four linear maps of attention and three of the MLP a layer, and the head."""
     target, found = examples.target(), cost.target_cost(examples.target())
@@ -152,6 +138,27 @@ def test_the_flops_of_training_kv_1_by_hand():
     fusion = 2 * 2 * 96 * 32
     work = Work(tokens=9, columns=8, rows=np.array([1.0]), entries=np.array([5.0]), scored=np.array([1.0]), steps=1)
     assert training_flops(drafter("kv_1"), work) == 3 * layer + 2 * 8 * fusion + 2 * HEAD + 9 * HEAD
+
+
+def test_a_branch_that_is_trained_alone_is_counted_so():
+    """For a fourth of its four steps; or beside the whole, for all of them."""
+    documents, found = [examples.document("000111111")] * 4, drafter("hybrid")
+    plan = TrainConfig(epochs=1, batch_documents=1, ttt_steps=3)
+    given = {"target": examples.target(), "documents": documents}
+    whole, branch = (cost.run_cost(one, plan, **given)["training_flops"] for one in (found, drafter("cross_only_warm")))
+    warm, beside = (
+        cost.run_cost(found, replace(plan, **cure), **given)["training_flops"]
+        for cure in ({"branch_warmup_steps": 1}, {"branch_loss_weight": 0.5})
+    )
+    assert warm == pytest.approx(0.75 * whole + 0.25 * branch) and beside == pytest.approx(whole + branch)
+
+
+def test_every_recorded_run_is_counted():
+    """At its own number of tokens."""
+    runs, counted = (tables.read("data/recorded/full", name) for name in ("runs", "compute"))
+    both = runs.merge(counted, on=["variant", "seed"])
+    assert len(both) == len(runs) and (both["tokens"] == both["trained_tokens"]).all()
+    assert np.isfinite(counted["training_flops"]).all()
 
 
 TRAINED = ["hidden", "hidden_normed", "kv_2", "kv_2_mlp", "states_2", "both_2", "hybrid"]

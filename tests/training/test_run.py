@@ -34,7 +34,7 @@ def left_by(folder) -> dict:
 def assert_same(one, other):
     one, other = left_by(one), left_by(other)
     weights = one.pop("weights"), other.pop("weights")
-    assert sorted(one) == ["axes.csv", "counts.csv", "gradients.csv", "history.csv", "run_lengths.csv"]
+    assert sorted(one) == ["axes.csv", "compute.csv", "counts.csv", "gradients.csv", "history.csv", "run_lengths.csv"]
     for name, table in one.items():
         pd.testing.assert_frame_equal(table, other[name].assign(variant=table["variant"]), check_exact=True)
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
