@@ -55,7 +55,7 @@ STATED = [
         lambda: [table("runs").query("init_from.isna()")["trained_tokens"].mean() / 1e6],
     ),
     (
-        "59 variants, 157 runs; `sources`: 18, 70",
+        "59 variants, 157 runs; `sources`: 25, 91",
         lambda: [count for runs in (table("runs"), sealed("runs")) for count in (runs["variant"].nunique(), len(runs))],
     ),
 ]
