@@ -18,10 +18,9 @@ from ..target.load import Target
 from ..text.corpus import CORPORA, load_corpus
 from .live import LiveFeatures
 from .spec import FeatureSpec, check_target
-from .store import MANIFEST, StoredFeatures, write_store
+from .store import MANIFEST, StoredFeatures, finished_manifest, write_store
 
 RECIPE = "live.json"
-MODES = ("stored", "live")
 AGAIN = "run notebook 01_extract_kv_cache again"
 
 
@@ -35,10 +34,7 @@ def keep_features(
     -------
     One row a split: documents, tokens, answer tokens, shards, megabytes.
     """
-    folder = Path(folder)
-    if mode not in MODES:
-        raise StudyError(f"features={mode!r} is not known; choose from {', '.join(MODES)}")
-    rows = []
+    folder, rows = Path(folder), []
     for split, source in sources.items():
         answer_tokens = sum(int(document.answer_mask.sum()) for document in source.documents)
         shards, live = [], mode == "live" and split == "train"
@@ -68,7 +64,7 @@ def read_spec(folder: Path) -> FeatureSpec:
     """The spec of what was kept in ``folder``; no target is needed for it."""
     if (folder / RECIPE).exists():
         return FeatureSpec.from_json(_recipe(folder)["spec"])
-    return StoredFeatures(folder, verify=False).spec
+    return FeatureSpec.from_json(finished_manifest(folder)["spec"])
 
 
 def open_features(folder: Path, target: Target) -> StoredFeatures | LiveFeatures:

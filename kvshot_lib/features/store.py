@@ -111,27 +111,19 @@ def _take_over(folder: Path, wanted: dict, replace: bool) -> None:
 class StoredFeatures(OfLayers):
     """Features read back from a folder that :func:`write_store` made; the same interface as ``LiveFeatures``.
 
-    ``verify`` compares every shard's SHA-256 with the manifest first, not its size alone.
+    Every shard's SHA-256 is compared with the manifest first.
     """
 
-    def __init__(self, folder: str | Path, *, verify: bool = True):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not (self.folder / MANIFEST).exists():
-            raise StudyError(
-                f"no feature store at {self.folder}; run notebook 01_extract_kv_cache for this results_dir"
-            )
-        manifest = read_manifest(self.folder)
-        if not manifest["complete"]:
-            raise StudyError(
-                f"the store at {self.folder} is not finished; run notebook 01_extract_kv_cache again, it resumes"
-            )
+        manifest = finished_manifest(self.folder)
         super().__init__(FeatureSpec.from_json(manifest["spec"]))
         self.lengths: list[int] = manifest["lengths"]
         self.documents_hash: str = manifest["documents_hash"]
         self._places: list[tuple[Path, int]] = []  # of each document: its shard and first row there
         for shard in manifest["shards"]:
             path, row = self.folder / shard["file"], 0
-            if trouble := _trouble(path, shard, verify):
+            if trouble := _trouble(path, shard):
                 raise StudyError(f"{path} {trouble}; {AGAIN}")
             for length in self.lengths[len(self._places) : len(self._places) + shard["documents"]]:
                 self._places.append((path, row))
@@ -191,6 +183,15 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def finished_manifest(folder: Path) -> dict:
+    """What a whole store says of itself; one that isn't there, or not finished, is refused."""
+    if not (folder / MANIFEST).exists():
+        raise StudyError(f"no feature store at {folder}; run notebook 01_extract_kv_cache for this results_dir")
+    if not (manifest := read_manifest(folder))["complete"]:
+        raise StudyError(f"the store at {folder} is not finished; run notebook 01_extract_kv_cache again, it resumes")
+    return manifest
+
+
 def _record(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
@@ -203,13 +204,13 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _trouble(path: Path, record: dict, verify: bool = True) -> str:
+def _trouble(path: Path, record: dict) -> str:
     """What is wrong with a shard, by its record; empty if nothing is."""
     if not path.exists():
         return "is missing"
     if (size := path.stat().st_size) != record["bytes"]:
         return f"has {size} bytes, its manifest says {record['bytes']}"
-    return "was altered: its SHA-256 is not the manifest's" if verify and sha256(path) != record["sha256"] else ""
+    return "was altered: its SHA-256 is not the manifest's" if sha256(path) != record["sha256"] else ""
 
 
 def _differences(wanted: dict, found: dict) -> str:

@@ -70,23 +70,17 @@ def thin(tables_dir: str | Path) -> list[Path]:
     return [write(tables_dir, name, table) for name, table in made.items()]
 
 
-def read_record(folder: Path) -> dict:
-    """What ``run.json`` says of a finished run."""
-    record = read_json(folder / "run.json", f"delete {folder} and train again")
-    record.pop("files", None)
-    return record
-
-
 def _key(run: dict[str, pd.DataFrame]) -> tuple[str, int]:
     return run["runs"]["variant"].iloc[0], run["runs"]["seed"].iloc[0]
 
 
 def _read_run(folder: Path) -> dict[str, pd.DataFrame]:
     """The checked tables of one run."""
-    found = {"runs": check(pd.DataFrame([read_record(folder)]), "runs", folder / "run.json")}
-    for file, digest in read_json(folder / "run.json", "").get("files", {}).items():
+    record = read_json(folder / "run.json", f"delete {folder} and train again")
+    for file, digest in record.pop("files", {}).items():
         if not (folder / file).is_file() or sha256(folder / file) != digest:
             raise StudyError(f"{folder / file} is missing or not what the run wrote: delete {folder} and train again")
+    found = {"runs": check(pd.DataFrame([record]), "runs", folder / "run.json")}
     found |= {name: read_one(folder / f"{name}.csv", name, AGAIN) for name in OF_RUN}
     expected = f"{folder.parent.name}/{folder.name}"
     for name, table in found.items():

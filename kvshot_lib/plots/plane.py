@@ -26,7 +26,6 @@ def plane(
     reference: str = "speedup",
     xlabel: str = "",
     ylabel: str = "",
-    title: str = "",
     named: list[str] | None = None,
     looks: Callable[[str], tuple[str, str]] = look,
     height: float = 6.0,
@@ -57,7 +56,7 @@ def plane(
         if "low" in row and np.isfinite(row["low"]):
             axes.vlines(row[x], row["low"], row["high"], color=colour, lw=1.6, alpha=0.2 if pale else 0.7)
         axes.plot(row[x], row[y], color=colour, marker=marker, ms=4 if pale else 7, alpha=0.3 if pale else 1, zorder=3)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(visible=False)
     axes.margins(0.12)
     if reference == "speedup":

@@ -171,8 +171,6 @@ def bench(**given) -> None:
 
 @cli.command("dry-run")
 @profile
-@options("cut the target to so many (0: don't)", layers=0)
-@options("and to a width that a CPU can take", narrow=False)
 @options("of each training", steps=20)
 @options("tokens of a document (0: the profile's)", length=0)
 @several("drafters", "some of the profile's")
@@ -201,7 +199,6 @@ def publish(**given) -> None:
 @argument("results_dir")
 @argument("name")
 @options("what the run depends on; what another one left is removed", mark="")
-@options("draft steps that are judged", draft_length=7)
 def judge(**given) -> None:
     """Judge the published drafter NAME in a study of one's own, as one variant more."""
     from .publish import judge_checkpoint

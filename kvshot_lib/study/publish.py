@@ -18,10 +18,9 @@ from ..drafters.runs import DESCRIPTION, training_command
 from ..drafters.variants import VARIANTS
 from ..errors import StudyError
 from ..features.store import StoredFeatures
-from ..files import sha256, write_atomically, write_csv, write_json
+from ..files import read_json, sha256, write_atomically, write_csv, write_json
 from ..metrics import tables
 from ..metrics.acceptance import count_run
-from ..metrics.collect import read_record
 from ..metrics.resampling import Draws, draw
 from ..parts import claim
 from ..target.load import Target, load_target, resolve_dtype
@@ -60,7 +59,8 @@ def publish(folder: Path, to: Path, target: Target, evaluation: StoredFeatures, 
     """
     if not (folder / "run.json").exists():
         raise StudyError(f"{folder} has no finished run: train it first ({training_command(folder)})")
-    record, drafter = read_record(folder), load_drafter(folder, target)
+    record, drafter = read_json(folder / "run.json", f"delete {folder} and train again"), load_drafter(folder, target)
+    record.pop("files", None)
     tensors = {name: tensor.detach().cpu() for name, tensor in drafter.state_dict().items()}
     path = save_rounded({**tensors, "draft_ids": drafter.draft_ids.cpu()}, to / WEIGHTS, step)
     described = {**drafter.description(), "weights_sha256": sha256(path), "rounding_step": step}
@@ -142,7 +142,7 @@ def card(record: dict, described: dict, draws: Draws, size_bytes: int, longest: 
     )
 
 
-def judge_checkpoint(results_dir: str, name: str, *, mark: str = "", draft_length: int = DRAFT_LENGTH) -> Path:
+def judge_checkpoint(results_dir: str, name: str, *, mark: str = "") -> Path:
     """Judge a published drafter in a study of one's own, as one variant more: `kv_2` becomes `kv_2_checkpoint`.
 
     It leaves there what a training leaves, so that whatever reads runs reads it. Its training is the recorded one.
@@ -172,5 +172,5 @@ def judge_checkpoint(results_dir: str, name: str, *, mark: str = "", draft_lengt
     history = tables.read_one(source / "history.csv", "history").drop(columns=["variant", "seed"])
     dtype = resolve_dtype("auto", target.device)
     run = Run(variant, drafter, TrainConfig(seed=seed), target, {"evaluation": evaluation}, folder, dtype)
-    judge_run(run, history, facts, draft_length)
+    judge_run(run, history, facts, DRAFT_LENGTH)
     return folder

@@ -27,22 +27,18 @@ from .bench import peak_memory_gb, training_speed
 from .notebooks import check_names
 from .profiles import Profile, checked_profile, extract_values, train_values
 
-NARROW = {
-    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-}  # fmt: skip
 PROMPT_TOKENS = 64
 
 
 def dry_run(
-    profile: str, *, layers: int = 0, narrow: bool = False, steps: int = 20, length: int = 0,
-    drafters: Sequence[str] = (), dialogues: int = 280_000, device: str = "auto", dtype: str = "auto",
+    profile: str, *, steps: int = 20, length: int = 0, drafters: Sequence[str] = (), dialogues: int = 280_000,
+    device: str = "auto", dtype: str = "auto",
 ) -> str:  # fmt: skip
     """A profile's generation, extraction and trainings for a few steps with random weights: what will it take?"""
     loaded = checked_profile(profile)
     check_names(drafters, loaded.drafters, f"profile {loaded.name}, drafters:")
     values = extract_values(loaded, loaded.results) | ({"max_length_tokens": length} if length else {})
-    target, length = random_target(loaded, layers, narrow, device, dtype), values["max_length_tokens"]
+    target, length = random_target(loaded, device, dtype), values["max_length_tokens"]
     size = sum(p.numel() for p in target.model.parameters())
     machine = f"{device_name(target.device)}, torch {torch.__version__}"
     print(f"{machine}, {target.name}: {size:,} parameters, {target.dtype}", flush=True)
@@ -91,14 +87,12 @@ def random_documents(target: Target, number: int, length: int) -> list[Document]
     return [Document(chance.integers(3, target.vocab_size, length).astype(np.int32), mask) for _ in range(number)]
 
 
-def random_target(profile: Profile, layers: int, narrow: bool, device: str, dtype: str) -> Target:
+def random_target(profile: Profile, device: str, dtype: str) -> Target:
     """The profile's target with random weights made on the device, and a tokenizer of a few hundred words."""
     where, config = resolve_device(device), target_config(profile.extract.get("target", DEFAULT_TARGET))
-    changes = (NARROW if narrow else {}) | ({"num_hidden_layers": layers, "layer_types": None} if layers else {})
-    config, kind = type(config)(**config.to_dict() | changes), resolve_dtype(dtype, where)
     with torch.device(where), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=resolve_dtype(dtype, where), attn_implementation="sdpa")
     model.eval().requires_grad_(False)
     told = f"{profile.name}, {config.num_hidden_layers} layers, random weights"
     return Target(told, model, tiny_tokenizer(), "random", "none")

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from notebook_checks import ROOT
 
+from kvshot_lib.study import scale
 from kvshot_lib.study.cli import main
 from kvshot_lib.study.profiles import load_profile
 
@@ -15,12 +16,13 @@ def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def test_the_papers_profile_on_four_narrow_layers(capsys):
+def test_the_papers_profile_on_a_tiny_architecture(capsys, monkeypatch):
     """Every stage has a speed; hours are dialogues times tokens times passes over it."""
-    words = "qwen3-8b --layers 4 --narrow --steps 2 --length 48 --drafters hybrid --dtype float32 --device cpu"
+    monkeypatch.setitem(scale.ARCHITECTURES, "qwen3-8b", scale.ARCHITECTURES["tiny"])
+    words = "qwen3-8b --steps 2 --length 48 --drafters hybrid --dtype float32 --device cpu"
     assert main(["dry-run", *words.split(), "--dialogues", "1000000"]) == 0
-    out = capsys.readouterr().out
-    assert "qwen3-8b, 4 layers, random weights: " in out and "0.05 billion tokens" in out
+    out, layers = capsys.readouterr().out, scale.ARCHITECTURES["tiny"]["num_hidden_layers"]
+    assert f"qwen3-8b, {layers} layers, random weights: " in out and "0.05 billion tokens" in out
     told = re.findall(r"^(.*?) +([\d,]+) tokens/s,.* GB +([\d,.]+ hours)?$", out, re.MULTILINE)
     assert [stage for stage, _, _ in told] == ["generate answers", "extract", "train hybrid"]
     numbers = [(float(speed.replace(",", "")), hours.split(" ")[0].replace(",", "")) for _, speed, hours in told]
