@@ -61,7 +61,7 @@ def bench(
     """Capture, training, judging, generation and decoding, as users run them: rows of ``out`` beside other machines'.
 
     ``documents`` are the longest of the corpus, a training step takes half of them; ``texts`` are written at once. By
-    default (0) 64 and 8,192 on a GPU, 8 and 16 elsewhere. ``drafter`` is a folder, decoded with in a chain of 2 ("":
+    default (0) 64 and 4,096 on a GPU, 8 and 16 elsewhere. ``drafter`` is a folder, decoded with in a chain of 2 ("":
     none). Training is timed in several ``processes`` too; ``share`` is what each of these does.
     """
     if share:
@@ -69,7 +69,7 @@ def bench(
     values = parameter_defaults(NOTEBOOKS["extract"]) | {"target": target, "corpus": corpus, "dtype": "auto"}
     made = prepare(values | {"train_documents": None})
     model, card = made.target, made.target.device.type == "cuda"
-    documents, texts = documents or (64 if card else 8), texts or (8192 if card else 16)
+    documents, texts = documents or (64 if card else 8), texts or (4096 if card else 16)
     training = TrainConfig(batch_documents=max(1, documents // 2))
     longest = sorted(made.documents["train"].documents, key=lambda d: -len(d.tokens))[:documents]
     live = LiveFeatures(model, longest, made.spec)
@@ -132,12 +132,13 @@ class Bench:
 
     def generation(self, texts: int) -> None:
         """Answer tokens/s of a batch of dialogues, user turns included; a step moves weights and every row's cache."""
-        settings, card = GeneratorSettings(batch_size=texts), self.target.device.type == "cuda"
-        for _ in range(1 + card):  # a GPU's first batch records its graphs
-            begun = time.perf_counter()
-            made = generate_batch(self.target, "train", 0, settings)
-        took, length = time.perf_counter() - begun, settings.max_length_tokens
-        rows = rows_at_once(self.target, length, texts)
+        settings = GeneratorSettings(batch_size=texts)
+        length, rows = settings.max_length_tokens, rows_at_once(self.target, settings.max_length_tokens, texts)
+        if self.target.device.type == "cuda":  # the first batch records graphs
+            generate_batch(self.target, "train", 1, replace(settings, batch_size=rows))
+        begun = time.perf_counter()
+        made = generate_batch(self.target, "train", 0, settings)
+        took = time.perf_counter() - begun
         weights, all_moved = (target_cost(self.target, seen).bytes for seen in (0, length // 2))
         floor = self.moved / self.bytes / (weights / rows + all_moved - weights)
         answers = sum(len(document.answer) for document in made)

@@ -43,7 +43,8 @@ class DialogueWriter(Writer):
 
     def write(self) -> list[Document]:
         """One dialogue a row."""
-        for state in (self.speaker, self.spent, self.framing, self.own, self.column):
+        self.restart()
+        for state in (self.speaker, self.spent, self.framing, self.own):
             state.zero_()
         rows, length = len(self.ended), self.text.shape[1] - 1
         self.begin(dict.fromkeys(range(rows), self.opening), length)

@@ -38,8 +38,7 @@ def write_rows(
     """
     told = rows, length, temperature, top_p, tuple(stops)
     writer = writer_of(Writer, address(target.model), target, *told)
-    writer.ended.fill_(True)
-    writer.column.zero_()
+    writer.restart()
     waiting, inside = list(enumerate(prompts))[::-1], {}
     while waiting or inside:
         free = np.flatnonzero(writer.ended.cpu().numpy()).tolist()
@@ -112,8 +111,15 @@ class Writer:
         self.held, self.stops = numbers(rows, columns), torch.tensor(stops, device=device)
         self.ended = torch.ones(rows, dtype=torch.bool, device=device)
         self.noise = torch.ones(rows, target.vocab_size if temperature else 0, device=device)
+        self.draws = torch.Generator(device)  # its own: the global one of a GPU belongs to the graphs that are recorded
         self.mass = torch.compile(mass_from, dynamic=False) if device.type == "cuda" and has_triton() else mass_from
         self.recorded = recorded(self.forward, device)
+
+    def restart(self) -> None:
+        """No text in hand, and the draws that follow torch's global seed now."""
+        self.draws.manual_seed(int(torch.randint(2**62, ())))
+        self.ended.fill_(True)
+        self.column.zero_()
 
     def begin(self, prompts: Mapping[int, np.ndarray], new: int) -> None:
         """New texts in rows that have ended, of at most ``new`` tokens more than the prompt."""
@@ -139,7 +145,7 @@ class Writer:
     def step(self) -> None:
         """One token more in every row that has not ended."""
         if self.temperature:
-            self.noise.exponential_()
+            self.noise.exponential_(generator=self.draws)
         self.recorded()
 
     def forward(self) -> None:
@@ -166,5 +172,4 @@ class Writer:
 @lru_cache(maxsize=2)  # user turns are sampled, evaluation answers are not
 def writer_of(kind: type[Writer], _address: int, target: Target, *how) -> Writer:
     """The writer of a kind for ``target``, made ``how``: recorded once, while the weights stay where they are."""
-    with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
-        return kind(target, *how)
+    return kind(target, *how)
