@@ -220,18 +220,16 @@ def report(profile: str, out: str) -> None:
 @notebook.command()
 @argument("notebook", metavar="IN")
 @argument("output", metavar="OUT")
-@option("-f", "--file", "files", multiple=True, help="YAML file of parameters")
 @option("-y", "--yaml", "texts", multiple=True, help="YAML text of parameters")
 @option("-p", "--parameter", "values", nargs=2, multiple=True, metavar="NAME VALUE")
-@option("--cwd", help="folder to run in (the notebook's)")
 @option("--owns", help="folder that this notebook alone writes")
 @option("--fingerprint", help="what the contents of that folder depend on")
-def run(files: Sequence[str], texts: Sequence[str], values: Sequence[tuple[str, str]], **given) -> None:
+def run(texts: Sequence[str], values: Sequence[tuple[str, str]], **given) -> None:
     """Run one notebook with parameters of your own."""
     from .notebooks import run_notebook
 
     parameters = {}
-    for text in [*(Path(file).read_text() for file in files), *texts]:
+    for text in texts:
         parameters |= yaml.safe_load(text) or {}
     parameters |= {name: yaml.safe_load(value) for name, value in values}
     run_notebook(parameters=parameters, **given)

@@ -95,12 +95,11 @@ def check_no_number_as_text(name: str, value: object) -> None:
 
 
 def run_notebook(
-    notebook: str | Path, output: str | Path, parameters: dict, *, cwd: str | Path | None = None,
-    owns: str | Path | None = None, fingerprint: str | None = None,
-) -> None:  # fmt: skip
+    notebook: str | Path, output: str | Path, parameters: dict, *, owns: str = "", fingerprint: str = ""
+) -> None:
     """Execute ``notebook`` with ``parameters`` and write it to ``output`` when it has run to its end.
 
-    It runs in the folder ``cwd`` (by default its own), in this Python, whatever kernel an editor has saved in it. Of
+    It runs in its own folder, in this Python, whatever kernel an editor has saved in it. Of
     ``owns``, a folder that only this notebook writes, what another ``fingerprint`` left is removed first; work of the
     same one stays, for the notebook to resume.
 
@@ -113,16 +112,16 @@ def run_notebook(
     check_parameters(notebook, parameters)
     unfinished = output.with_suffix(".unfinished.ipynb")
     with locked(output.with_name(f".{output.stem}.lock"), wait=True):
-        if owns is not None:
-            claim(Path(owns), str(fingerprint))
+        if owns:
+            claim(Path(owns), fingerprint)
         print(f"{output.stem}: started", file=sys.stderr, flush=True)
         started_at = time.monotonic()
-        execute(notebook, unfinished, parameters, Path(cwd or notebook.parent), Progress(output.stem))
+        execute(notebook, unfinished, parameters, Progress(output.stem))
         os.replace(unfinished, output)
         print(f"{output.stem}: done in {time.monotonic() - started_at:.0f} s", file=sys.stderr, flush=True)
 
 
-def execute(notebook: Path, output: Path, parameters: dict, cwd: Path, progress: "Progress") -> None:
+def execute(notebook: Path, output: Path, parameters: dict, progress: "Progress") -> None:
     """Run ``notebook`` with papermill, its logs silenced, the notebook's stderr to ``progress``.
 
     Raises
@@ -147,7 +146,7 @@ def execute(notebook: Path, output: Path, parameters: dict, cwd: Path, progress:
         "extra_arguments": ["--IPKernelApp.log_level=50"],
     }
     try:
-        papermill.execute_notebook(str(notebook), str(output), parameters, cwd=str(cwd), **options)
+        papermill.execute_notebook(str(notebook), str(output), parameters, cwd=str(notebook.parent), **options)
     except PapermillExecutionError as error:
         text = " ".join(str(error.evalue).split()) or "(no message)"
         line = text if error.ename == "StudyError" else f"{error.ename}: {text}"

@@ -61,10 +61,10 @@ def run_cost(drafter: Drafter, training: TrainConfig, target: Target, documents:
     }
 
 
-def chain_cost(drafter: Drafter, context_length_tokens: int = CONTEXT, draft_length: int = CHAIN) -> Cost:
+def chain_cost(drafter: Drafter, draft_length: int = CHAIN) -> Cost:
     """Of a chain's draft steps together, or of a block's one pass."""
     passes = 1 if drafter.config.paradigm == "block" else draft_length
-    steps = [pass_cost(drafter, context_length_tokens, k) for k in range(passes)]
+    steps = [pass_cost(drafter, CONTEXT, k) for k in range(passes)]
     return Cost(sum(step.flops for step in steps), sum(step.bytes for step in steps))
 
 

@@ -1,4 +1,4 @@
-"""Training curves by Accelerate's own tracker; `tensorboard --logdir results/PROFILE/runs` shows them."""
+"""Training curves for TensorBoard: `tensorboard --logdir results/PROFILE/runs` shows them."""
 
 import contextlib
 import math
@@ -22,21 +22,17 @@ def curves(log_to: str, folder: str | Path, step: int) -> Iterator[Callable[[lis
     if not log_to or not parallel.is_main():
         yield lambda rows: None
         return
-    from accelerate.tracking import TensorBoardTracker, is_tensorboard_available
-
-    if not is_tensorboard_available():
-        raise StudyError(f"log_to={log_to!r} needs a package that isn't installed: pip install tensorboard")
-    tracker = TensorBoardTracker("tensorboard", folder, purge_step=step + 1)
-    tracker.start()
-
-    def log(rows: list[dict]) -> None:
-        values = {"learning_rate": rows[0]["learning_rate"]}
-        for row in rows:
-            own = {f"{name}/{row['split']}_{row['draft_step']}": row[name] for name in ("loss", "acceptance")}
-            values |= {name: value for name, value in own.items() if math.isfinite(value)}
-        tracker.log(values, step=rows[0]["step"])
-
     try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise StudyError(f"log_to={log_to!r} needs a package that isn't installed: pip install tensorboard") from None
+    with SummaryWriter(Path(folder) / "tensorboard", purge_step=step + 1) as writer:
+
+        def log(rows: list[dict]) -> None:
+            writer.add_scalar("learning_rate", rows[0]["learning_rate"], rows[0]["step"])
+            for row in rows:
+                for name in ("loss", "acceptance"):
+                    if math.isfinite(row[name]):
+                        writer.add_scalar(f"{name}/{row['split']}_{row['draft_step']}", row[name], row["step"])
+
         yield log
-    finally:
-        tracker.finish()

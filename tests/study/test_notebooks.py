@@ -102,8 +102,7 @@ def test_parameters_reach_the_notebook_by_every_way_and_an_editors_kernel_does_n
     notebook.metadata = {"kernelspec": kernel} if kernel else {}
     notebook.cells[-1].source += "\nimport sys\nprint(sys.executable)"
     nbformat.write(notebook, small)
-    (tmp_path / "mine.yaml").write_text("steps: 5")
-    words = ["-f", str(tmp_path / "mine.yaml"), "-y", "{learning_rate: 0.5}", "-p", "steps", "4"]
+    words = ["-y", "{learning_rate: 0.5, steps: 5}", "-p", "steps", "4"]
     assert main(["notebook", "run", str(small), str(tmp_path / "out.ipynb"), *words]) == 0
     told = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs[0].text
     assert told == f"2.0\n{sys.executable}\n"
