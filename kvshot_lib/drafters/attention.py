@@ -8,8 +8,12 @@ Letters: B documents, M anchors, N prefix entries, J chain entries, H query head
 query heads each), D head size.
 """
 
+from collections.abc import Callable
+from functools import cache, partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
@@ -118,6 +122,58 @@ def _plain_attention(query: Tensor, prefix, mask, chain) -> Tensor:
     return out
 
 
+def products(equation: str, a: Tensor, b: Tensor) -> Tensor:
+    """einsum of two tensors as a product and a sum: for sums so short that a matrix product is mostly overhead.
+
+    >>> products("md,mjd->mj", torch.ones(2, 4), torch.ones(2, 3, 4)).shape
+    torch.Size([2, 3])
+    """
+    read, kept = equation.split("->")
+    names = read.split(",")
+    letters = [*kept, *sorted({*names[0], *names[1]} - {*kept})]
+    shown = lambda own: tuple(slice(None) if letter in own else None for letter in letters)
+    order = lambda own: [own.index(letter) for letter in letters if letter in own]
+    aligned = [part.permute(order(own))[shown(own)] for part, own in zip((a, b), names, strict=True)]
+    return (aligned[0] * aligned[1]).sum([*range(len(kept), len(letters))])
+
+
+def _merge(
+    einsum: Callable, query: Tensor, chain_keys: Tensor, chain_values: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The chain merged into the prefix's ``out`` [B, G, R · M, D]: that, the joint log-sum-exp, the chain's weights."""
+    scores = einsum("bgrmd,bgmjd->bgrmj", query, chain_keys).float() * scale
+    scores = scores.reshape(*out.shape[:3], -1)
+    prefix_lse, lse = lse, torch.logaddexp(lse, scores.logsumexp(-1))
+    weights = (scores - lse[..., None]).exp().to(query.dtype)
+    from_chain = einsum("bgrmj,bgmjd->bgrmd", weights.view(*query.shape[:4], -1), chain_values)
+    return out * (prefix_lse - lse).exp()[..., None].to(out.dtype) + from_chain.reshape(out.shape), lse, weights
+
+
+def _merge_backward(
+    einsum: Callable, grad: Tensor, query: Tensor, chain_keys: Tensor, chain_values: Tensor, out: Tensor,
+    weights: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What the chain adds to the gradient of the query, and the gradients of its keys and values."""
+    weights = weights.view(*query.shape[:4], -1)
+    shared = (grad * out.view(query.shape)).sum(-1, keepdim=True)
+    grad_scores = weights * (einsum("bgrmd,bgmjd->bgrmj", grad, chain_values) - shared) * scale
+    return (
+        einsum("bgrmj,bgmjd->bgrmd", grad_scores, chain_keys),
+        einsum("bgrmj,bgrmd->bgmjd", grad_scores, query),
+        einsum("bgrmj,bgrmd->bgmjd", weights, grad),
+    )
+
+
+@cache
+def _merging(device: str) -> tuple[Callable, Callable]:
+    """`_merge` and `_merge_backward` there; a GPU has each in a few kernels, by torch.compile."""
+    if device != "cuda" or not has_triton():
+        return partial(_merge, torch.einsum), partial(_merge_backward, torch.einsum)
+    return torch.compile(lambda *given: _merge(products, *given)), torch.compile(
+        lambda *given: _merge_backward(products, *given)
+    )
+
+
 class _MergedAttention(torch.autograd.Function):
     """Prefix attention by a fused kernel, the chain merged in through log-sum-exps.
 
@@ -138,12 +194,9 @@ class _MergedAttention(torch.autograd.Function):
         out, lse, random = _prefix_attention(rows, keys, values, mask, scale)
         weights = None
         if chain_keys is not None:
-            scores = torch.einsum("bgrmd,bgmjd->bgrmj", query, chain_keys).float() * scale
-            scores = scores.reshape(*rows.shape[:3], -1)
-            prefix_lse, lse = lse, torch.logaddexp(lse, scores.logsumexp(-1))
-            weights = (scores - lse[..., None]).exp().to(query.dtype)
-            from_chain = torch.einsum("bgrmj,bgmjd->bgrmd", weights.view(*query.shape[:4], -1), chain_values)
-            out = out * (prefix_lse - lse).exp()[..., None].to(out.dtype) + from_chain.reshape(rows.shape)
+            merge, _ = _merging(query.device.type)
+            chain = chain_keys.detach(), chain_values.detach()
+            out, lse, weights = merge(query.detach(), *chain, out, lse, scale)
         ctx.save_for_backward(rows, keys, values, mask, out, lse, weights, chain_keys, chain_values, *random)
         ctx.shape, ctx.scale = query.shape, scale
         return out.view(query.shape)
@@ -157,12 +210,11 @@ class _MergedAttention(torch.autograd.Function):
         )
         grad_query, grad_chain_keys, grad_chain_values = grad_query.reshape(ctx.shape), None, None
         if weights is not None:
-            weights = weights.view(*ctx.shape[:4], -1)
-            shared = (grad * out.view(ctx.shape)).sum(-1, keepdim=True)
-            grad_scores = weights * (torch.einsum("bgrmd,bgmjd->bgrmj", grad, chain_values) - shared) * ctx.scale
-            grad_query = grad_query + torch.einsum("bgrmj,bgmjd->bgrmd", grad_scores, chain_keys)
-            grad_chain_keys = torch.einsum("bgrmj,bgrmd->bgmjd", grad_scores, rows.view(ctx.shape))
-            grad_chain_values = torch.einsum("bgrmj,bgrmd->bgmjd", weights, grad)
+            _, merge_backward = _merging(grad.device.type)
+            chain = chain_keys.detach(), chain_values.detach()
+            given = grad, rows.view(ctx.shape), *chain, out, weights, ctx.scale
+            added, grad_chain_keys, grad_chain_values = merge_backward(*given)
+            grad_query = grad_query + added
         return grad_query, grad_keys, grad_values, None, grad_chain_keys, grad_chain_values
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from kvshot_lib.drafters import attention as attentions
 from kvshot_lib.drafters.attention import _plain_attention, chain_attention, prefix_mask
 
 B, H, G, M, N, D = 2, 4, 2, 5, 7, 8
@@ -46,6 +47,21 @@ def run(attention, leaves, weight):
     out = attention(query, (keys, values), prefix_mask(VISIBLE.to(query.device), N), chain)
     used = leaves if chain else leaves[:3]
     return out, torch.autograd.grad((out * weight.to(out)).sum(), used)
+
+
+@pytest.fixture
+def merged_as_on_a_gpu(monkeypatch):
+    """The chain's sums as products, each of the two functions one graph."""
+    whole, kinds = torch.compile, attentions._merging.__wrapped__
+    monkeypatch.setattr(torch, "compile", lambda work: whole(work, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(attentions, "has_triton", lambda: True)
+    both = kinds("cuda")
+    monkeypatch.setattr(attentions, "_merging", lambda _device: both)
+
+
+@pytest.mark.parametrize("chain_entries", [1, 2, 7])
+def test_a_gpus_way_of_merging_gives_the_same(chain_entries, merged_as_on_a_gpu):
+    test_numbers_and_gradients_equal_one_softmax_a_query(chain_attention, chain_entries, "cpu")
 
 
 @pytest.mark.parametrize("attention", [chain_attention, plain])
