@@ -17,7 +17,8 @@ EXPECTED, STEP, TREE = "expected_mat", "step_acceptance", "tree_decoded_mat"
 
 @cache
 def card():
-    return scorecard(all_draws(ROOT / "data/recorded/full"), read_paper()).set_index("claim")
+    drawn, apart = (all_draws(ROOT / "data/recorded" / name) for name in ("full", "sources"))
+    return scorecard(drawn, read_paper(), experiments={"sources": apart}).set_index("claim")
 
 
 @cache
@@ -58,6 +59,11 @@ STATED = [
     ("+.011 [.007, .015], as expected", lambda: minus("kv_1", "none_1", "step_acceptance", 6, profile="sources")),
     ("+.173 [.161, .186], reproduced", lambda: minus("kv_1", "none_1", profile="sources")),
     ("+.067 [.048, .089], not reproduced", lambda: minus("states_2", "kv_2", profile="sources")),
+    (
+        "−.556, not reproduced | +1.400 [1.337, 1.463], reproduced",  # the first is of a table that fell
+        lambda: (-0.556, *card().loc["C15c", ["measured_value", "measured_low", "measured_high"]]),
+    ),
+    ("It gains .134 [.077, .193] *less*", lambda: turned(statistic("C15d"))),
     (
         "157 trainings of 59 drafters on SmolLM2-135M-Instruct, 15 million tokens each, judged on 508 greedy answers",
         lambda: [*trained(), table("counts")["document"].nunique()],

@@ -32,7 +32,7 @@ def prompts() -> list[int]:
 
 
 STATED = [
-    ("2 and 3 on 2,000 sealed answers", lambda: (2, 3, sealed("counts")["document"].nunique())),
+    ("2 to 4 on 2,000 sealed answers", lambda: (2, 4, sealed("counts")["document"].nunique())),
     ("drafts .31 [.27, .35] tokens more per target forward", lambda: minus("hidden_31", "hidden")),
     (
         "right .011 [.007, .015] more often with one layer, .038 [.034, .041] with four",
@@ -44,6 +44,8 @@ STATED = [
     ),
     ("changes nothing: +.001 [−.008, +.010]", lambda: equal("both_1", "states_1")),
     ("better over the cache, by .011 [.008, .013]", lambda: equal("kv_4", "states_4", "step_acceptance", 6)),
+    ("at every place drafts .050 [.034, .064] tokens less", lambda: equal("kv_1", "kv_1_constant_query")),
+    ("state gains 1.40 tokens", lambda: equal("kv_1_oracle_query", "kv_1")[:1]),
     ("1.31 [1.27, 1.34] times as fast as the target alone", lambda: speedup("hidden_31_continued", "2")),
     (
         "two layers over the raw cache (1.34×) are worth no more than a drafter without any target state (1.34×)",
@@ -55,7 +57,7 @@ STATED = [
         lambda: [table("runs").query("init_from.isna()")["trained_tokens"].mean() / 1e6],
     ),
     (
-        "59 variants, 157 runs; `sources`: 25, 91",
+        "59 variants, 157 runs; `sources`: 27, 97",
         lambda: [count for runs in (table("runs"), sealed("runs")) for count in (runs["variant"].nunique(), len(runs))],
     ),
 ]
