@@ -71,18 +71,13 @@ def count_run(
     counted = [count_document(match, valid) for match, valid in documents]
     if not counted:
         raise StudyError("no evaluation documents to count: set evaluation_documents to 1 or more")
-    steps = len(counted[0][0])
-    run = {"variant": variant, "seed": seed}
-    counts = pd.DataFrame(np.concatenate([c for c, _ in counted]), columns=COUNTS)
-    index = {
-        **run,
-        "document": np.repeat(np.arange(len(counted)), steps),
-        "draft_step": np.tile(np.arange(steps), len(counted)),
-    }
-    counts = counts.assign(**index)[[*index, *COUNTS]]
-    run_lengths = pd.DataFrame(np.stack([r for _, r in counted]), columns=RUNS)
-    index = {**run, "document": np.arange(len(counted))}
-    return counts, run_lengths.assign(**index)[[*index, *RUNS]]
+    keys = {"variant": [variant], "seed": [seed], "document": range(len(counted))}
+    answers = pd.MultiIndex.from_product(keys.values(), names=keys)
+    keys["draft_step"] = range(len(counted[0][0]))
+    steps = pd.MultiIndex.from_product(keys.values(), names=keys)
+    counts = pd.DataFrame(np.concatenate([c for c, _ in counted]), index=steps, columns=COUNTS)
+    run_lengths = pd.DataFrame(np.stack([r for _, r in counted]), index=answers, columns=RUNS)
+    return counts.reset_index(), run_lengths.reset_index()
 
 
 def bin_low(places: np.ndarray) -> np.ndarray:
@@ -131,11 +126,10 @@ def count_axes(
                 counted = valid[:, step]
                 for low in np.unique(bins[counted]):
                     inside = counted & (bins == low)
-                    rows.append([document, axis, low, step, inside.sum(), (inside & match[:, step]).sum()])
-    rows = pd.DataFrame(rows, columns=["document", "axis", "bin_low", "draft_step", "anchors", "matches"])
-    rows.insert(0, "variant", variant)
-    rows.insert(1, "seed", seed)
-    return rows.sort_values(["document", "axis", "bin_low", "draft_step"], ignore_index=True)
+                    matches = (inside & match[:, step]).sum()
+                    rows.append([variant, seed, document, axis, low, step, inside.sum(), matches])
+    keys = ["variant", "seed", "document", "axis", "bin_low", "draft_step"]
+    return pd.DataFrame(rows, columns=[*keys, "anchors", "matches"]).sort_values(keys, ignore_index=True)
 
 
 def metrics_of(counts: np.ndarray, runs: np.ndarray) -> dict[str, np.ndarray]:

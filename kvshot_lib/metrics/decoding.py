@@ -35,12 +35,6 @@ PART_COLUMNS = tuple(f"{part}_s" for part in PARTS)
 SUMS = ["new_tokens", "extra_tokens", "forwards", "drafted", "seconds", *PART_COLUMNS]
 
 
-def prompt_sums(rows: pd.DataFrame, prompts: list) -> np.ndarray:
-    """``SUMS`` of the turns of each of ``prompts``, float [prompts, 12]; zeros where a prompt was not measured."""
-    rows = rows.assign(extra_tokens=rows["new_tokens"] - 1, drafted=rows["drafted"].fillna(0).astype(float))
-    return rows.groupby("prompt")[SUMS].sum().reindex(prompts, fill_value=0).to_numpy(float)
-
-
 def ratios(sums: np.ndarray, alone: np.ndarray) -> dict[str, np.ndarray]:
     """The module's ratios from sums [..., 12] of a plan and of the target alone."""
     at, base = (dict(zip(SUMS, np.moveaxis(summed, -1, 0))) for summed in (sums, alone))
@@ -69,12 +63,14 @@ def drawn(rows: pd.DataFrame, samples: int, seed: int) -> Iterator[tuple[tuple, 
     if not prompts:
         return
     weights = resample_weights(len(prompts), samples, seed).astype(float)
+    rows = rows.assign(extra_tokens=rows["new_tokens"] - 1, drafted=rows["drafted"].fillna(0).astype(float))
     for run, own in rows.groupby(RUN, sort=False):
         alone = own[own["mode"] == "alone"]
         for plan, part in own.groupby(PLAN, sort=False):
             part = part.merge(alone[["prompt", "turn"]], on=["prompt", "turn"])
             matching = alone.merge(part[["prompt", "turn"]], on=["prompt", "turn"])
-            sums, base = (weights @ prompt_sums(table, prompts) for table in (part, matching))
+            each = (table.groupby("prompt")[SUMS].sum() for table in (part, matching))
+            sums, base = (weights @ found.reindex(prompts, fill_value=0).to_numpy(float) for found in each)
             yield (*run, *plan), part, sums, ratios(sums, base)
 
 

@@ -76,24 +76,17 @@ class Picture:
 
 
 def show(figure: Figure, table: pd.DataFrame, folder: str | Path, name: str, alt: str) -> Picture:
-    """Write figure and table into ``folder`` (`save_figure`); return what a notebook displays.
+    """Write ``<name>.png`` and, beside it, the table that it shows as ``<name>.csv``; return what a notebook displays.
 
     ``alt`` says in a sentence or two what a reader sees who can't see it: axes, who is above whom, and by how much.
-    """
-    return Picture(save_figure(figure, table, folder, name), alt)
-
-
-def save_figure(figure: Figure, table: pd.DataFrame, figures_dir: str | Path, name: str) -> Path:
-    """Write ``<name>.png`` and, beside it, the table that it shows as ``<name>.csv``; return the picture's path.
-
     The picture keeps 256 colours, which takes a third of the bytes and can't be seen in a chart: figures are tracked,
     in notebooks too.
     """
-    path, drawn = Path(figures_dir) / f"{name}.png", io.BytesIO()
+    path, drawn = Path(folder) / f"{name}.png", io.BytesIO()
     write_csv(path.with_suffix(".csv"), rounded(table))
     figure.savefig(drawn, dpi=112)
     picture = _in_256_colours(Image.open(drawn).convert("RGB"))
-    return write_atomically(path, lambda p: picture.save(p, optimize=True))
+    return Picture(write_atomically(path, lambda p: picture.save(p, optimize=True)), alt)
 
 
 def _in_256_colours(picture: Image.Image) -> Image.Image:

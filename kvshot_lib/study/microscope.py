@@ -101,19 +101,15 @@ def findings(found: Examination) -> list[str]:
     told.append(f"{use}: {share:.3f} of drafts are right, {shuffled:.3f} with another answer's, {zero:.3f} with none.")
     template = found.gain(PLAIN)
     hint = ": IT WAS TRAINED without this chat template" if helps(template) else ""
-    ends = found.table.query("part == 'drift'").groupby("metric")["draft_step"].agg(["min", "max"])
-    for metric, what in (
-        (COSINE, "its state's cosine with the target's there"),
-        (RECALL, "its recall of the target's attention"),
-    ):
-        if metric in ends.index:
-            (first, last), at = (
-                ends.loc[metric],
-                lambda name, step, metric=metric: found.of(name, metric, int(step)).value,
-            )
+    named = {COSINE: "its state's cosine with the target's there", RECALL: "its recall of the target's attention"}
+    for metric, what in named.items():
+        measured = found.table.query("part == 'drift' and metric == @metric")["draft_step"]
+        if len(measured):
+            ends = first, last = int(measured.min()), int(measured.max())
+            drifted, held = ([found.of(name, metric, step).value for step in ends] for name in (DRIFT, HELD))
             told.append(
-                f"From step {first} to {last}, {what} goes from {at(DRIFT, first):.2f} to {at(DRIFT, last):.2f}; what "
-                f"was known at the anchor would give {at(HELD, first):.2f} and {at(HELD, last):.2f}."
+                f"From step {first} to {last}, {what} goes from {drifted[0]:.2f} to {drifted[1]:.2f}; what was known "
+                f"at the anchor would give {held[0]:.2f} and {held[1]:.2f}."
             )
     told.append(
         f"Without the chat template the share of right drafts, along the same answers, changes by {template}{hint}."

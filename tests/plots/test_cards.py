@@ -6,7 +6,7 @@ from flat_draws import draws_of
 from kvshot_lib.drafters.variants import VARIANTS
 from kvshot_lib.metrics.scorecard import read_paper, scorecard
 from kvshot_lib.plots import cards
-from kvshot_lib.plots.style import save_figure
+from kvshot_lib.plots.style import show
 
 RUNS = {"hidden": [(40, 30, 20), (42, 32, 20)], "kv_1": (30, 30, 30), "hybrid": (45, 41, 35), "kv_2": (35, 35, 34)}
 RUNS |= {"kv_2_unrotate": (34, 35, 34), "kv_2_zero": (10, 10, 10), "hybrid_warm": (44, 40, 35)}
@@ -40,4 +40,4 @@ def test_marker_is_right_of_the_line_where_the_claim_holds(card):
 def test_any_set_of_variants_can_be_drawn(variants, tmp_path):
     card = scorecard(draws_of(dict.fromkeys(variants, (30, 29, 28)), noise=3), read_paper())
     assert (card["verdict"] == "not run").all() == (len(variants) == 1)
-    assert save_figure(cards.cards(card), card, tmp_path, "scorecard").is_file()
+    assert show(cards.cards(card), card, tmp_path, "scorecard", "").path.is_file()

@@ -27,7 +27,7 @@ def drawn(table=TABLE):
 
 
 def test_drawn_twice_has_the_same_bytes(tmp_path):
-    paths = [style.save_figure(drawn(), TABLE, tmp_path / folder, "decay") for folder in "ab"]
+    paths = [style.show(drawn(), TABLE, tmp_path / folder, "decay", "").path for folder in "ab"]
     assert paths[0].read_bytes() == paths[1].read_bytes()
     pd.testing.assert_frame_equal(pd.read_csv(paths[0].with_suffix(".csv")), TABLE, check_dtype=False)
 
@@ -35,7 +35,7 @@ def test_drawn_twice_has_the_same_bytes(tmp_path):
 def test_changed_number_changes_the_picture(tmp_path):
     """The image comparison of recorded figures can fail: one point moved by .02 is seen."""
     moved = TABLE.assign(value=TABLE["value"] + 0.02 * (TABLE.index == 2))
-    first, second = (style.save_figure(drawn(t), t, tmp_path, n) for t, n in ((TABLE, "first"), (moved, "second")))
+    first, second = (style.show(drawn(t), t, tmp_path, n, "").path for t, n in ((TABLE, "first"), (moved, "second")))
     assert compare_images(str(first), str(second), tol=2) is not None
 
 
