@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import StudyError
 from ..settings import check_value
@@ -159,11 +160,12 @@ def feature_spec(
 
 def pad_documents(documents: Sequence[Document], indices: Sequence[int]) -> Features:
     """Tokens and masks of a batch, right-padded; no target state yet."""
-    batch = [documents[i] for i in indices]
-    longest = max(2, *(len(document.tokens) for document in batch))  # an empty prefix crashes the fused kernel
-    tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
-    mask = torch.zeros(len(batch), longest, dtype=torch.bool)
-    for row, document in enumerate(batch):
-        tokens[row, : len(document.tokens)] = torch.from_numpy(document.tokens.astype("int64"))
-        mask[row, : len(document.tokens)] = torch.from_numpy(document.answer_mask)
+    tokens = padded([torch.from_numpy(documents[i].tokens.astype("int64")) for i in indices])
+    mask = padded([torch.from_numpy(documents[i].answer_mask) for i in indices])
     return Features(tokens, mask, torch.tensor(list(indices)))
+
+
+def padded(rows: list[Tensor]) -> Tensor:
+    """Rows [n_i, …] as one tensor [B, n, …], zeros behind; n is at least 2: an empty prefix crashes the fused kernel."""
+    least = [*rows, rows[0].new_zeros(2, *rows[0].shape[1:])]
+    return pad_sequence(least, batch_first=True)[:-1]

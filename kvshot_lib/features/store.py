@@ -15,7 +15,7 @@ from .. import parallel
 from ..errors import StudyError
 from ..files import read_json, sha256, write_atomically, write_json
 from .live import LiveFeatures
-from .spec import STATE, Features, FeatureSpec, OfLayers
+from .spec import STATE, Features, FeatureSpec, OfLayers, padded
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -135,14 +135,9 @@ class StoredFeatures(OfLayers):
 
     def batch(self, indices: Sequence[int], state: Sequence[str] = STATE) -> Features:
         """Read the chosen documents, right-padded with zeros; ``state`` names the fields wanted."""
-        longest, padded = max(2, *(self.lengths[i] for i in indices)), {}
-        for name in ("tokens", "answer_mask", *state):
-            rows = [self._read(i, name) for i in indices]
-            tensor = rows[0].new_zeros(len(rows), longest, *rows[0].shape[1:])
-            for target, row in zip(tensor, rows, strict=True):
-                target[: len(row)] = row
-            padded[name] = tensor.long() if name in ("tokens", "target_argmax") else tensor
-        return Features(documents=torch.tensor(list(indices)), **padded)
+        fields = {name: padded([self._read(i, name) for i in indices]) for name in ("tokens", "answer_mask", *state)}
+        fields |= {name: fields[name].long() for name in ("tokens", "target_argmax") if name in fields}
+        return Features(documents=torch.tensor(list(indices)), **fields)
 
     def _read(self, index: int, name: str) -> torch.Tensor:
         path, row = self._places[index]
