@@ -25,7 +25,7 @@ from .propose import Chain, Frontier, Proposal, Tree, chain_tokens
 from .verify import TargetRun, prefix_features
 
 ROUNDED_TO = 256  # positions: prompts of different lengths share their graphs
-RECORDED = 2048  # tokens of a prompt at most that a graph is made for: a GPU is busy with more, however they're launched
+RECORDED = 2048  # tokens of a prompt that a graph is made for, at most; more keep a GPU busy however they're launched
 
 
 class Forward:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import nn
 
 Around = Callable[..., object]
@@ -21,9 +22,8 @@ def watching(modules: Mapping[Hashable, nn.Module], method: str, around: Around)
 
     Notes
     -----
-    Around a compiled method (`layers.COMPILED`) it stands outside and sees what goes in and out. Methods that
-    torch.compile fused into another are seen only in a drafter that was not compiled. Several may stand around
-    one method, the last one outermost.
+    Meanwhile compiled methods (`layers.COMPILED`) run as they were written, so that what they call is seen too. Several
+    may stand around one method, the last one outermost.
 
     Seeing every layer's output, and stopping its gradient::
 
@@ -39,7 +39,8 @@ def watching(modules: Mapping[Hashable, nn.Module], method: str, around: Around)
     try:
         for key, module in modules.items():
             setattr(module, method, partial(around, key, getattr(module, method)))
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for key, module in modules.items():
             vars(module).pop(method, None)

@@ -223,8 +223,8 @@ def _attend(
     return out, {} if chain is None else {branch: chain}
 
 
-COMPILED = ("read", "project", "merge", "mix", "finish")
-"""Methods of layers and their attention that hold the small operations; `Drafter.compile_steps` fuses each."""
+COMPILED = {"parts": ("read", "project", "merge", "mix", "finish"), "layers": ("forward", "prefix", "columns")}
+"""Methods that `Drafter.compile_steps` fuses: of layers and attention those with the small operations, or whole layers."""
 
 LAYERS = {
     "hidden": (HiddenLayer, PlainLayer), "kv": (PlainLayer, PlainLayer), "hybrid": (HybridLayer, HybridLayer),

@@ -58,7 +58,8 @@ def dry_run(
         source = read_by(config, drafter_spec(config, target), live)
         draft_ids = torch.arange(min(given["draft_vocab_size"], target.vocab_size))
         try:
-            found = training_speed(target, source, config, training, draft_ids, steps, given["compile_steps"])
+            compiled = "parts" if given["compile_steps"] and target.device.type == "cuda" else ""
+            found = training_speed(target, source, config, training, draft_ids, steps, compiled)
             tell(f"train {variant}", found, training.epochs)
         except torch.OutOfMemoryError:
             print(f"{variant}: out of memory with batch_documents={training.batch_documents}; set fewer in the profile")

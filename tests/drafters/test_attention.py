@@ -52,10 +52,9 @@ def run(attention, leaves, weight):
 @pytest.fixture
 def merged_as_on_a_gpu(monkeypatch):
     """The chain's sums as products, each of the two functions one graph."""
-    whole, kinds = torch.compile, attentions._merging.__wrapped__
+    whole = torch.compile
     monkeypatch.setattr(torch, "compile", lambda work: whole(work, backend="aot_eager", fullgraph=True))
-    monkeypatch.setattr(attentions, "has_triton", lambda: True)
-    both = kinds("cuda")
+    both = attentions._compiled_merging.__wrapped__()
     monkeypatch.setattr(attentions, "_merging", lambda _device: both)
 
 

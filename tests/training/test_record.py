@@ -156,12 +156,13 @@ def test_few_anchors_are_every_eighth_of_those_with_all_steps():
     assert found.index[1].tolist() == [2, 10, 0, 0] and found.valid[1, :, 0].tolist() == [True, True, False, False]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile itself looks at it while tracing
-def test_compiled_steps_are_recorded_alike(monkeypatch):
+@pytest.mark.filterwarnings("default")  # PyTorch's compiler warns of PyTorch
+@pytest.mark.parametrize("what", ["parts", "layers"])
+def test_compiled_steps_are_recorded_alike(what, monkeypatch):
     """With torch.compile's tracing (not its code generator, which takes minutes): it ignores hooks on modules."""
     compiled, plain = examples.drafter("hybrid"), examples.drafter("hybrid")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    compiled.compile_steps()
+    compiled.compile_steps(what)
     found = []
     for drafter in (plain, compiled):
         loss(drafter).backward()  # traced before anything is watched
