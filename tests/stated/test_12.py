@@ -120,7 +120,8 @@ def test_seven_expectations_fell():
     plan = yaml.safe_load((ROOT / "data/experiments/sources.yaml").read_text())["families"]
     found = pd.concat([family(recorded.draws("sources"), rows) for rows in plan.values()])
     came = found["verdict"].replace("not distinguishable from", "none")
-    assert found["id"][came != found["expected"]].tolist() == ["P6", "S8", "S9", "S11", "Q1", "M3", "M4"]
+    fell = found["id"][(came != found["expected"]) & (came != "not run")]
+    assert fell.tolist() == ["P6", "S8", "S9", "S11", "Q1", "M3", "M4"]
 
 
 def test_the_late_lead_of_the_cache_stands_on_validation_documents_with_every_seed():
