@@ -175,17 +175,21 @@ def _kv_chain(drafter, weights, features, document, anchor, steps):
     for position in range(0 if alone else anchor + 1, anchor + 1 + steps):
         x = drafter.embedding[features.tokens[document, position]]
         for layer in layers:
-            asked = asked_at(drafter, features, document, position)
+            asked = asked_at(drafter, features, document, position, anchor)
             x = plain_layer(drafter, weights, layer, x, position, caches[layer], max(0, position - anchor), asked)
         if position > anchor:
             yield x
 
 
-def asked_at(drafter, features, document: int, position: int):
+def asked_at(drafter, features, document: int, position: int, anchor: int):
     """What the query is made from, if not from the drafter's own input."""
+    eps = torch.finfo(features.hidden_states.dtype).eps if features.hidden_states is not None else 0
+    if drafter.config.query_from == "anchor":
+        token, states = drafter.embedding[features.tokens[document, position]], features.hidden_states[document, anchor]
+        return torch.cat([rms_norm(part, 1.0, eps) for part in (token, *states)])
     if drafter.config.query_from == "target":
         states = features.hidden_states[document, position]
-        return rms_norm(states, 1.0, torch.finfo(states.dtype).eps).reshape(-1)
+        return rms_norm(states, 1.0, eps).reshape(-1)
     return torch.ones(1) if drafter.config.query_from == "constant" else None
 
 

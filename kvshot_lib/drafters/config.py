@@ -32,7 +32,7 @@ _RULES = (
     ("kv_with_hidden", (True,), {"kv_fusion": ("linear", "mlp"), "kv_control": ("",), "qk_norm": (False,)}),
     ("kv_init", ("target",), {"kv_control": ("", "shuffled", "lagged"), "kv_fusion": ("linear", "heads")}),
     ("kv_init", ("target",), {"kv_norm": (False,)}),
-    ("query_from", ("target",), {"state_layers": ("kv",)}),
+    ("query_from", ("target", "anchor"), {"state_layers": ("kv",)}),
     ("cross_only", (True,), {"gate_bias": (0.0,), "gate_floor": (0.0,)}),
     ("block_context", ("hidden",), {"kv_init": ("random",), **_PLAIN}),
 )
@@ -61,9 +61,9 @@ class DrafterConfig:
     state_layers : whose inputs the hidden states are: EAGLE's three (``eagle``), or the layers whose KV
         is reused (``kv``).
     qk_norm : norm the queries and keys of the drafter's attention per head, before RoPE.
-    query_from : what queries at t+1+k are made from: the drafter's ``own`` input, the ``target``'s inputs of the read
-        layers there (its true queries are maps of them; no drafter knows them), or nothing (``constant``). The last
-        two are teacher-forced only.
+    query_from : what queries at t+1+k are made from: the drafter's ``own`` input; the ``target``'s inputs of the read
+        layers there (its true queries are maps of them; no drafter knows them); these at the ``anchor`` t, which a
+        drafter may know, and the token; or nothing (``constant``). All but the first are teacher-forced only.
     norm_init : gains of the final norm at the start: the ``target``'s; or ``unit``, divided so that random inputs of
         variance 1 give logits of variance 1, and a fresh drafter's loss is near ln V_draft (on Gemma it is hundreds).
         Where the normed state is fed back they would act again at every step; there they start all alike.
@@ -102,7 +102,7 @@ class DrafterConfig:
     kv_norm: bool = False
     state_layers: Literal["eagle", "kv"] = "eagle"
     qk_norm: bool = False
-    query_from: Literal["own", "target", "constant"] = "own"
+    query_from: Literal["own", "target", "anchor", "constant"] = "own"
     window_tokens: int = 0
     norm_init: Literal["target", "unit"] = "target"
 
@@ -142,7 +142,7 @@ class DrafterConfig:
     def reads(self) -> tuple[str, ...]:
         """Fields of `Features` that its prefix is made from."""
         states = self.fuses_hidden or self.kv_with_hidden or self.kv_control == "from_hidden"
-        states = states or self.query_from == "target"
+        states = states or self.query_from in ("target", "anchor")
         return ("hidden_states",) * states + ("keys", "values") * self.reads_kv
 
     def _check_ranges(self) -> None:

@@ -150,18 +150,23 @@ class Drafter(nn.Module):
             out, view.chains = layer(embedding, out, rotary, view)
         return out
 
-    def asked(self, features: Features, places: Tensor) -> Tensor | None:
+    def asked(self, features: Features, places: Tensor, anchors: Tensor) -> Tensor | None:
         """What queries at ``places`` [B, M] are made from where it isn't the layer's own input: [B, M, width].
 
         With ``query_from="target"`` the target's inputs of the read layers at t+1+k, each normed without gains: its
         true query of layer l is a linear map of the l-th, so what `q_proj` can make of them holds every true query.
+        With ``query_from="anchor"`` those at the ``anchors`` t [B, M], behind the token's embedding.
         """
         if self.config.query_from == "own":
             return None
         if self.config.query_from == "constant":
             return self.norm.weight.new_ones(*places.shape, 1)
+        anchored = self.config.query_from == "anchor"
         documents = torch.arange(len(places), device=places.device)[:, None]
-        states = features.hidden_states[documents, places]  # [B, M, S, d]
+        states = features.hidden_states[documents, anchors if anchored else places]  # [B, M, S, d]
+        if anchored:
+            token = self.embed(features.tokens.gather(1, places)).to(states.dtype)
+            states = torch.cat([token[:, :, None], states], 2)
         return nn.functional.rms_norm(states, states.shape[-1:]).flatten(2)
 
     def feedback(self, output: Tensor) -> Tensor:

@@ -168,8 +168,10 @@ class PlainLayer(DecoderLayer):
         if config.paradigm == "block" and config.fuses_hidden:
             self.context_norm = LlamaRMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
         groups = self.fusion.groups if self.fusion else sizes.num_key_value_heads
-        asked = {"own": 0, "target": len(spec.hidden_layers) * spec.hidden_size, "constant": 1}[config.query_from]
-        self.attention = PrefixAttention(sizes, sizes.hidden_size, groups, config.kv_grad_scale, config.qk_norm, asked)
+        read = len(spec.hidden_layers)
+        asked = {"own": 0, "constant": 1, "target": read * sizes.hidden_size, "anchor": (read + 1) * sizes.hidden_size}
+        given = config.kv_grad_scale, config.qk_norm, asked[config.query_from]
+        self.attention = PrefixAttention(sizes, sizes.hidden_size, groups, *given)
         self.mlp = LlamaMLP(sizes)
 
     def inputs(self, embedding: Tensor, state: Tensor) -> Tensor:
@@ -224,7 +226,7 @@ def _attend(
 
 
 COMPILED = {"parts": ("read", "project", "merge", "mix", "finish"), "layers": ("forward", "prefix", "columns")}
-"""Methods that `Drafter.compile_steps` fuses: of layers and attention those with the small operations, or whole layers."""
+"""What `Drafter.compile_steps` fuses: methods of layers and attention with small operations, or whole layers."""
 
 LAYERS = {
     "hidden": (HiddenLayer, PlainLayer), "kv": (PlainLayer, PlainLayer), "hybrid": (HybridLayer, HybridLayer),

@@ -47,6 +47,7 @@ BLOCK_KV, BLOCK_STATES, BLOCK_BOTH = ({**BLOCK, "block_context": read} for read 
 BLOCK_KV_2 = {**BLOCK_KV, "num_layers": 2}
 QK_NORM = {"qk_norm": True}
 ORACLE, CONSTANT = {"query_from": "target", "state_layers": "kv"}, {"query_from": "constant"}
+ANCHORED = {"query_from": "anchor", "state_layers": "kv"}
 EVERY_ANCHOR = {"anchor_fraction": 1.0}
 
 # The looks of kin that no figure sets against one another.
@@ -103,6 +104,10 @@ _ENTRIES = (
             {**KV, **ORACLE, "kv_control": "shuffled"}, "kv_1_oracle_query", "controls", "#aaaaaa", "X"),
     Variant("kv_2_oracle_query_shuffled", "kv_2_oracle_query over the cache of another document.",
             {**KV_2, **ORACLE, "kv_control": "shuffled"}, "kv_2_oracle_query", "controls", "#aaaaaa", "X"),
+    Variant("kv_1_anchor_query", "kv_1 whose queries are made from the target's state at the anchor, and the token.",
+            {**KV, **ANCHORED}, "kv_1", "controls", *KV_LOOK),
+    Variant("kv_1_anchor_query_shuffled", "kv_1_anchor_query over the cache of another document.",
+            {**KV, **ANCHORED, "kv_control": "shuffled"}, "kv_1_anchor_query", "controls", "#aaaaaa", "X"),
     Variant("kv_1_constant_query", "kv_1 that asks the same at every place.",
             {**KV, **CONSTANT}, "kv_1", "controls", *KV_LOOK),
     Variant("kv_2_constant_query", "kv_2 that asks the same at every place.",

@@ -166,6 +166,6 @@ def pad_documents(documents: Sequence[Document], indices: Sequence[int]) -> Feat
 
 
 def padded(rows: list[Tensor]) -> Tensor:
-    """Rows [n_i, …] as one tensor [B, n, …], zeros behind; n is at least 2: an empty prefix crashes the fused kernel."""
+    """Rows [n_i, …] as one tensor [B, n, …], zeros behind; n ≥ 2, for an empty prefix crashes the fused kernel."""
     least = [*rows, rows[0].new_zeros(2, *rows[0].shape[1:])]
     return pad_sequence(least, batch_first=True)[:-1]

@@ -56,7 +56,7 @@ def draft_steps(
                 view.mask, view.lagged_mask = masks
                 view.chains = {branch: _chains_at(chain, place) for branch, chain in view.chains.items()}
         places = (anchors.index + 1 + k).clamp(max=last)
-        asked = drafter.asked(features, places)
+        asked = drafter.asked(features, places, anchors.index)
         for view in views:
             view.first, view.asked = k == 0, asked
         output = drafter.step(features.tokens.gather(1, places), places, state, views)

@@ -14,9 +14,10 @@ from kvshot_lib.decoding import static
 from kvshot_lib.decoding.clock import timed_parts
 from kvshot_lib.decoding.decode import decode
 from kvshot_lib.decoding.drafting import Drafting, NoDrafting
+from kvshot_lib.decoding.forwards import Prefill, Verifier
 from kvshot_lib.decoding.propose import ALONE, Chain, Tree
 from kvshot_lib.decoding.sampling import GREEDY, Sampling
-from kvshot_lib.decoding.static import Prefill, StaticDrafting, StaticRun, Verifier, static_parts
+from kvshot_lib.decoding.static import StaticDrafting, StaticRun, static_parts
 from kvshot_lib.target.capture import Captured
 from kvshot_lib.target.load import load_target
 from kvshot_lib.target.static import PlacedCache

@@ -232,12 +232,12 @@ def test_a_window_as_long_as_the_text_changes_nothing():
 
 # Queries that are made from something else than the drafter's own input
 
-WAYS = ("target", "constant")
+WAYS = ("target", "anchor", "constant")
 
 
 def asking(query_from: str, depth: int = 2, documents=(0, 1, 2), length: int = 99):
     """A drafter whose queries are made so, and features of the layers that it reads."""
-    read = {"state_layers": "kv"} if query_from == "target" else {}
+    read = {} if query_from == "constant" else {"state_layers": "kv"}
     config = DrafterConfig("kv", depth, kv_rope="unrotate", kv_norm=True, query_from=query_from, **read)
     target = examples.target()
     spec = drafter_spec(config, target)
@@ -258,7 +258,8 @@ def test_replaced_queries_equal_the_sequential_drafter(way):
 
 
 @pytest.mark.parametrize(
-    "way, depth, first, later", [("target", 1, True, False), ("target", 2, True, True), ("constant", 2, False, False)]
+    "way, depth, first, later",
+    [("target", 1, True, False), ("target", 2, True, True), ("constant", 2, False, False), ("anchor", 2, False, False)],
 )
 def test_an_oracle_sees_the_target_up_to_the_place_that_it_asks_for(way, depth, first, later):
     """State at t+1+k is seen by step k; by later steps through entries that a second layer makes of the first's output."""
@@ -277,7 +278,7 @@ def test_every_true_query_is_among_those_that_an_oracle_can_make():
     drafter, features = asking("target", 1)
     target, layers, attention = examples.target(), drafter.spec.kv_layers, drafter.layers[0].attention
     places = torch.arange(8)[None]
-    asked = drafter.asked(features, places)
+    asked = drafter.asked(features, places, places)
     rotary = drafter.rotary(asked, places)
     with capture(target.model, kv=layers, queries=True) as taken:
         target.model.get_decoder()(input_ids=features.tokens[:1, :8], use_cache=False)
