@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..drafters.context import check_origin
 from ..drafters.drafter import Drafter
 from ..errors import StudyError
+from ..features.spec import check_origin
 from ..settings import check_value
 from ..target.capture import capture
 from ..target.load import Target
@@ -167,7 +167,7 @@ def check_prompt(target: Target, prompt: Sequence[int] | Tensor, max_new_tokens:
 
 def check_drafter(target: Target, drafter: Drafter) -> Drafter:
     """A drafter that can draft for this target."""
-    check_origin(vars(drafter.spec), target, "the drafter was trained")
+    check_origin(drafter.spec, target, "the drafter was trained")
     if drafter.config.kv_control == "shuffled":
         raise StudyError("kv_control='shuffled' reads another document's KV, which decoding one prompt has not")
     if drafter.config.query_from != "own":

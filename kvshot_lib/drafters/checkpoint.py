@@ -21,11 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import StudyError
-from ..features.spec import FeatureSpec, feature_spec
+from ..features.spec import FeatureSpec, check_origin, feature_spec
 from ..files import read_json, sha256, write_atomically, write_json
 from ..settings import check_settings
 from ..target.load import Target
-from .context import check_origin
 from .drafter import Drafter, DrafterConfig, build_drafter
 from .runs import DESCRIPTION, how_to_train
 
@@ -52,7 +51,7 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     StudyError : no drafter there, altered weights, or another target or tokenizer.
     """
     kept = _read(Path(folder))
-    check_origin(vars(kept.spec), target, f"the drafter in {folder} was trained")
+    check_origin(kept.spec, target, f"the drafter in {folder} was trained")
     told = f"the drafter in {folder} is not what {DESCRIPTION} describes"
     try:
         spec = feature_spec(target, kept.spec.kv_layers, kept.spec.hidden_layers)
@@ -84,7 +83,7 @@ def warm_start(drafter: Drafter, folder: str | Path) -> list[str]:
     """
     draft_ids = drafter.draft_ids.cpu()
     kept = _read(Path(folder), draft_vocab_size=len(draft_ids))
-    check_origin(vars(kept.spec), drafter.spec, f"can't start from {folder}: it was trained")
+    check_origin(kept.spec, drafter.spec, f"can't start from {folder}: it was trained")
     if not torch.equal(kept.draft_ids, draft_ids):
         raise StudyError(
             f"can't start from {folder}: it drafts from another vocabulary ({_named(kept.draft_ids)}, not "

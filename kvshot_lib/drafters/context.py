@@ -10,7 +10,6 @@ others. A linear map of these is a prefix entry: a key with the RoPE of its posi
     neither  the drafter's own: of a token x_s, or of (f_s, x_{s+1}) as EAGLE has it (`layers`)
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ..errors import StudyError
 from ..features.shuffled import ShuffledKV
-from ..features.spec import Features, FeatureSpec, feature_spec
+from ..features.spec import Features, FeatureSpec, check_origin, feature_spec
 from ..target.load import Target
 from ..target.shared import norm_gain
 from .attention import Entries, rotated
@@ -129,26 +128,9 @@ def drafter_spec(config: DrafterConfig, target: Target) -> FeatureSpec:
     return replace(spec, hidden_layers=spec.kv_layers) if config.state_layers == "kv" else spec
 
 
-def check_origin(origin: Mapping, target: Target | FeatureSpec, told: str) -> None:
-    """Refuse what was made for another target or tokenizer than this; ``origin`` names both as a `FeatureSpec` does.
-
-    ``told`` begins the line: "the drafter in runs/a was trained".
-    """
-    name, own = (target.target, target.target_hash) if isinstance(target, FeatureSpec) else (target.name, target.hash)
-    for what, theirs, ours in (
-        ("target", origin.get("target_hash"), own),
-        ("the tokenizer of", origin.get("tokenizer_hash"), target.tokenizer_hash),
-    ):
-        if theirs != ours:
-            raise StudyError(
-                f"{told} for {what} {origin.get('target')} ({theirs!s:.8}…), not for {name} ({ours:.8}…); load that "
-                "target, or make it anew for this one"
-            )
-
-
 def read_by(config: DrafterConfig, spec: FeatureSpec, source):
     """A source of features of the drafter's target as it reads them: its layers, another document's KV if shuffled."""
-    check_origin(vars(source.spec), spec, "the features were recorded")
+    check_origin(source.spec, spec, "the features were recorded")
     hidden = spec.hidden_layers if "hidden_states" in config.reads else None
     source = source.with_layers(spec.kv_layers if config.reads_kv else None, hidden)
     return ShuffledKV(source) if config.kv_control == "shuffled" else source

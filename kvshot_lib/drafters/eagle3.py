@@ -23,11 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..errors import StudyError
-from ..features.spec import feature_spec
+from ..features.spec import check_origin, feature_spec
 from ..files import write_atomically
 from ..target.load import Target
 from .checkpoint import load_weights
-from .context import check_origin
 from .drafter import Drafter, DrafterConfig
 from .eagle3_format import CONFIG, LAYERS, ROPE_TYPES, SIZES, fused_layers, layer_sizes, read_config, tensor_names
 
@@ -55,7 +54,7 @@ def export_eagle3(
     StudyError : a drafter that the format has no place for, or of another target.
     """
     own, folder = drafter.config, Path(folder)
-    check_origin(vars(drafter.spec), target, f"the drafter for {folder} was trained")
+    check_origin(drafter.spec, target, f"the drafter for {folder} was trained")
     turn = drafter.sizes.rope_parameters.get("rope_type", "default")
     for told, present in (
         (f"paradigm={own.paradigm!r}", own.paradigm != "hidden"),

@@ -17,7 +17,7 @@ from ..files import read_json, write_json
 from ..target.load import Target
 from ..text.corpus import CORPORA, load_corpus
 from .live import LiveFeatures
-from .spec import FeatureSpec, check_target
+from .spec import FeatureSpec, check_origin
 from .store import MANIFEST, StoredFeatures, finished_manifest, write_store
 
 RECIPE = "live.json"
@@ -74,7 +74,7 @@ def open_features(folder: Path, target: Target) -> StoredFeatures | LiveFeatures
     ------
     StudyError : nothing there; a damaged store or recipe; another target than theirs; a corpus that has changed.
     """
-    check_target(target, read_spec(folder), f"the features in {folder}")
+    check_origin(read_spec(folder), target, f"the features in {folder} were recorded")
     if not (folder / RECIPE).exists():
         return StoredFeatures(folder)
     recipe = _recipe(folder)

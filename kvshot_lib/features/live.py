@@ -16,7 +16,7 @@ from ..target.capture import capture, check_layers
 from ..target.load import Target
 from ..target.shared import check_length
 from ..text.corpus import Document, check_tokenizer
-from .spec import STATE, Features, FeatureSpec, check_target, pad_documents
+from .spec import STATE, Features, FeatureSpec, check_origin, pad_documents
 
 
 class LiveFeatures:
@@ -30,7 +30,7 @@ class LiveFeatures:
     """
 
     def __init__(self, target: Target, documents: Sequence[Document], spec: FeatureSpec, max_length_tokens: int = 512):
-        check_target(target, spec, "these features")
+        check_origin(spec, target, "these layers were chosen")
         if check_value("max_length_tokens", max_length_tokens, int) < 1 or not documents:
             raise StudyError(f"{len(documents)} documents of {max_length_tokens} tokens at most hold nothing to read")
         check_tokenizer(target, documents)

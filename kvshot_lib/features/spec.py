@@ -1,7 +1,7 @@
 """What is recorded of a target, and a batch of it: the interface of all sources of features."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -126,13 +126,22 @@ class OfLayers:
         return view
 
 
-def check_target(target: Target, spec: FeatureSpec, what: str) -> None:
-    """Refuse what was made with another target: other weights, or the same under another config."""
-    if spec.target_hash != target.hash:
-        raise StudyError(
-            f"{what} come from other weights of {target.name}, or from it under another config "
-            f"({spec.target_hash[:8]}…, not {target.hash[:8]}…); run notebook 01_extract_kv_cache anew"
-        )
+def check_origin(origin: Mapping | FeatureSpec, target: Target | FeatureSpec, told: str) -> None:
+    """Refuse what was made for another target or tokenizer than this; ``origin`` names both as a `FeatureSpec` does.
+
+    ``told`` begins the line: "the drafter in runs/a was trained".
+    """
+    origin = vars(origin) if isinstance(origin, FeatureSpec) else origin
+    name, own = (target.target, target.target_hash) if isinstance(target, FeatureSpec) else (target.name, target.hash)
+    for what, theirs, ours in (
+        ("target", origin.get("target_hash"), own),
+        ("the tokenizer of", origin.get("tokenizer_hash"), target.tokenizer_hash),
+    ):
+        if theirs != ours:
+            raise StudyError(
+                f"{told} for {what} {origin.get('target')} ({theirs!s:.8}…), not for {name} ({ours:.8}…); load that "
+                "target, or make it anew for this one"
+            )
 
 
 def feature_spec(

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..drafters.runs import DESCRIPTION, find_runs
 from ..errors import StudyError
-from ..features.spec import check_target
+from ..features.spec import check_origin
 from ..features.store import StoredFeatures
 from ..files import read_json
 from ..metrics import tables
@@ -53,7 +53,7 @@ def open_results(results_dir: str | Path, runs: Sequence[str] = ()) -> Results:
     found = find_runs(folder, runs)
     source = StoredFeatures(folder / "features/evaluation")
     target = load_target(source.spec.target, dtype="float32")
-    check_target(target, source.spec, f"the features in {folder}")
+    check_origin(source.spec, target, f"the features in {folder} were recorded")
     return Results(folder, found, target, source)
 
 

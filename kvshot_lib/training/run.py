@@ -18,7 +18,7 @@ from ..drafters.drafter import Drafter, build_drafter
 from ..features.extract import read_counts
 from ..features.kept import open_features, read_spec
 from ..features.resident import ResidentFeatures
-from ..features.spec import check_target
+from ..features.spec import check_origin
 from ..features.store import StoredFeatures
 from ..files import sha256, write_csv, write_json
 from ..metrics.acceptance import count_axes, count_run
@@ -95,7 +95,7 @@ def prepare_run(variant: str, values: Mapping, results_dir: str | Path, features
     device, dtype = values.get("device", "auto"), values.get("dtype", "auto")
     spec = features["train"].spec if features else read_spec(folders["train"])
     target = load_target(spec.target, device=device, dtype=dtype)
-    check_target(target, spec, f"the features in {results_dir}/features")
+    check_origin(spec, target, f"the features in {results_dir}/features were recorded")
     features = features or {split: open_features(folder, target) for split, folder in folders.items()}
     wanted = drafter_spec(config, target)
     features = {split: read_by(config, wanted, source) for split, source in features.items()}

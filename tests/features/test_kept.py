@@ -54,7 +54,7 @@ def test_features_of_another_target_are_refused_on_opening(tmp_path):
     keep_features(tmp_path, sources(), "tiny", "live")
     other = replace(examples.target(), hash="0" * 64)
     for split in ("train", "evaluation"):  # a recipe, a store
-        with pytest.raises(StudyError, match=f"{split} come from other weights of tiny-llama, or .*00000000.* anew"):
+        with pytest.raises(StudyError, match=f"{split} were recorded for target tiny-llama .*00000000.* anew"):
             open_features(tmp_path / split, other)
 
 

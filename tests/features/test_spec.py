@@ -84,7 +84,7 @@ def test_lengths_that_are_none_are_refused(wrong):
 
 
 def test_layers_of_another_target_are_refused():
-    with pytest.raises(StudyError, match=r"other weights of tiny-qwen3, or from it under another config .*anew"):
+    with pytest.raises(StudyError, match=r"for target tiny-llama .*, not for tiny-qwen3 .*anew"):
         LiveFeatures(examples.target("tiny-qwen3"), examples.DOCUMENTS, examples.live().spec)
 
 

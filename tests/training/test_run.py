@@ -92,7 +92,7 @@ def test_what_cannot_be_trained_is_told(study, tmp_path):
     told = read_json(manifest, "")
     write_json(manifest, told | {"spec": told["spec"] | {"target_hash": "0" * 64}})
     with pytest.raises(
-        StudyError, match="come from other weights of tiny, or .*; run notebook 01_extract_kv_cache anew"
+        StudyError, match="features were recorded for target tiny .* not for tiny .*; load that target, or make it anew"
     ):
         prepare_run("mine", VALUES, study)
     manifest.write_bytes(kept)
