@@ -1,9 +1,20 @@
 """The tests' models are so small that a second thread costs more than it brings, above all on a busy machine."""
 
+import gc
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What was imported stays: the garbage collector need not look through all of it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -19,6 +19,7 @@ from kvshot_lib.drafters.drafter import DrafterConfig, build_drafter
 from kvshot_lib.drafters.layers import View
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features.live import LiveFeatures
+from kvshot_lib.features.resident import ResidentFeatures
 from kvshot_lib.features.spec import feature_spec
 from kvshot_lib.metrics import acceptance as metrics
 from kvshot_lib.text.corpus import load_corpus
@@ -407,7 +408,8 @@ def test_a_killed_block_wise_training_resumes_to_the_same_bits(tmp_path, monkeyp
 @pytest.mark.slow
 def test_a_block_drafter_learns_two_documents_by_heart(tmp_path):
     target = examples.target()
-    source = LiveFeatures(target, load_corpus("tiny", "train").documents[:2], examples.live().spec)
+    live = LiveFeatures(target, load_corpus("tiny", "train").documents[:2], examples.live().spec)
+    source = ResidentFeatures(live, "cpu")  # the target's forward once, not at each of 200 steps
     config = DrafterConfig("block", 2, block_context="both", block_size=3)
     drafter = build_drafter(config, target, source.spec, torch.arange(512))
     plan = TrainConfig(epochs=200, batch_documents=2, learning_rate=1e-2, clip_norm=5.0, ttt_steps=2, anchor_fraction=1.0, validate_every=0)  # fmt: skip

@@ -337,19 +337,26 @@ ALL_CURES = replace(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("killed", [2, 4, 7])
-def test_with_every_cure_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, killed):
-    def run(folder, config=ALL_CURES):
-        drafter = build(gate_floor=0.2, kv_init="target")
-        history = train(drafter, examples.live(), examples.live(), config, folder)
-        return weights_of(drafter), history.drop(columns="seconds")
+def run_cured(folder, config=ALL_CURES):
+    drafter = build(gate_floor=0.2, kv_init="target")
+    history = train(drafter, examples.live(), examples.live(), config, folder)
+    return weights_of(drafter), history.drop(columns="seconds")
 
-    weights, history = run(tmp_path / "whole")
+
+@pytest.fixture(scope="module")
+def cured(tmp_path_factory):
+    """What `run_cured` gives without a kill."""
+    return run_cured(tmp_path_factory.mktemp("cured"))
+
+
+@pytest.mark.parametrize("killed", [2, 4, 7])
+def test_with_every_cure_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, cured, killed):
+    weights, history = cured
     with monkeypatch.context() as patched:
         die_before_step(patched, killed)
         with pytest.raises(Killed):
-            run(tmp_path / "killed", replace(ALL_CURES, checkpoint_every_s=0.0))
-    again, same_history = run(tmp_path / "killed")
+            run_cured(tmp_path, replace(ALL_CURES, checkpoint_every_s=0.0))
+    again, same_history = run_cured(tmp_path)
     assert len(same(again, weights)) == len(weights) and same_history.equals(history)
 
 

@@ -165,7 +165,7 @@ def test_compiled_steps_are_recorded_alike(what, monkeypatch):
     compiled.compile_steps(what)
     found = []
     for drafter in (plain, compiled):
-        loss(drafter).backward()  # traced before anything is watched
+        ttt_loss(drafter, examples.features(), ttt_steps=2).loss.backward()  # traced before anything is watched
         found.append(pd.DataFrame(gate_rows(drafter, examples.live(), STEPS)))
     pd.testing.assert_frame_equal(found[1], found[0], rtol=1e-4)
     assert len(found[0]) >= STEPS and (found[0]["value"] > 0).all()
