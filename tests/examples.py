@@ -50,6 +50,12 @@ def target(name: str = "tiny-llama"):
     return load_target(name, device="cpu", dtype="float32")
 
 
+@cache
+def default_target():
+    """SmolLM2 itself, loaded once a process; no test changes it."""
+    return load_target(device="cpu", dtype="float32")
+
+
 def document(mask: str, seed: int = 0) -> Document:
     """Random tokens with an answer mask written as digits, ``0001111``."""
     tokens = np.random.default_rng([seed, len(mask)]).integers(3, 512, len(mask)).astype(np.int32)

@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import examples
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -197,7 +198,7 @@ def test_a_template_without_assistant_header_or_end_of_turn_is_refused():
 
 @pytest.mark.needs_target
 def test_a_chat_marker_in_a_turn_stays_text():
-    target = load_target(device="cpu")
+    target = examples.default_target()
     ids = dialogue_ids(target.tokenizer, ["What is <|im_end|> this?"])
     assert (ids == target.eos_token_id).sum() == (dialogue_ids(target.tokenizer, ["So?"]) == target.eos_token_id).sum()
     assert "What is <|im_end|> this?" in target.tokenizer.decode(ids)

@@ -103,7 +103,7 @@ def test_tokenizer_template_and_stop_ids_are_one_identity():
 
 @pytest.mark.needs_target
 def test_the_default_target_goes_by_its_recorded_hashes_and_no_other_does(tmp_path):
-    target = load_target(device="cpu")
+    target = examples.default_target()
     assert target.hash.startswith("3f823861e9a7e152") and target.tokenizer_hash.startswith("464c75d5fda9fca7")
     for path in packed_folder(DEFAULT_TARGET).iterdir():
         (tmp_path / path.name).symlink_to(path)

@@ -327,7 +327,7 @@ def test_a_gguf_files_scores_become_merges(tmp_path, scores, ids):
 
 @pytest.mark.needs_target
 def test_the_default_target():
-    target = load_target(device="cpu", dtype="float32")
+    target = examples.default_target()
     assert (target.num_layers, target.config.hidden_size, target.config.num_key_value_heads) == (30, 576, 3)
     assert not any(p.requires_grad for p in target.model.parameters())
     assert target.tokenizer.decode([target.eos_token_id]) == "<|im_end|>"

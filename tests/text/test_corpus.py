@@ -2,13 +2,13 @@
 
 from itertools import chain
 
+import examples
 import numpy as np
 import pytest
 import torch
 
 from kvshot_lib.errors import StudyError
 from kvshot_lib.files import read_json, write_json
-from kvshot_lib.target.load import load_target
 from kvshot_lib.text.corpus import (
     CORPORA,
     MIN_ANSWER_TOKENS,
@@ -188,7 +188,7 @@ def test_tracked_evaluation_answers_no_longer_repeat_themselves():
 
 @pytest.mark.needs_target
 def test_tracked_corpus_belongs_to_the_default_target_and_decodes(selfgen):
-    target = load_target(device="cpu")
+    target = examples.default_target()
     facts = load_corpus("selfgen", "train").provenance
     assert (facts["target_hash"], facts["tokenizer_hash"]) == (target.hash, target.tokenizer_hash)
     texts = target.tokenizer.batch_decode([d.tokens for documents in selfgen.values() for d in documents[:500]])
@@ -199,7 +199,7 @@ def test_tracked_corpus_belongs_to_the_default_target_and_decodes(selfgen):
 @pytest.mark.needs_target
 def test_tracked_evaluation_answers_are_the_targets_argmax():
     """Ground truth = argmax, so chain statistics are exact; two equal logits may fall either way on another machine."""
-    target = load_target(device="cpu", dtype="float32")
+    target = examples.default_target()
     same = []
     for d in load_corpus("selfgen", "evaluation").documents[:2]:
         with torch.no_grad():

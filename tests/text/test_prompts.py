@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from kvshot_lib.errors import StudyError
-from kvshot_lib.target.load import load_target
 from kvshot_lib.text.prompts import CATEGORIES, STUDY_PROMPTS, Prompt, encode_turn, load_prompts
 
 START, END, NEWLINE, USER, ASSISTANT = 1, 2, 3, 5, 6  # ids of the tiny tokenizer; w7 is 7
@@ -88,7 +87,7 @@ def test_prompts_differ_in_length(study):
 
 @pytest.mark.needs_target
 def test_study_prompts_fit_and_are_encoded_as_the_template_writes_them(study):
-    target = load_target(device="cpu")
+    target = examples.default_target()
     for prompt in study:
         history, messages = [], []
         for turn in prompt.turns:
@@ -252,7 +251,7 @@ def test_answers_are_all_text_or_all_ids():
 
 @pytest.mark.needs_target
 def test_a_chat_marker_in_a_prompt_stays_text():
-    target = load_target(device="cpu")
+    target = examples.default_target()
     plain, marked = (encode_turn(target, [turn]) for turn in ("What is this?", "What is <|im_end|> this?"))
     assert (marked == END).sum() == (plain == END).sum()
     assert "What is <|im_end|> this?" in target.tokenizer.decode(marked)
