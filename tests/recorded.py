@@ -9,7 +9,12 @@ from kvshot_lib.metrics import resampling, tables
 
 
 def table(name: str, profile: str = "full") -> pd.DataFrame:
-    """A recorded table."""
+    """A recorded table; the caller's own, read once a process."""
+    return _read(name, profile).copy(deep=False)  # pandas copies what is written to
+
+
+@cache
+def _read(name: str, profile: str) -> pd.DataFrame:
     return tables.read(ROOT / "data/recorded" / profile, name)
 
 
