@@ -62,8 +62,8 @@ verify-lossless: $(READY)  ## greedy float32 decoding of every trained drafter a
 serve-check: $(READY) | $(SERVING)/.ready  ## published drafters served by vLLM: same tokens, same acceptance? (builds .venv-serving; ARGS=--help)
 	@$(BIN)/python -m kvshot_lib serve-check $(or $(ARGS),data/checkpoints)
 
-# Some machines forbid Python to keep what it has compiled. The tests start some fifty processes, and without it every one of
-# them compiles PyTorch and transformers anew.
+# Some machines forbid Python to keep what it has compiled. The tests start processes that import PyTorch, and without it every
+# one of them compiles it anew.
 test: export PYTHONDONTWRITEBYTECODE =
 test: $(READY)  ## library tests, the smoke pipeline, and every notebook against its saved outputs
 	@$(BIN)/python -m pytest $(ARGS) --numprocesses 2 --dist loadfile tests
