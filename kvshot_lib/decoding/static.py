@@ -197,16 +197,14 @@ def static_parts(
     most = max(capacity, 4 * width) + 2 * width  # recording a round runs four, one after the other
     layers, kv_layers, place = tuple(drafting.hidden_layers), tuple(drafting.kv_layers), address(target.model)
     verifier = _verifier(target, layers, width, _cache(target, rounded_up(most), place), place)
-    drafter, redrafter = getattr(drafting, "drafter", None), None
     if isinstance(plan, Tree):  # is drafted with growing shapes
         return StaticRun(target, taken, kv_layers, verifier), drafting
-    if isinstance(drafter, Drafter):
-        redrafter = _redrafter(drafter, verifier, kv_layers, address(drafter))
-    elif not isinstance(drafting, NoDrafting):
-        ahead = False
+    if isinstance(drafting, NoDrafting):
+        return StaticRun(target, taken, kv_layers, verifier, _round(verifier, None) if ahead else None), drafting
+    drafter = drafting.drafter
+    redrafter = _redrafter(drafter, verifier, kv_layers, address(drafter))
     both = _round(verifier, redrafter) if ahead else None
-    drafting = StaticDrafting(drafter, plan, redrafter, both) if redrafter else drafting
-    return StaticRun(target, taken, kv_layers, verifier, both), drafting
+    return StaticRun(target, taken, kv_layers, verifier, both), StaticDrafting(drafter, plan, redrafter, both)
 
 
 def rounded_up(positions: int) -> int:

@@ -60,7 +60,7 @@ class DecoderLayer(nn.Module):
 
     def inputs(self, embedding: Tensor, state: Tensor) -> Tensor:
         """What its attention reads, of embeddings and stream [B, M, d] each."""
-        raise NotImplementedError
+        return self.attention_norm(state)
 
     def prefix(self, source: PrefixSource) -> dict[str, Entries]:
         """Entries of columns s: the layer's own keys and values there."""
@@ -173,9 +173,6 @@ class PlainLayer(DecoderLayer):
         given = config.kv_grad_scale, config.qk_norm, asked[config.query_from]
         self.attention = PrefixAttention(sizes, sizes.hidden_size, groups, *given)
         self.mlp = LlamaMLP(sizes)
-
-    def inputs(self, embedding: Tensor, state: Tensor) -> Tensor:
-        return self.attention_norm(state)
 
     def prefix(self, source: PrefixSource) -> dict[str, Entries]:
         """Entries s: mapped target state of position s, or the layer's own of column s."""

@@ -111,7 +111,7 @@ class Writer:
         self.held, self.stops = numbers(rows, columns), torch.tensor(stops, device=device)
         self.ended = torch.ones(rows, dtype=torch.bool, device=device)
         self.noise = torch.ones(rows, target.vocab_size if temperature else 0, device=device)
-        self.draws = torch.Generator(device)  # its own: the global one of a GPU belongs to the graphs that are recorded
+        self.draws = torch.Generator(device)  # its own: what is recorded on the way can't move it
         self.mass = torch.compile(mass_from, dynamic=False) if device.type == "cuda" and has_triton() else mass_from
         self.recorded = recorded(self.forward, device)
 

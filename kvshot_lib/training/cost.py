@@ -54,7 +54,7 @@ def run_cost(drafter: Drafter, training: TrainConfig, target: Target, documents:
         "pairs": work.rows.sum(),
         "training_flops": flops,
         "chain_flops": chain.flops,
-        "chain_bytes": chain.bytes + prefix_cost(drafter).flops,
+        "chain_bytes": chain.bytes + prefix_cost(drafter).flops,  # two a weight of the maps, as it has bytes
         "target_flops": alone.flops,
         "target_bytes": alone.bytes,
         "context_length_tokens": CONTEXT,
