@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import StudyError
@@ -107,6 +107,15 @@ class Features:
             if tensor is not None:
                 moved[f.name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
         return replace(self, **moved)
+
+    def lengthened(self, multiple: int) -> "Features":
+        """The same with zeros behind, up to a length that is a multiple of this."""
+        more, longer = -self.tokens.shape[1] % multiple, {}
+        for f in fields(self):
+            tensor = getattr(self, f.name)
+            if tensor is not None and f.name != "documents":
+                longer[f.name] = nn.functional.pad(tensor, (*[0] * (2 * tensor.dim() - 3), more))
+        return replace(self, **longer)
 
 
 class OfLayers:

@@ -43,10 +43,10 @@ from ..target.load import Target
 from ..target.wheels import DEFAULT_TARGET
 from ..text.generate import GeneratorSettings, generate_batch
 from ..text.rows import rows_at_once
-from ..training.config import TrainConfig, configurations
+from ..training.config import TrainConfig, batches, configurations
 from ..training.cost import BYTES, chain_cost, run_work, target_cost, training_flops
 from ..training.judging import match_documents
-from ..training.loop import train
+from ..training.loop import Training
 from .notebooks import parameter_defaults
 from .profiles import NOTEBOOKS
 
@@ -56,14 +56,14 @@ CHAIN = Chain(2)
 
 def bench(
     *, target: str = DEFAULT_TARGET, corpus: str = "selfgen", drafter: str = "data/checkpoints/hidden_31_continued",
-    documents: int = 0, steps: int = 3, texts: int = 0, vocabulary: int = 8192, processes: Sequence[int] = (1, 2),
+    documents: int = 0, steps: int = 0, texts: int = 0, vocabulary: int = 8192, processes: Sequence[int] = (1, 2),
     out: str = "results/bench.csv", share: bool = False,
 ) -> None:  # fmt: skip
     """Capture, training, judging, generation and decoding, as users run them: rows of ``out`` beside other machines'.
 
     ``documents`` are the longest of the corpus, a training step takes half of them; ``texts`` are written at once. By
-    default (0) 64 and 4,096 on a GPU, 8 and 16 elsewhere. ``drafter`` is a folder, decoded with in a chain of 2 ("":
-    none). Training is timed in several ``processes`` too; ``share`` is what each of these does.
+    default (0) 64 and 4,096 on a GPU, 8 and 16 elsewhere; ``steps`` 20 there, 3 here. ``drafter`` is a folder, decoded
+    with in a chain of 2 ("": none). Training is timed in several ``processes`` too; ``share`` is what each of these does.
     """
     if share:
         parallel.begin()
@@ -71,6 +71,7 @@ def bench(
     made = prepare(values | {"train_documents": None})
     model, card = made.target, made.target.device.type == "cuda"
     documents, texts = documents or (64 if card else 8), texts or (4096 if card else 16)
+    steps = steps or (20 if card else 3)
     training = TrainConfig(batch_documents=max(1, documents // 2))
     longest = sorted(made.documents["train"].documents, key=lambda d: -len(d.tokens))[:documents]
     live = LiveFeatures(model, longest, made.spec)
@@ -168,15 +169,17 @@ def training_speed(
     compiled: str = "",
 ) -> float:  # fmt: skip
     """Tokens/s of so many steps, over however many processes there are; two steps before them warm up (and compile)."""
-    training = replace(training, validate_every=0, checkpoint_every_s=1e9)
     drafter = build_drafter(config, target, source.spec, draft_ids)
     if compiled:
         drafter.compile_steps(compiled)
-    for number in (2, steps):
-        short = replace(training, max_steps=number, epochs=number + 1, branch_warmup_steps=0)
-        with tempfile.TemporaryDirectory() as folder:
-            history = train(drafter, source, source, short, folder, dtype=target.dtype)
-    return history["trained_tokens"].max() / history["seconds"].max()
+    short = replace(training, max_steps=2 + steps, epochs=3 + steps, branch_warmup_steps=0)
+    with tempfile.TemporaryDirectory() as empty:
+        loop = Training(drafter, source, source, short, empty, target.dtype)
+    for number, indices in enumerate(batches(source.lengths, short, 0, 2 + steps)):
+        if number == 2:
+            tokens, begun = loop.progress.trained_tokens, time.perf_counter()
+        loop.step(indices)
+    return (loop.progress.trained_tokens - tokens) / (time.perf_counter() - begun)
 
 
 def launched_speed(processes: int, options: dict) -> float:

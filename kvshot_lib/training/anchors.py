@@ -30,8 +30,8 @@ class Anchors:
     weight: Tensor
 
 
-def find_anchors(answer_mask: Tensor, ttt_steps: int) -> Anchors:
-    """All anchors of a batch, from its answer mask [B, n]."""
+def find_anchors(answer_mask: Tensor, ttt_steps: int, columns: int = 0) -> Anchors:
+    """All anchors of a batch, from its answer mask [B, n]; M is ``columns``, or 0: as many as one document has."""
     length = answer_mask.shape[1]
     places = torch.arange(length, device=answer_mask.device)
     ends = torch.where(answer_mask, length, places)
@@ -41,14 +41,16 @@ def find_anchors(answer_mask: Tensor, ttt_steps: int) -> Anchors:
     steps = torch.arange(ttt_steps, device=answer_mask.device)
     valid = following[..., None] >= steps + 2
     used = valid[..., 0]
-    order = torch.argsort(~used, dim=1, stable=True)[:, : max(1, int(used.sum(1).max()))]
+    order = torch.argsort(~used, dim=1, stable=True)[:, : columns or max(1, int(used.sum(1).max()))]
     rows = valid.gather(1, order[..., None].expand(-1, -1, ttt_steps))
     index = torch.where(rows[..., 0], order, 0)
     return Anchors(index, rows, torch.ones(index.shape, device=index.device))
 
 
-def sample_anchors(anchors: Anchors, fraction: float, generator: torch.Generator) -> tuple[Anchors, Tensor]:
-    """Draw ceil(fraction · M_d) of each document's M_d anchors, uniformly without replacement.
+def sample_anchors(
+    anchors: Anchors, fraction: float, generator: torch.Generator, columns: int = 0
+) -> tuple[Anchors, Tensor]:
+    """Draw ceil(fraction · M_d) of each document's M_d anchors, uniformly without replacement; m as in `find_anchors`.
 
     Returns
     -------
@@ -62,7 +64,7 @@ def sample_anchors(anchors: Anchors, fraction: float, generator: torch.Generator
     uniform = parallel.draw(lambda rows, columns: torch.rand(rows, columns, generator=generator), *used.shape)
     rank = uniform.to(used.device).masked_fill(~used, 2.0).argsort(1).argsort(1)
     chosen = rank < keep[:, None]
-    place = torch.argsort(~chosen, dim=1, stable=True)[:, : max(1, int(keep.max()))]
+    place = torch.argsort(~chosen, dim=1, stable=True)[:, : columns or max(1, int(keep.max()))]
     real = chosen.gather(1, place)
     weight = real * (number / keep.clamp(min=1))[:, None]
     valid = anchors.valid.gather(1, place[..., None].expand(-1, -1, anchors.valid.shape[2])) & real[..., None]

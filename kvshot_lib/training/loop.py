@@ -19,6 +19,7 @@ from ..files import check_seal, write_sealed
 from ..metrics.acceptance import COUNTS, count_document
 from .config import TrainConfig, batches, check_training, learning_rate, total_steps
 from .curves import curves
+from .graphs import LossGraphs
 from .judging import match_documents
 from .loss import Loss, training_loss
 from .record import gate_rows, gradient_norms, matrix_rows, recorded
@@ -121,6 +122,8 @@ class Training:
         self.optimiser = torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=decay, fused=True
         )
+        graphed = drafter.compiled and self.device.type == "cuda"
+        self.graphs = LossGraphs(drafter, config, dtype) if graphed else None
         self.identity = identity(drafter, source, config, dtype)
         self.progress = self.load() if self.path.exists() else Progress()
 
@@ -131,9 +134,7 @@ class Training:
         state = (*drafter.reads, "final_hidden", "target_argmax")
         features = share_of_batch(self.source, indices, state).to(self.device, self.dtype)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + progress.step)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = training_loss(drafter, features, config, progress.step, generator)
-        loss.loss.backward()
+        loss = self.loss(features, generator)
         parallel.sum_gradients(drafter)
         gradients = gradient_norms(drafter) if recorded(progress.step + 1, self.total) else {}
         counted = self.read(loss, nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm))
@@ -144,6 +145,15 @@ class Training:
         progress.advance(counted, tokens)
         if gradients:
             progress.record(matrix_rows(drafter, self.optimiser, gradients))
+
+    def loss(self, features: Features, generator: torch.Generator) -> Loss:
+        """The loss of this step, its gradients in the parameters."""
+        if self.graphs:
+            return self.graphs(features, self.progress.step, generator)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = training_loss(self.drafter, features, self.config, self.progress.step, generator)
+        loss.loss.backward()
+        return loss
 
     def read(self, loss: Loss, gradient_norm: torch.Tensor) -> torch.Tensor:
         """(loss, matches, pairs) [3, K] of the whole batch, read at once: the step's one wait for the device.

@@ -6,6 +6,7 @@ Block-wise training is the same loss: a `block` drafter's K = block_size - 1 ste
 drawn with the share ``anchor_fraction``, and λ^k is DFlash's weight exp(-k/γ) with γ = -1 / ln λ (λ = 0.8: γ = 4.5).
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -30,6 +31,21 @@ class Loss:
     pairs: Tensor
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What one loss is computed on.
+
+    anchors, subset, kv_lag : see :func:`~ttt.draft_steps`. pairs : [K] that enter its means, of the whole batch if
+    several processes share it. fixed : shapes follow from the batch's alone, and rows that don't count are computed.
+    """
+
+    anchors: Anchors
+    subset: tuple[Anchors, Tensor] | None
+    kv_lag: Tensor | None
+    pairs: Tensor
+    fixed: bool = False
+
+
 def training_loss(
     drafter: Drafter, features: Features, config: TrainConfig, step: int, generator: torch.Generator
 ) -> Loss:
@@ -38,17 +54,27 @@ def training_loss(
 
     ``step_loss``, ``matches`` and ``pairs`` are those of the whole drafter, or of the branch alone while it warms up.
     """
-    kv_lag = draw_lags(len(features.tokens), config.kv_lag_augment_tokens, generator, features.tokens.device)
-    given = {
-        "ttt_steps": config.ttt_steps, "step_decay": config.step_decay, "anchor_fraction": config.anchor_fraction,
-        "generator": generator, "kv_lag": kv_lag,
-    }  # fmt: skip
-    if step < config.branch_warmup_steps:
-        return ttt_loss(drafter, features, **given, cross_alone=True)
-    whole = ttt_loss(drafter, features, **given)
-    if not config.branch_loss_weight:
-        return whole
-    branch = ttt_loss(drafter, features, **given, cross_alone=True)
+    return loss_of_parts(drafter, features, config, draw_parts(drafter, features, config, step, generator))
+
+
+def draw_parts(
+    drafter: Drafter, features: Features, config: TrainConfig, step: int, generator: torch.Generator,
+    fixed: bool = False,
+) -> dict[str, Draw]:  # fmt: skip
+    """What optimiser step ``step`` is computed on: of the ``whole`` drafter, of its cross ``branch`` alone, or both."""
+    lag = draw_lags(len(features.tokens), config.kv_lag_augment_tokens, generator, features.tokens.device)
+    parts = ["branch"] if step < config.branch_warmup_steps else ["whole"]
+    parts += ["branch"] if config.branch_loss_weight and parts == ["whole"] else []
+    given = features, config.ttt_steps, config.anchor_fraction, generator
+    return {part: draw(drafter, *given, kv_lag=lag, fixed=fixed) for part in parts}
+
+
+def loss_of_parts(drafter: Drafter, features: Features, config: TrainConfig, parts: dict[str, Draw]) -> Loss:
+    """The loss of :func:`training_loss`, on what is drawn."""
+    losses = [drawn_loss(drafter, features, own, config.step_decay, part == "branch") for part, own in parts.items()]
+    if len(losses) == 1:
+        return losses[0]
+    whole, branch = losses
     return replace(whole, loss=whole.loss + config.branch_loss_weight * branch.loss)
 
 
@@ -78,29 +104,57 @@ def ttt_loss(
     A pair whose target argmax is outside the draft vocabulary is dropped from the loss, and counts as a miss in
     ``matches`` and ``pairs``, which count what was computed.
     """
-    anchors = anchors or find_anchors(features.answer_mask, ttt_steps)
-    subset = sample_anchors(anchors, anchor_fraction, generator) if anchor_fraction < 1 else None
+    drawn = draw(drafter, features, ttt_steps, anchor_fraction, generator, anchors=anchors, kv_lag=kv_lag)
+    return drawn_loss(drafter, features, drawn, step_decay, cross_alone)
+
+
+def draw(
+    drafter: Drafter, features: Features, ttt_steps: int, anchor_fraction: float, generator: torch.Generator | None, *,
+    anchors: Anchors | None = None, kv_lag: Tensor | None = None, fixed: bool = False,
+) -> Draw:  # fmt: skip
+    """All anchors, or those given, the subset of them for later draft steps, and how many pairs they make."""
+    room = features.tokens.shape[1] if fixed else 0
+    anchors = anchors or find_anchors(features.answer_mask, ttt_steps, room)
+    subset = None
+    if anchor_fraction < 1:
+        subset = sample_anchors(anchors, anchor_fraction, generator, math.ceil(room * anchor_fraction))
+    wanted, last = drafter.to_draft[features.target_argmax], features.tokens.shape[1] - 1
+    scored = torch.stack([_scored(anchors, k, wanted, last)[1].sum() for k in range(ttt_steps)])
+    return Draw(anchors, subset, kv_lag, parallel.summed(scored).clamp(min=1), fixed)
+
+
+def drawn_loss(drafter: Drafter, features: Features, drawn: Draw, step_decay: float, cross_alone: bool) -> Loss:
+    """L of :func:`ttt_loss`; with a ``fixed`` draw nothing in it waits for the device."""
     wanted = drafter.to_draft[features.target_argmax]  # [B, n] draft index of the target's argmax, -1 outside
     probabilities = target_probabilities(drafter, features)
-    last, losses, matches, pairs = features.tokens.shape[1] - 1, [], [], []
-    scored = torch.stack([_scored(anchors, k, wanted, last)[1].sum() for k in range(ttt_steps)])
-    denominators = parallel.summed(scored).clamp(min=1)  # of the whole batch, if several processes share it
+    (documents, length), steps = features.tokens.shape, len(drawn.pairs)
+    losses, matches, pairs = [], [], []
     score = _compiled_score() if drafter.compiled else score_rows
-    steps = draft_steps(drafter, features, anchors, ttt_steps, subset, kv_lag=kv_lag, cross_alone=cross_alone)
-    for k, current, output in steps:
-        places, scored = _scored(current, k, wanted, last)
-        document, row = scored.nonzero(as_tuple=True)
-        place, weight = places[document, row], current.weight[document, row]
-        hidden, wanted_row = drafter.norm(output[document, row]), document * features.tokens.shape[1] + place
+    given = {"kv_lag": drawn.kv_lag, "cross_alone": cross_alone}
+    for k, current, output in draft_steps(drafter, features, drawn.anchors, steps, drawn.subset, **given):
+        places, scored = _scored(current, k, wanted, length - 1)
+        if drawn.fixed:
+            wanted_row = (places + length * torch.arange(documents, device=places.device)[:, None]).flatten()
+            output, weight = output.flatten(0, 1), (current.weight * scored).flatten()
+        else:
+            document, row = scored.nonzero(as_tuple=True)
+            wanted_row, output = document * length + places[document, row], output[document, row]
+            weight = current.weight[document, row]
         total, best = SoftCrossEntropy.apply(
-            hidden, drafter.head, probabilities, wanted_row, weight, score, drafter.logit_cap
+            drafter.norm(output), drafter.head, probabilities, wanted_row, weight, score, drafter.logit_cap
         )
-        losses.append(total / denominators[k])
-        matches.append((best == wanted[document, place]).sum())
+        losses.append(total / drawn.pairs[k])
+        matches.append(((best == wanted.flatten()[wanted_row]) & (weight > 0)).sum())
         pairs.append(current.valid[..., k].sum())
-    decay = torch.tensor([step_decay**k for k in range(ttt_steps)], device=losses[0].device)
     step_loss = torch.stack(losses)
-    return Loss((step_loss * decay).sum(), step_loss.detach(), torch.stack(matches), torch.stack(pairs))
+    loss = (step_loss * _decay(step_decay, steps, step_loss.device)).sum()
+    return Loss(loss, step_loss.detach(), torch.stack(matches), torch.stack(pairs))
+
+
+@cache
+def _decay(step_decay: float, steps: int, device: torch.device) -> Tensor:
+    """λ^k [K]"""
+    return torch.tensor([step_decay**k for k in range(steps)], device=device)
 
 
 def _scored(anchors: Anchors, k: int, wanted: Tensor, last: int) -> tuple[Tensor, Tensor]:

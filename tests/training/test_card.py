@@ -1,5 +1,8 @@
 """A card trains as the processor does: the same state of the target, the same gradients, the same losses."""
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from blocks import BLOCKS
@@ -61,6 +64,14 @@ def test_gradients_are_the_processors(variant, compiled):
 @pytest.mark.parametrize("variant", ["hidden", "kv_2", "block_kv_2"])
 def test_eight_steps_have_the_processors_losses(variant, tmp_path):
     found, wanted = (losses(device, variant, tmp_path) for device in DEVICES)
+    assert found == pytest.approx(wanted, rel=5e-3)
+
+
+@pytest.mark.parametrize("variant", ["hidden", "kv_2"])
+def test_recorded_steps_learn_as_others_do(variant, tmp_path, monkeypatch):
+    """The compiled drafter's steps are CUDA graphs. Anchors are all taken: padded batches draw others."""
+    monkeypatch.setattr(sys.modules[__name__], "CONFIG", replace(CONFIG, anchor_fraction=1.0))
+    found, wanted = losses("cuda", variant, tmp_path / "graphs", compiled=True), losses("cuda", variant, tmp_path)
     assert found == pytest.approx(wanted, rel=5e-3)
 
 

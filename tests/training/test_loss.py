@@ -13,7 +13,7 @@ from kvshot_lib.drafters.drafter import DrafterConfig, build_drafter
 from kvshot_lib.training import loss as loss_module
 from kvshot_lib.training.anchors import find_anchors, sample_anchors
 from kvshot_lib.training.config import TrainConfig
-from kvshot_lib.training.loss import SoftCrossEntropy, score_rows, training_loss, ttt_loss
+from kvshot_lib.training.loss import SoftCrossEntropy, draw, drawn_loss, score_rows, training_loss, ttt_loss
 from kvshot_lib.training.ttt import draft_steps
 
 EVERY = list(VARIANTS)
@@ -145,12 +145,33 @@ def test_a_subset_of_every_anchor_goes_the_sampled_way_to_the_same_numbers(monke
     drafter, features = examples.drafter("hybrid"), examples.features()
     full, gradient = losses_and_gradients(drafter, features)
     sample = loss_module.sample_anchors
-    every = lambda anchors, _fraction, generator: sample(anchors, 1.0, generator)
+    every = lambda anchors, _fraction, *given: sample(anchors, 1.0, *given)
     monkeypatch.setattr(loss_module, "sample_anchors", every)
     sampled, same_gradient = losses_and_gradients(
         drafter, features, anchor_fraction=0.5, generator=torch.Generator().manual_seed(0)
     )
     assert torch.equal(sampled.loss, full.loss) and torch.equal(same_gradient, gradient)
+
+
+@pytest.mark.parametrize("variant", ["hidden", "kv_2", "hybrid", "none_2"])
+def test_fixed_shapes_and_padding_change_no_loss_and_no_gradient(variant):
+    """As a GPU's graphs want them: every anchor that there could be has a row, and the batch is longer than its texts."""
+    features = examples.features()
+    longer, results = features.lengthened(16), []
+    assert longer.tokens.shape[1] % 16 == 0 and longer.tokens.shape[1] > features.tokens.shape[1]
+    for batch, fixed in ((features, False), (longer, True)):
+        drafter = examples.drafter(variant)
+        drawn = draw(drafter, batch, STEPS, 1.0, None, fixed=fixed)
+        anchors = drawn.anchors
+        drawn = replace(drawn, subset=sample_anchors(anchors, 1.0, torch.Generator(), anchors.index.shape[1] * fixed))
+        result = drawn_loss(drafter, batch, drawn, 0.8, cross_alone=False)
+        result.loss.backward()
+        results.append((result, {name: p.grad for name, p in drafter.named_parameters() if p.grad is not None}))
+    (short, wanted), (long, found) = results
+    assert long.loss.item() == pytest.approx(short.loss.item(), rel=1e-6)
+    assert torch.equal(long.matches, short.matches) and torch.equal(long.pairs, short.pairs)
+    assert found.keys() == wanted.keys()
+    assert all((found[name] - wanted[name]).abs().max() < 1e-5 * max(1, wanted[name].abs().max()) for name in wanted)
 
 
 def every_subset(anchors, fraction):
@@ -215,8 +236,8 @@ def pair_losses(drafter, features, steps=3):
     return found
 
 
-def _unweighted(anchors, fraction, generator):
-    subset, place = sample_anchors(anchors, fraction, generator)
+def _unweighted(anchors, fraction, *given):
+    subset, place = sample_anchors(anchors, fraction, *given)
     return replace(subset, weight=(subset.weight > 0).float()), place
 
 
