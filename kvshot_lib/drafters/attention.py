@@ -125,6 +125,8 @@ def _plain_attention(query: Tensor, prefix, mask, chain) -> Tensor:
 def products(equation: str, a: Tensor, b: Tensor) -> Tensor:
     """einsum of two tensors as a product and a sum: for sums so short that a matrix product is mostly overhead.
 
+    The result has their dtype, also where autocast would sum in float32.
+
     >>> products("md,mjd->mj", torch.ones(2, 4), torch.ones(2, 3, 4)).shape
     torch.Size([2, 3])
     """
@@ -134,7 +136,8 @@ def products(equation: str, a: Tensor, b: Tensor) -> Tensor:
     shown = lambda own: tuple(slice(None) if letter in own else None for letter in letters)
     order = lambda own: [own.index(letter) for letter in letters if letter in own]
     aligned = [part.permute(order(own))[shown(own)] for part, own in zip((a, b), names, strict=True)]
-    return (aligned[0] * aligned[1]).sum([*range(len(kept), len(letters))])
+    product = aligned[0] * aligned[1]
+    return product.sum([*range(len(kept), len(letters))], dtype=product.dtype)
 
 
 def _merge(
@@ -155,7 +158,7 @@ def _merge_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What the chain adds to the gradient of the query, and the gradients of its keys and values."""
     weights = weights.view(*query.shape[:4], -1)
-    shared = (grad * out.view(query.shape)).sum(-1, keepdim=True)
+    shared = (grad * out.view(query.shape)).sum(-1, keepdim=True, dtype=grad.dtype)
     grad_scores = weights * (einsum("bgrmd,bgmjd->bgrmj", grad, chain_values) - shared) * scale
     return (
         einsum("bgrmj,bgmjd->bgrmd", grad_scores, chain_keys),
