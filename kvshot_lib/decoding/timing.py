@@ -102,6 +102,7 @@ def measure_speed(
     runs : VARIANT/seedN; all trained ones by default, or the drafters of a folder of checkpoints.
     prompts : study, human-eval or a .jsonl file; the first ``prompts_per_category`` of each category.
     chains, tree : lengths of chains; depth, top_k and total of EAGLE's tree, () for none.
+    lookup_tokens : of transformers' prompt lookup, timed beside its plain `generate`; 0: neither.
     keep : folder of tables recorded before; rows of theirs that are not measured here are taken over.
     fingerprint : of the code; what other code measured is measured again.
 
@@ -110,7 +111,8 @@ def measure_speed(
     StudyError : no such run, a target other than the one that a run was trained for, impossible settings.
     """
     at_least(2, new_tokens=new_tokens)
-    at_least(1, repeats=repeats, prompts_per_category=prompts_per_category, lookup_tokens=lookup_tokens)
+    at_least(1, repeats=repeats, prompts_per_category=prompts_per_category)
+    at_least(0, lookup_tokens=lookup_tokens)
     for length in chains or (0,):
         at_least(1, chains=length)
     if len(tree) not in (0, 3):
@@ -129,7 +131,7 @@ def measure_speed(
             return generate_rows(trained.target, lookup_tokens, turn, new_tokens, repeats)
         return turn_rows(trained.target, trained.drafters[run], plans[run], turn, new_tokens, repeats)
 
-    answers = trained.measured(Path(results_dir) / "decode", turns, rows, *depends, peers=[peer])
+    answers = trained.measured(Path(results_dir) / "decode", turns, rows, *depends, peers=[peer] * (lookup_tokens > 0))
     made = {"decode_prompts": with_kept("decode_prompts", answers, keep)}
     made |= {"decoding": with_kept("decoding", decoding_table(made["decode_prompts"]))}
     return [tables.write(Path(results_dir) / "tables", name, table) for name, table in made.items()]

@@ -171,8 +171,6 @@ def _merging(device: str) -> tuple[Callable, Callable]:
     """`_merge` and `_merge_backward` there; a GPU has each in a few kernels, by torch.compile."""
     if device != "cuda" or not has_triton():
         return partial(_merge, torch.einsum), partial(_merge_backward, torch.einsum)
-    if torch.compiler.is_compiling():  # as parts of something larger
-        return partial(_merge, products), partial(_merge_backward, products)
     return _compiled_merging()
 
 

@@ -68,10 +68,10 @@ class Drafter(nn.Module):
             self.mask_embedding = nn.Parameter(embedding.float().std() * torch.randn(sizes.hidden_size))
         self.compiled = False
 
-    def compile_steps(self, what: str = "parts") -> "Drafter":
-        """Fuse ``what`` (of `layers.COMPILED`) and the loss with torch.compile: a minute once, then faster on a GPU."""
-        for module in self.layers if what == "layers" else self.layers.modules():
-            for name in COMPILED[what]:
+    def compile_steps(self) -> "Drafter":
+        """Fuse `layers.COMPILED` and the loss with torch.compile: a minute once, then faster on a GPU."""
+        for module in self.layers.modules():
+            for name in COMPILED:
                 if hasattr(module, name):
                     setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
         self.compiled = True  # and so will the loss be

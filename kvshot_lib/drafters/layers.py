@@ -222,8 +222,8 @@ def _attend(
     return out, {} if chain is None else {branch: chain}
 
 
-COMPILED = {"parts": ("read", "project", "merge", "mix", "finish"), "layers": ("forward", "prefix", "columns")}
-"""What `Drafter.compile_steps` fuses: methods of layers and attention with small operations, or whole layers."""
+COMPILED = ("read", "project", "merge", "mix", "finish")
+"""What `Drafter.compile_steps` fuses: methods of layers and attention with small operations between matrix products."""
 
 LAYERS = {
     "hidden": (HiddenLayer, PlainLayer), "kv": (PlainLayer, PlainLayer), "hybrid": (HybridLayer, HybridLayer),

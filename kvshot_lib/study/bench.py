@@ -30,7 +30,6 @@ from ..decoding.turns import take_turns
 from ..drafters.checkpoint import draft_vocabulary, load_drafter
 from ..drafters.config import DrafterConfig
 from ..drafters.drafter import Drafter, build_drafter, in_dtype
-from ..drafters.layers import COMPILED
 from ..drafters.variants import parameters_of
 from ..errors import StudyError
 from ..features.extract import prepare
@@ -77,7 +76,7 @@ def bench(
     live = LiveFeatures(model, longest, made.spec)
     draft_ids = draft_vocabulary(torch.from_numpy(made.answer_token_counts), min(vocabulary, model.vocab_size))
     if share:
-        found = training_speed(model, live, configurations(parameters_of("kv_2"))[0], training, draft_ids, steps)
+        found = training_speed(model, live, configurations(parameters_of("kv_2"))[0], training, draft_ids, steps, card)
         if parallel.is_main():
             print(f"data-parallel {found:.2f}", flush=True)
         return
@@ -91,9 +90,8 @@ def bench(
         built = build_drafter(config, model, live.spec, draft_ids)
         work = run_work(longest, replace(training, epochs=1), config.paradigm != "block")
         floor = bench.flops * work.tokens / training_flops(built, work)
-        for compiled in COMPILED if card else ("",):  # on a CPU compiling would take longer than the run
-            found = training_speed(model, resident, config, training, draft_ids, steps, compiled)
-            bench.add(f"train {name}{compiled and f', compiled {compiled}'}", found, "tokens/s", floor)
+        found = training_speed(model, resident, config, training, draft_ids, steps, card)
+        bench.add(f"train {name}", found, "tokens/s", floor)
     own = {"target": target, "corpus": corpus, "documents": documents, "steps": steps, "vocabulary": vocabulary}
     for number in processes:
         bench.add(f"train kv_2 from live features, {number} processes", launched_speed(number, own), "tokens/s")
@@ -166,12 +164,15 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
 
 def training_speed(
     target: Target, source, config: DrafterConfig, training: TrainConfig, draft_ids: torch.Tensor, steps: int,
-    compiled: str = "",
+    compiled: bool = False,
 ) -> float:  # fmt: skip
-    """Tokens/s of so many steps, over however many processes there are; two steps before them warm up (and compile)."""
+    """Tokens/s of so many steps, over however many processes there are, after two more.
+
+    On a CPU compiling would take longer than the run.
+    """
     drafter = build_drafter(config, target, source.spec, draft_ids)
     if compiled:
-        drafter.compile_steps(compiled)
+        drafter.compile_steps()
     short = replace(training, max_steps=2 + steps, epochs=3 + steps, branch_warmup_steps=0)
     with tempfile.TemporaryDirectory() as empty:
         loop = Training(drafter, source, source, short, empty, target.dtype)

@@ -157,7 +157,7 @@ def convert(tables_dir: str) -> None:
 @options(corpus="selfgen", vocabulary=8192)
 @options("to decode with in a chain of 2, if given", drafter="data/checkpoints/hidden_31_continued")
 @options("the longest of the corpus (0: 64 on a GPU, else 8); half of them make a training step", documents=0)
-@options("timed training steps", steps=3)
+@options("timed training steps (0: 20 on a GPU, 3 elsewhere)", steps=0)
 @options("dialogues to write (0: 4,096 on a GPU, else 16)", texts=0)
 @several("processes", "to train with, one number after the other", 1, 2, kind=int)
 @options("the table that gets a row for each speed", out="results/bench.csv")

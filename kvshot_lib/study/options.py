@@ -63,7 +63,7 @@ of_speed = together(
     timed, options("how many, from the file's start", prompts_per_category=2),
     several("chains", "their lengths", 2, 4, 6, 8, kind=int),
     several("tree", "depth, top_k and total of EAGLE's tree", 8, 10, 60, kind=int),
-    options("of transformers' prompt lookup", lookup_tokens=10),
+    options("of transformers' prompt lookup (0: not timed)", lookup_tokens=10),
 )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def dry_run(
         source = read_by(config, drafter_spec(config, target), live)
         draft_ids = torch.arange(min(given["draft_vocab_size"], target.vocab_size))
         try:
-            compiled = "parts" if given["compile_steps"] and target.device.type == "cuda" else ""
+            compiled = given["compile_steps"] and target.device.type == "cuda"
             found = training_speed(target, source, config, training, draft_ids, steps, compiled)
             tell(f"train {variant}", found, training.epochs)
         except torch.OutOfMemoryError:

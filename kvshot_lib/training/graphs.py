@@ -78,7 +78,7 @@ class LossGraphs:
         gc.collect()
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.pool):
+        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # NCCL's threads go on
             torch._foreach_zero_([parameter.grad for parameter in trained])
             loss = self.forward(features, parts)
             loss.loss.backward()

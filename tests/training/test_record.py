@@ -157,12 +157,11 @@ def test_few_anchors_are_every_eighth_of_those_with_all_steps():
 
 
 @pytest.mark.filterwarnings("default")  # PyTorch's compiler warns of PyTorch
-@pytest.mark.parametrize("what", ["parts", "layers"])
-def test_compiled_steps_are_recorded_alike(what, monkeypatch):
+def test_compiled_steps_are_recorded_alike(monkeypatch):
     """With torch.compile's tracing (not its code generator, which takes minutes): it ignores hooks on modules."""
     compiled, plain = examples.drafter("hybrid"), examples.drafter("hybrid")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    compiled.compile_steps(what)
+    compiled.compile_steps()
     found = []
     for drafter in (plain, compiled):
         ttt_loss(drafter, examples.features(), ttt_steps=2).loss.backward()  # traced before anything is watched
