@@ -7,8 +7,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+settings.register_profile("study", suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault
+settings.load_profile("study")
 
 
 def pytest_collection_finish():

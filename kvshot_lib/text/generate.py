@@ -250,7 +250,7 @@ def _collect(
                 write_atomically(part, lambda path, batch=batch: write_documents(path, batch))
             fresh = {key: d for d in read_documents(part) if (key := prompt_key(d)) not in seen}
             taken = dict(list(fresh.items())[: count - len(documents)])
-            seen |= taken.keys()
+            seen.update(taken)
             documents += taken.values()
             bar.update(len(taken))
             number, empty = number + 1, 0 if taken else empty + 1

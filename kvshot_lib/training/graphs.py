@@ -5,7 +5,6 @@ once for each padded length of a batch, they start together.
 """
 
 import copy
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 
@@ -15,23 +14,22 @@ from torch import Tensor, nn
 from ..drafters.drafter import Drafter
 from ..features.spec import Features
 from .config import TrainConfig
-from .loss import Loss, draw_parts, loss_of_parts
+from .loss import Draw, Loss, draw_parts, loss_of_parts
 
 LENGTHS = 64  # batches are padded to a multiple of so many tokens: one recording each
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A graph, the tensors that it reads, the loss that it leaves, and the parameters to which it gives gradients."""
+    """A graph, the tensors that it reads, and the loss that it leaves."""
 
     graph: torch.cuda.CUDAGraph
     read: list[Tensor]
     loss: Loss
-    trained: list[nn.Parameter]
 
 
 class LossGraphs:
-    """`training_loss` and its gradients, as recorded when a batch of this length was first seen.
+    """`training_loss` and its gradients, recorded when a batch of its length is there for the second time.
 
     Anchors are drawn outside, with shapes that follow from the batch's: padding is computed, and counts for nothing.
     All recordings share their memory, so what one leaves is gone with the next.
@@ -40,49 +38,43 @@ class LossGraphs:
     def __init__(self, drafter: Drafter, config: TrainConfig, dtype: torch.dtype):
         self.drafter, self.config, self.dtype = drafter, config, dtype
         self.pool, self.recordings = torch.cuda.graph_pool_handle(), {}
+        self.trained: dict[tuple, list[nn.Parameter]] = {}  # by shape, the parameters that get a gradient
         self.gradients: dict[nn.Parameter, Tensor] = {}
 
     def __call__(self, features: Features, step: int, generator: torch.Generator) -> Loss:
-        """The loss of optimiser step ``step`` (from 0), the gradients in the parameters in place of earlier ones."""
+        """The loss of optimiser step ``step`` (from 0), its gradients in the parameters, which have none yet."""
         features = features.lengthened(LENGTHS)
         parts = draw_parts(self.drafter, features, self.config, step, generator, fixed=True)
         shape = *features.tokens.shape, *parts
+        if shape not in self.trained:  # the first time it compiles, and shows what is trained
+            loss = self.backward(features, parts)
+            self.trained[shape] = [own for own in self.drafter.parameters() if own.grad is not None]
+            return loss
+        for parameter in self.trained[shape]:
+            parameter.grad = self.gradients.setdefault(parameter, torch.zeros_like(parameter))
         if shape not in self.recordings:
-            self.recordings[shape] = self.record(features, parts)
+            self.recordings[shape] = self.record(features, parts, self.trained[shape])
         recording = self.recordings[shape]
         for place, given in zip(recording.read, tensors((features, parts)), strict=True):
             place.copy_(given)
-        for parameter in recording.trained:
-            parameter.grad = self.gradients[parameter]
         recording.graph.replay()
         return recording.loss
 
-    def forward(self, features: Features, parts: dict) -> Loss:
-        """The loss itself."""
+    def backward(self, features: Features, parts: dict[str, Draw]) -> Loss:
+        """The loss itself, its gradients added to the parameters'."""
         with torch.autocast("cuda", self.dtype, enabled=self.dtype != torch.float32):
-            return loss_of_parts(self.drafter, features, self.config, parts)
+            loss = loss_of_parts(self.drafter, features, self.config, parts)
+        loss.loss.backward()
+        return replace(loss, loss=loss.loss.detach())
 
-    def record(self, features: Features, parts: dict) -> Recording:
-        """Run the step twice to warm up, compile and see which parameters it trains, then record it."""
+    def record(self, features: Features, parts: dict[str, Draw], trained: list[nn.Parameter]) -> Recording:
+        """Everything from empty gradients to full ones."""
         features, parts = copy.deepcopy((features, parts))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.drafter.zero_grad()
-                self.forward(features, parts).loss.backward()
-        torch.cuda.current_stream().wait_stream(side)
-        trained = [parameter for parameter in self.drafter.parameters() if parameter.grad is not None]
-        for parameter in trained:
-            parameter.grad = self.gradients.setdefault(parameter, torch.zeros_like(parameter))
-        gc.collect()
-        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # NCCL's threads go on
             torch._foreach_zero_([parameter.grad for parameter in trained])
-            loss = self.forward(features, parts)
-            loss.loss.backward()
-        return Recording(graph, [*tensors((features, parts))], replace(loss, loss=loss.loss.detach()), trained)
+            loss = self.backward(features, parts)
+        return Recording(graph, [*tensors((features, parts))], loss)
 
 
 def tensors(value: object) -> Iterator[Tensor]:

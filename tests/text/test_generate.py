@@ -180,6 +180,19 @@ def test_corpus_has_the_counts_asked_for_and_no_user_turn_twice(target, tmp_path
             assert len(target.tokenizer.decode(d.tokens)) > 0
 
 
+def test_a_split_takes_no_user_turn_of_the_one_before(target, tmp_path, monkeypatch):
+    batches, real = [], generate.generate_batch
+
+    def same_again(given, _split, number, *rest):  # every split is offered the same documents
+        batches.append(number)
+        return real(given, "train", number, *rest)
+
+    monkeypatch.setattr(generate, "generate_batch", same_again)
+    folder = generate_corpus(target, tmp_path / "made", {"train": 6, "validation": 6}, SETTINGS)
+    assert not {*map(tuple, tokens_of(folder, "train"))} & {*map(tuple, tokens_of(folder, "validation"))}
+    assert batches.count(0) == 2
+
+
 def test_a_killed_run_goes_on_and_makes_the_same_corpus(target, tmp_path, monkeypatch):
     counts = {"train": 20, "evaluation": 4}
     whole = generate_corpus(target, tmp_path / "whole", counts, SETTINGS)
