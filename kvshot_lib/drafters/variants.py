@@ -86,6 +86,8 @@ _ENTRIES = (
             {**KV_4, **NONE}, "kv_4", "controls", "#000000", "X"),
     Variant("kv_2_zero", "kv_2 with zeros in place of the cache.",
             {**KV_2, "kv_control": "zero"}, "kv_2", "controls", "#777777", "X"),
+    Variant("kv_1_shuffled", "kv_1 with the cache of another document.",
+            {**KV, "kv_control": "shuffled"}, "kv_1", "controls", "#aaaaaa", "X"),
     Variant("kv_2_shuffled", "kv_2 with the cache of another document.",
             {**KV_2, "kv_control": "shuffled"}, "kv_2", "controls", "#aaaaaa", "X"),
     Variant("kv_2_lagged", "kv_2 whose cache ends four tokens before the anchor.",

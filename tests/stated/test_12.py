@@ -22,6 +22,13 @@ def worth_of_eagle() -> list[float]:
     return [minus(a, b)[0] for a, b in (("hidden_31", "none_1"), ("hidden_31_2", "none_2"), ("hidden_31_4", "none_4"))]
 
 
+def worth_to_knowing_queries() -> list[float]:
+    """What the right cache is worth to queries from the anchor's state, minus what it is worth to own ones (N3 - P1)."""
+    terms = ((1, "kv_1_anchor_query"), (-1, "kv_1_anchor_query_shuffled"), (-1, "kv_1"), (1, "none_1"))
+    found = recorded.draws("sources").contrast(*((*term, "measured_mat") for term in terms))
+    return [found.value, found.low, found.high]
+
+
 def predicted(variant: str) -> pd.Series:
     """The cost model's speedup of every variant that can decode; that one must lead."""
     counted = table("compute").groupby("variant")[["chain_bytes", "target_bytes"]].mean()
@@ -37,14 +44,14 @@ def layers_read() -> list[int]:
 
 STATED = [
     (
-        "15.3 million training tokens for each of 97 drafters, judged on 2,000 sealed answers",
+        "15.3 million training tokens for each of 103 drafters, judged on 2,000 sealed answers",
         lambda: [
             table("runs")["trained_tokens"].mean() / 1e6,
             len(table("runs")),
             table("counts")["document"].nunique(),
         ],
     ),
-    ("70 were run first, the 27 of the section on queries", lambda: table("runs").groupby("date").size()),
+    ("70 were run first, the 33 of the section on queries", lambda: table("runs").groupby("date").size()),
     ("beats entries from hidden states by .110 tokens [.096, .124]", lambda: minus("hidden_31", "states_1")),
     ("it loses to them by .066 [.051, .081]", lambda: turned(minus("hidden_31_4", "states_4"))),
     (
@@ -98,6 +105,17 @@ STATED = [
         "adds .032 [−.033, .092] and .008 [−.021, .043]",
         lambda: [x for d in (1, 2) for x in minus(f"kv_{d}_oracle_query", f"kv_{d}_oracle_query_shuffled")],
     ),
+    (
+        ".181 [.160, .207] against .173 [.161, .186]",
+        lambda: (*minus("kv_1_anchor_query", "kv_1_anchor_query_shuffled"), *minus("kv_1", "none_1")),
+    ),
+    ("it gains .049 tokens [.032, .073]", lambda: minus("kv_1_anchor_query", "kv_1")),
+    ("it gains .042 [.027, .055] over no target state", lambda: minus("kv_1_anchor_query_shuffled", "none_1")),
+    (
+        "worth .181 [.160, .207] to such queries (N3), to a drafter's own .173 [.161, .186]",
+        lambda: (*minus("kv_1_anchor_query", "kv_1_anchor_query_shuffled"), *minus("kv_1", "none_1")),
+    ),
+    ("The difference is .008 [−.015, .036]", worth_to_knowing_queries),
     ("drafts no longer than `none_1`: −.001 [−.013, +.011]", lambda: minus("query_1", "none_1")),
     (
         "loses .174 [.165, .183] to `kv_1`, and `query_4` .250 [.229, .270] to `kv_4`",

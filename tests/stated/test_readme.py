@@ -57,7 +57,7 @@ STATED = [
         lambda: [table("runs").query("init_from.isna()")["trained_tokens"].mean() / 1e6],
     ),
     (
-        "59 variants, 157 runs; `sources`: 27, 97",
+        "59 variants, 157 runs; `sources`: 29, 103",
         lambda: [count for runs in (table("runs"), sealed("runs")) for count in (runs["variant"].nunique(), len(runs))],
     ),
 ]
