@@ -11,14 +11,14 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
-from ..drafters import attention
 from ..drafters.drafter import Drafter, joined
 from ..drafters.layers import View
 from ..features.spec import Features
 from ..target.capture import Captured
 from ..target.load import Target
-from ..target.static import PlacedCache, address, fused, recorded
+from ..target.static import PlacedCache, address, recorded
 from .clock import part
 from .drafting import Drafting, NoDrafting, rooms
 from .forwards import Prefill, Verifier
@@ -84,6 +84,11 @@ class Redrafter:
         self.entries = rooms(drafter.prefix(self.features(verifier.row))[0], len(verifier.columns))
         slots = drafter.config.block_size if drafter.config.paradigm == "block" else len(verifier.row)
         self.drafts = min(slots, len(verifier.row)) - 1
+        if (
+            self.tokens.is_cuda and has_triton()
+        ):  # one layer of a drafter has as many small kernels as six of the target
+            torch._dynamo.config.recompile_limit = 64  # drafters and plans
+            self.forward = torch.compile(self.forward, dynamic=True)
         self.recorded = recorded(self.forward, self.tokens.device)
 
     def run(self, tokens: list[int], start: int) -> Tensor:
@@ -103,8 +108,7 @@ class Redrafter:
         views = [View(layer, mask, {}, True) for layer in self.entries]
         state = None if g is None else g.index_select(1, (self.count - 1)[None])
         root = Frontier(self.tokens[0].index_select(0, self.count[None]), length, state, views)
-        with fused(drafter, attention):
-            return chain_tokens(drafter, root, self.drafts)
+        return chain_tokens(drafter, root, self.drafts)
 
     def features(self, places: Tensor) -> Features:
         """The target's state at all verified positions."""

@@ -88,7 +88,7 @@ def static_forward(
     given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
     given |= {} if wanted is None else {"logits_to_keep": wanted}
     family = sys.modules[type(target.model).__module__]  # transformers has a module for each, with a RoPE of its own
-    with _grouped_attention(target.model), _joint_projections(target.model), fused(target.model, family):
+    with _grouped_attention(target.model), _joint_projections(target.model), _fused(target.model, family):
         return target.model(input_ids=ids, **given).logits
 
 
@@ -127,8 +127,8 @@ def address(module: nn.Module) -> int:
 
 
 @contextmanager
-def fused(model: nn.Module, rope: ModuleType) -> Iterator[None]:
-    """Within it a model's norms and MLPs, and this module's RoPE, are few kernels on a GPU, by torch.compile."""
+def _fused(model: PreTrainedModel, rope: ModuleType) -> Iterator[None]:
+    """Within it the model's norms and MLPs, and its module's RoPE, are few kernels on a GPU, by torch.compile."""
     with ExitStack() as undo:
         if next(model.parameters()).is_cuda and has_triton():
             compiled = partial(torch.compile, dynamic=True)

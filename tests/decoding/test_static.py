@@ -137,6 +137,34 @@ def test_nothing_in_a_round_waits_for_the_device(variant, monkeypatch):
         prefill.forward()
 
 
+@pytest.mark.filterwarnings("default")  # PyTorch's compiler warns of PyTorch
+@pytest.mark.parametrize("variant", ["hidden", "kv_2", "hybrid", "block_kv_1"])
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_the_compiler_has_all_of_drafting_in_one_graph_and_gives_the_same(variant):
+    """As on a GPU, without its code generator; ``fullgraph`` refuses what it can't trace."""
+    found = []
+    for compiled in (False, True):
+        built, target = drafter(variant) if variant != "block_kv_1" else trained(variant), on("cpu")
+        read = built.spec if "keys" in built.reads else None
+        with torch.inference_mode():
+            layers = built.spec.hidden_layers if "hidden_states" in built.reads else ()
+            verifier = Verifier(target, layers, 4, PlacedCache(target, 64))
+            torch.manual_seed(0)
+            for tensor in (
+                verifier.states,
+                *(part for own in verifier.cache.layers for part in (own.keys, own.values)),
+            ):
+                tensor.normal_()
+            redrafter = static.Redrafter(built, verifier, read.kv_layers if read else ())
+            redrafter.numbers.copy_(torch.tensor([5, 6, 7, 8, 9, 20, 3]))
+            work = redrafter.forward
+            found.append(
+                (torch.compile(work, backend="aot_eager", fullgraph=True, dynamic=True) if compiled else work)()
+            )
+            found[-1] = [found[-1], *(part for layer in redrafter.entries for pair in layer.values() for part in pair)]
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*found, strict=True))
+
+
 @torch.inference_mode()
 def test_chains_have_fixed_shapes():
     built = drafter("kv_2")
