@@ -54,7 +54,7 @@ def train_one(folder: Path) -> None:
 def sweep_all(folder: Path) -> None:
     """What `python -m kvshot_lib.study.sweep` does, for three drafters of which one starts from another."""
     jobs = [(variant, 0) for variant in PROFILE.drafters]
-    if left := sweep(PROFILE, folder, jobs, workers=2, stop_after_s=600):
+    if left := sweep(PROFILE, folder, jobs, workers=2):
         raise RuntimeError(f"{left} runs are left")
     collect_runs(folder, [f"{variant}/seed{seed}" for variant, seed in jobs], samples=100)
 

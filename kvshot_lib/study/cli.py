@@ -79,7 +79,6 @@ def fingerprint(step: str) -> None:
 @runs
 @options("where they go (results/PROFILE by default)", results_dir="")
 @options("trainings side by side", workers=4)
-@options("then leave the rest for the next call", stop_after_s=1e8)
 def sweep(**given) -> None:
     """Train a profile's runs side by side with the features in memory, on one large GPU. Status 1: some are left."""
     from .sweep import sweep_profile

@@ -29,14 +29,12 @@ from .profiles import Profile, named_runs, train_values
 _shared: dict = {}  # of a worker process: features, profile, results_dir
 
 
-def sweep_profile(
-    profile: str, runs: Sequence[str] = (), *, results_dir: str = "", workers: int = 4, stop_after_s: float = 1e8
-) -> int:
+def sweep_profile(profile: str, runs: Sequence[str] = (), *, results_dir: str = "", workers: int = 4) -> int:
     """Train a profile's runs (all, or ``VARIANT/seedN`` in this order), so many at once; returns how many are left."""
     loaded = profiles.checked_profile(profile)
     folder = Path(results_dir or loaded.results)
     jobs = named_runs(loaded, runs)
-    left = sweep(loaded, folder, jobs, workers, stop_after_s)
+    left = sweep(loaded, folder, jobs, workers)
     if left < len(jobs):
         done = [job for job in named_runs(loaded) if _done(folder, *job)]
         collect(folder, [f"{variant}/seed{seed}" for variant, seed in done])
@@ -68,31 +66,29 @@ def several_processes(profile: str, what: str, runs: Sequence[str] = (), *, resu
         collect(folder)
 
 
-def sweep(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], workers: int, stop_after_s: float) -> int:
+def sweep(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], workers: int) -> int:
     """Train ``jobs`` in this order as far as their starts allow; returns how many are left undone.
 
     One that another sweep of this folder has in hand is tried again later, and taken over if that one is gone.
-
-    After ``stop_after_s`` seconds the trainings under way are stopped; the same call goes on from their checkpoints.
     """
-    deadline = time.monotonic() + stop_after_s
     waiting = [job for job in jobs if not _done(results_dir, *job)]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done", flush=True)
     if not waiting:
         return 0
     features = load_features(profile, results_dir)
     context = torch.multiprocessing.get_context("spawn")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     running: dict[Future, tuple[str, int]] = {}
     pool = ProcessPoolExecutor(workers, context, _start_worker, (features, profile, results_dir, os.getpid()))
     try:
-        while (waiting or running) and time.monotonic() < deadline:
+        while waiting or running:
             waiting = [job for job in waiting if not _done(results_dir, *job)]
             for job in [job for job in waiting if _ready(profile, results_dir, *job)][: workers - len(running)]:
                 waiting.remove(job)
                 running[pool.submit(_train_here, *job)] = job
             if not running:
                 break  # what is left waits for a run that failed, or that isn't asked for
-            finished, _ = wait(running, timeout=max(0, deadline - time.monotonic()), return_when=FIRST_COMPLETED)
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 job = running.pop(future)
                 if future.exception() is None and future.result() is None:

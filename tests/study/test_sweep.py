@@ -100,7 +100,7 @@ def test_unknown_runs_and_profiles_are_refused_before_any_work(tmp_path, capsys,
 def test_a_run_whose_start_is_not_asked_for_is_left_and_said_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "load_features", lambda *_: {})
     profile = replace(load_profile("smoke"))
-    assert sweep.sweep(profile, tmp_path, [("hybrid_warm", 0)], workers=1, stop_after_s=60) == 1
+    assert sweep.sweep(profile, tmp_path, [("hybrid_warm", 0)], workers=1) == 1
 
 
 @pytest.mark.slow
@@ -121,5 +121,5 @@ def test_a_run_in_the_hands_of_another_sweep_is_left_to_it_until_it_is_gone(tmp_
         return ended
 
     monkeypatch.setattr(sweep, "wait", wait_and_let_go)
-    assert sweep.sweep(load_profile("smoke"), folder, [("hidden", 0), ("kv_1", 0)], workers=1, stop_after_s=300) == 0
+    assert sweep.sweep(load_profile("smoke"), folder, [("hidden", 0), ("kv_1", 0)], workers=1) == 0
     assert refused == [True] and capsys.readouterr().out.count("kv_1/seed0:") == 1
