@@ -5,7 +5,7 @@ from functools import cache
 import pandas as pd
 from notebook_checks import ROOT
 
-from kvshot_lib.metrics import resampling, tables
+from kvshot_lib.metrics import decoding, resampling, tables
 
 
 def table(name: str, profile: str = "full") -> pd.DataFrame:
@@ -47,3 +47,15 @@ def turned(numbers: tuple[float, float, float]) -> tuple[float, float, float]:
     """A loss as a positive number, with its interval."""
     found, low, high = numbers
     return -found, -high, -low
+
+
+@cache
+def card_ratios() -> tuple:
+    """The published drafters on a GPU: the answers, and by variant and plan the ratios of `metrics.decoding`."""
+    rows = table("decode_prompts", "full/h200")
+    return rows, {(key[0], key[-1]): ratio for key, _, _, ratio in decoding.drawn(rows, 2000, 0)}
+
+
+def on_card(variant: str, plan: str, metric: str) -> list[float]:
+    """One of them with its interval."""
+    return [*vars(resampling.interval(card_ratios()[1][variant, plan][metric])).values()]

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from recorded import minus, table, value
+from recorded import minus, on_card, table, value
 from stated import checked
 
 from kvshot_lib.metrics import decoding
@@ -52,6 +52,13 @@ STATED = [
         lambda: [predicted("kv_2"), predicted("none_1")],
     ),
     ("on 98 prompts that it was not chosen by", prompts),
+    (
+        "they are\n.93 [.90, .96] times as fast: this small target writes a token in 1.3 ms",
+        lambda: [
+            *on_card("hidden_31_continued", "2", "speedup"),
+            1000 / on_card("hidden_31_continued", "-", "tokens_per_s")[0],
+        ],
+    ),
     (
         "drafters of 15.3 million tokens",
         lambda: [table("runs").query("init_from.isna()")["trained_tokens"].mean() / 1e6],
