@@ -48,7 +48,7 @@ STATED = [
     ("state gains 1.40 tokens", lambda: equal("kv_1_oracle_query", "kv_1")[:1]),
     ("1.31 [1.27, 1.34] times as fast as the target alone", lambda: speedup("hidden_31_continued", "2")),
     (
-        "two layers over the raw cache (1.34×) are worth no more than a drafter without any target state (1.34×)",
+        "Two layers over the raw cache (1.34×) are worth no more than a drafter without any target state (1.34×)",
         lambda: [predicted("kv_2"), predicted("none_1")],
     ),
     ("on 98 prompts that it was not chosen by", prompts),
