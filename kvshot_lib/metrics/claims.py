@@ -139,7 +139,7 @@ CLAIMS = (
     Claim("C15c", "The target's true query gains `kv_1` .05 or more", gap("kv_1_oracle_query", "kv_1"), "above", MARGIN,
           note="judged again on more data: trained from scratch, on sealed answers; the first verdict, not reproduced "
           "(−.556), was on an output side re-trained for 1% of the tokens", experiment="sources"),
-    Claim("C15d", "A true query gains .05 more over the right document's cache than over another's",
+    Claim("C15d", "A true query gets .05 more out of the right cache than a drafter's own query does",
           (*gap("kv_1_oracle_query", "kv_1"), *gap("none_1", "kv_1_oracle_query_shuffled")), "above", MARGIN,
           note="added after C15c was judged again, before its own runs", experiment="sources"),
     # On recorded gradients. Sparse is taken as a tenth or less of what the projections of queries and outputs get, per

@@ -98,9 +98,10 @@ def bench(
     judged = lambda: match_documents(resident, built, training.ttt_steps, device=model.device, dtype=model.dtype)
     bench.add(f"judge {BENCHED[-1]}", documents / seconds(judged, 1), "documents/s")
     bench.generation(texts)
-    bench.decoding(live.documents[0].prompt, None, ALONE)
+    prompts = [document.prompt for document in made.documents["evaluation"].documents[:8]]
+    bench.decoding(prompts, None, ALONE)
     if drafting:
-        bench.decoding(live.documents[0].prompt, drafting, CHAIN)
+        bench.decoding(prompts, drafting, CHAIN)
     bench.add("peak memory", peak_memory_gb(model.device), "GB")
 
 
@@ -146,14 +147,18 @@ class Bench:
         answers = sum(len(document.answer) for document in made)
         self.add(f"write dialogues, {rows} at a time", answers / took, "answer tokens/s", floor)
 
-    def decoding(self, prompt: np.ndarray, drafter: Drafter | None, plan: Chain, new: int = 128) -> None:
-        """Tokens/s of one greedy answer; the target's and the drafter's weights and entries move once a round."""
-        work = partial(decode, self.target, drafter, prompt, plan, max_new_tokens=new, eos_token_ids=())
-        out, times = take_turns(self.target.device, {plan: work}, 3)[plan]
+    def decoding(self, prompts: Sequence[np.ndarray], drafter: Drafter | None, plan: Chain, new: int = 64) -> None:
+        """Tokens/s of greedy answers; the target's and the drafter's weights and entries move once a round."""
+        tokens, forwards, took = 0, 0, 0.0
+        for prompt in prompts:
+            work = partial(decode, self.target, drafter, prompt, plan, max_new_tokens=new)
+            out, times = take_turns(self.target.device, {plan: work}, 3)[plan]
+            tokens, forwards, took = tokens + len(out.tokens), forwards + out.target_forwards, took + median(times)
         drafted = chain_cost(drafter, draft_length=plan.length).bytes if drafter else 0
-        floor = out.decoded_mat * self.moved / self.bytes / (target_cost(self.target).bytes + drafted)
+        mat = (tokens - len(prompts)) / forwards  # the prompt gives the first token
+        floor = mat * self.moved / self.bytes / (target_cost(self.target).bytes + drafted)
         what = f"decode with a chain of {plan.length}" if drafter else "decode alone"
-        self.add(what, new / median(times), "tokens/s", floor)
+        self.add(what, tokens / took, "tokens/s", floor)
 
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:

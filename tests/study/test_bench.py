@@ -45,7 +45,7 @@ def test_a_floor_is_what_the_bytes_allow(tmp_path):
     target = load_target("tiny", device="cpu", dtype="float32")
     made = bench.Bench(target, tmp_path / "bench.csv")
     made.moved = 1.0
-    made.decoding([5, 6, 7], None, bench.ALONE, new=3)
+    made.decoding([[5, 6, 7]], None, bench.ALONE, new=3)
     found = read_one(tmp_path / "bench.csv", "bench")["floor"].item()
     assert 1 / found == pytest.approx(2 * bench.target_cost(target).bytes, rel=1e-5)
 
