@@ -26,7 +26,7 @@ def trained_again():
 
 STATED = [
     (
-        "with un-rotated, normed entries it is above, by .011",
+        "with un-rotated, normed entries of late layers it is above, by .011",
         lambda: minus("kv_1", "none_1", STEP, 6, profile="sources")[:1],
     ),
     ("with the same norms, .07", lambda: minus("states_2", "kv_2", profile="sources")[:1]),

@@ -103,7 +103,7 @@ STATED = [
     ),
     ("is 1.31 times as fast as the target alone [1.27, 1.34]", lambda: told("speedup", "hidden_31_continued", "2")),
     (
-        "gets .011 tokens more from a forward [−.005, .028], and its speedup is .051 lower [.037, .065]",
+        "gets .011 tokens more from a forward [−.005, .028] than `hidden_31_continued`, and its speedup is .051 lower [.037, .065]",
         lambda: (
             gap("decoded_mat", "hybrid_warm_31", "hidden_31_continued", "2")
             + loss(gap("speedup", "hybrid_warm_31", "hidden_31_continued", "2"))
@@ -113,7 +113,7 @@ STATED = [
         "alone writes 749 tokens/s, the same chain is .93 times as fast as the target [.90, .96]",
         lambda: [card("2", "target_tokens_per_s")[0], *card("2", "speedup")],
     ),
-    ("on 71 of the prompts", lambda: [card_ratios()[0]["prompt"].nunique()]),
+    ("after the first 71 of the prompts", lambda: [card_ratios()[0]["prompt"].nunique()]),
     (
         "get 1.61 tokens from a forward, and write at .93 times the target's own speed [.90, .96]",
         lambda: [card("2", "decoded_mat")[0], *card("2", "speedup")],

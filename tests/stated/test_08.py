@@ -63,7 +63,14 @@ STATED = [
         "−.556, not reproduced | +1.400 [1.337, 1.463], reproduced",  # the first is of a table that fell
         lambda: (-0.556, *card().loc["C15c", ["measured_value", "measured_low", "measured_high"]]),
     ),
-    ("It gains .134 [.077, .193] *less*", lambda: turned(statistic("C15d"))),
+    (
+        "It gets .134 [.077, .193] *less*: .025 [−.035, .080], where an own query gets .159 [.150, .168]",
+        lambda: (
+            *turned(statistic("C15d")),
+            *minus("kv_1_oracle_query", "kv_1_oracle_query_shuffled", EXPECTED, profile="sources"),
+            *minus("kv_1", "none_1", EXPECTED, profile="sources"),
+        ),
+    ),
     (
         "157 trainings of 59 drafters on SmolLM2-135M-Instruct, 15 million tokens each, judged on 508 greedy answers",
         lambda: [*trained(), table("counts")["document"].nunique()],

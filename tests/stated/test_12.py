@@ -58,8 +58,24 @@ STATED = [
         "yields .067 tokens [.059, .076] less with one layer, .022 [.008, .036] less with four",
         lambda: (*minus("states_1", "kv_1"), *minus("states_4", "kv_4")),
     ),
-    ("Earlier we wrote .11", lambda: recorded.minus("states_2", "kv_2_unrotate")[:1]),
+    ("has .11 with two layers", lambda: recorded.minus("states_2", "kv_2_unrotate")[:1]),
     ("adding it changes +.001 tokens [−.008, +.010]", lambda: minus("both_1", "states_1")),
+    (
+        "So do hidden states: .010 [.006, .013] and .027 [.024, .031]",
+        lambda: (*minus("states_1", "none_1", STEP, 6), *minus("states_4", "none_4", STEP, 6)),
+    ),
+    (
+        "stays best, 1.54 against 1.21",
+        lambda: [predicted("hidden_31")["hidden_31"], predicted("hidden_31")[["kv_4", "states_4", "both_4"]].max()],
+    ),
+    (
+        "has 4.2 million weights, one over the cache 3.8",
+        lambda: [table("runs").query("variant == @v")["parameters"].iloc[0] / 1e6 for v in ("states_1", "kv_1")],
+    ),
+    (
+        "15.3 million tokens: 3.7 million",
+        lambda: [table("runs")["trained_tokens"].mean() / n for n in (1e6, 1e6 * 1300 * 32 / 9931)],
+    ),
     (
         "it is worth .011 [.007, .015] with one layer, .038 [.034, .041] with four",
         lambda: (*minus("kv_1", "none_1", STEP, 6), *minus("kv_4", "none_4", STEP, 6)),
@@ -80,7 +96,10 @@ STATED = [
     ("They cost .018 [.009, .026] over the cache", lambda: turned(minus("kv_1_qk_norm", "kv_1"))),
     ("and .027 [.012, .042]", lambda: turned(minus("hidden_31_qk_norm", "hidden_31"))),
     ("by .024 [.022, .026] with one layer", lambda: turned(minus("kv_1", "states_1", STEP, 0))),
-    ("the cache is ahead by .011 [.008, .013]", lambda: minus("kv_4", "states_4", STEP, 6)),
+    (
+        "by .004 [.001, .006] there and .011 [.008, .013] at step 6",
+        lambda: (*minus("kv_4", "states_4", STEP, 2), *minus("kv_4", "states_4", STEP, 6), 6),
+    ),
     ("below `none_1` at step 6, by .006", lambda: (6, turned(recorded.minus("kv_1", "none_1", STEP, 6))[0])),
     ("it is above, by .011", lambda: minus("kv_1", "none_1", STEP, 6)[:1]),
     ("drafts only .050 tokens [.034, .064] less", lambda: minus("kv_1", "kv_1_constant_query")),
