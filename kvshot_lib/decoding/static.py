@@ -127,6 +127,7 @@ class Round:
 
     def __init__(self, verifier: Verifier, redrafter: Redrafter | None):
         self.redrafter, self.verifier, self.drafted, self.next = redrafter, verifier, [], None
+        verifier.length.zero_()  # recording goes on from there, and the room behind is for that
         self.run = recorded(self.forward, verifier.row.device)
 
     def forward(self) -> Tensor:

@@ -79,8 +79,12 @@ def load_runs(results_dir: str | Path, runs: Sequence[str], device: str, dtype: 
         torch.set_num_threads(threads)
     folders = find_runs(results_dir, runs, finished=False)
     told = {run: read_json(folder / DESCRIPTION, "train it again") for run, folder in folders.items()}
-    if controls := [run for run in told if told[run]["config"].get("kv_control") == "shuffled"]:
-        print(f"{', '.join(controls)}: left out, needs another document's KV, which decoding has not", flush=True)
+    of = {run: told[run]["config"] for run in told}
+    controls = [
+        run for run in of if of[run].get("kv_control") == "shuffled" or of[run].get("query_from", "own") != "own"
+    ]
+    if controls:
+        print(f"{', '.join(controls)}: left out, a control that reads what decoding has not", flush=True)
     names = [run for run in folders if run not in controls]
     if not names:
         raise StudyError("none of these drafters can decode; name others")

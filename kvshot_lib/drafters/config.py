@@ -33,6 +33,7 @@ _RULES = (
     ("kv_init", ("target",), {"kv_control": ("", "shuffled", "lagged"), "kv_fusion": ("linear", "heads")}),
     ("kv_init", ("target",), {"kv_norm": (False,)}),
     ("query_from", ("target", "anchor"), {"state_layers": ("kv",)}),
+    ("query_from", ("target", "anchor", "constant"), {"kv_control": ("", "zero", "shuffled", "lagged", "from_hidden")}),
     ("cross_only", (True,), {"gate_bias": (0.0,), "gate_floor": (0.0,)}),
     ("block_context", ("hidden",), {"kv_init": ("random",), **_PLAIN}),
 )

@@ -36,6 +36,7 @@ class LiveFeatures:
         check_tokenizer(target, documents)
         self.target, self.spec, self.max_length_tokens = target, spec, max_length_tokens
         self.given_documents, self.documents = len(documents), _cut(documents, max_length_tokens)
+        self.lengths = [len(document.tokens) for document in self.documents]
         check_length(target, max(self.lengths), "set a smaller max_length_tokens")
 
     def __len__(self) -> int:
@@ -47,11 +48,6 @@ class LiveFeatures:
         view = copy.copy(self)
         view.spec = self.spec.of_layers(kv, hidden)
         return view
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each document."""
-        return [len(document.tokens) for document in self.documents]
 
     @property
     def documents_hash(self) -> str:

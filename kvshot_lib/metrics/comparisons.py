@@ -7,17 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtr, stdtrit
 
 from ..drafters.variants import VARIANTS
 from ..errors import StudyError
-from .resampling import Draws, Interval, interval
+from .resampling import Draws
 
 FAMILY = ["id", "a", "b", "metric", "draft_step"]
 FAMILY += ["value", "low", "high", "p", "holm", "smallest_visible", "seeds", "verdict"]
 TYPES = dict.fromkeys(("value", "low", "high", "p", "holm", "smallest_visible"), "float64")
 TYPES |= dict.fromkeys(("draft_step", "seeds"), "Int64")
 IN_SHORT = {"above": "more", "below": "less", "not distinguishable from": "open"}  # verdicts, in tables
-POWER = (1.96 + 0.84) / (2 * 1.96)  # of the normal distribution: 5% two-sided, 80% power; over the width of an interval
+MANY = 1e6  # degrees of freedom from which on t is normal
 
 
 def registered_pairs(variants: Iterable[str]) -> list[tuple[str, str]]:
@@ -51,7 +52,7 @@ def family(draws: Draws, questions: Sequence[Mapping]) -> pd.DataFrame:
     """The comparisons of a family that was listed beforehand, with verdicts at 5% for the whole family (`holm`).
 
     Of three comparisons with p = .01, .04, .03 and positive values only the first is ``above``: .04 and .03 are .06
-    after Holm. One whose run is missing still counts as one of the family.
+    after Holm. One whose run is missing still counts as one of the family. The interval has to leave out 0, too.
 
     Parameters
     ----------
@@ -60,8 +61,9 @@ def family(draws: Draws, questions: Sequence[Mapping]) -> pd.DataFrame:
 
     Returns
     -------
-    Columns id, a, b, metric, draft_step, value, low, high and p of this comparison alone, holm, smallest_visible,
-    seeds (the fewest of the two) and verdict: above, below, not distinguishable from, or not run.
+    Columns id, a, b, metric, draft_step, value, low, high and p of this comparison alone, holm, smallest_visible (the
+    least true difference that four of five such studies would see as the first of this family), seeds (the fewest of
+    the two) and verdict: above, below, not distinguishable from, or not run.
 
     Raises
     ------
@@ -75,28 +77,47 @@ def family(draws: Draws, questions: Sequence[Mapping]) -> pd.DataFrame:
         if not any(draws.has(variant, metric, step) for variant in draws.variants):
             at = "no draft_step" if step is None else f"draft_step {step}"
             raise StudyError(f"comparison {question['id']}: no run has {metric} at {at}; correct one of the two")
-        rows.append({**question, **_compared(draws, question["a"], question["b"], metric, step)})
+        rows.append({**question, **_compared(draws, question["a"], question["b"], metric, step, len(questions))})
     table = pd.DataFrame(rows, columns=list(dict.fromkeys([*FAMILY, *(name for row in rows for name in row)])))
     table = table.astype({name: TYPES[name] for name in TYPES}).assign(holm=holm(table["p"]))
     unsure = table["verdict"].isin(["above", "below"]) & ~(table["holm"] < 0.05)
     return table.assign(verdict=table["verdict"].mask(unsure, "not distinguishable from"))
 
 
-def _compared(draws: Draws, a: str, b: str, metric: str, step: int | None) -> dict:
-    """One comparison; without numbers where a run is missing."""
+def _compared(draws: Draws, a: str, b: str, metric: str, step: int | None, of: int = 1) -> dict:
+    """One comparison ``of`` so many; without numbers where a run is missing."""
     row = {"metric": metric, "draft_step": step, "verdict": "not run"}
     if draws.has(a, metric, step) and draws.has(b, metric, step):
-        drawn = draws.contrast_draws((1, a, metric, step), (-1, b, metric, step))
-        found = interval(drawn)
-        row |= {**vars(found), "p": p_value(drawn), "smallest_visible": smallest_visible(found)}
+        found = draws.contrast((1, a, metric, step), (-1, b, metric, step))
+        error, freedom = standard_error(draws.rows(a, metric, step), draws.rows(b, metric, step))
+        visible = error * (stdtrit(freedom, 1 - 0.025 / of) + stdtrit(freedom, 0.8))
+        row |= {**vars(found), "p": p_value(found.value, error, freedom), "smallest_visible": visible}
         row |= {"seeds": min(draws.seeds(a), draws.seeds(b)), "verdict": found.verdict(0)}
     return row
 
 
-def p_value(draws: np.ndarray) -> float:
-    """Two-sided bootstrap p of "no difference", from draws [1 + samples] of one: at least 2 / (1 + samples)."""
-    drawn = draws[1:][np.isfinite(draws[1:])]
-    return float(min(1, 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (1 + len(drawn))))
+def standard_error(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Of the difference of two variants' means over documents and seeds, and its degrees of freedom.
+
+    Resampling two or three seeds gives a handful of means, so tails can't be read off it. Seeds enter by Welch: each
+    variant's variance over them, divided by their number (one seed has none). Documents enter by their resamples. The
+    degrees are Satterthwaite's, with documents as known. Seeds at 1.0, 1.2 and at .5, .7 and nothing else: √.02, 2.
+
+    Parameters
+    ----------
+    one, other : draws of a metric, a row per seed: [seeds, 1 + samples] (`Draws.rows`).
+    """
+    seeds = [(rows[:, 0].var(ddof=1) / len(rows), len(rows) - 1) for rows in (one, other) if len(rows) > 1]
+    documents = np.nanvar((one.mean(0) - other.mean(0))[1:], ddof=1)
+    variance, spread = documents + sum(v for v, _ in seeds), sum(v**2 / degrees for v, degrees in seeds)
+    return float(np.sqrt(variance)), float(min(variance**2 / spread, MANY) if spread else MANY)
+
+
+def p_value(difference: float, error: float, freedom: float) -> float:
+    """Two-sided p of "no difference", by Student's t."""
+    if not error:
+        return float(difference == 0)
+    return float(2 * stdtr(freedom, -abs(difference) / error))
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -110,8 +131,3 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     adjusted = np.empty(n)
     adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(n, 0, -1)))
     return adjusted
-
-
-def smallest_visible(found: Interval) -> float:
-    """The smallest true difference that would have been seen in four of five such studies, by the interval's width."""
-    return POWER * (found.high - found.low)

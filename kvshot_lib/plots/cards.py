@@ -28,7 +28,7 @@ def cards(card: pd.DataFrame) -> Figure:
     ``card`` holds rows of a scorecard: claim, statement, direction, threshold, value, low, high, verdict. Wholes of
     several parts, which have no statistic of their own, are left out.
     """
-    rows = card[card["direction"] != ""].reset_index(drop=True)
+    rows = card[card["direction"].fillna("") != ""].reset_index(drop=True)
     found = [in_favour(Interval(r.value, r.low, r.high), r.direction, r.threshold) for r in rows.itertuples()]
     shown = rows.assign(
         label=[textwrap.fill(f"{r.claim}  {r.statement}".replace("`", ""), 58) for r in rows.itertuples()],

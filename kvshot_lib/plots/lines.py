@@ -71,7 +71,10 @@ def lines(
     rows, across = -(-len(values) // ACROSS), min(ACROSS, len(values))
     figure = Figure(figsize=(WIDTH, 0.4 + height * rows), layout="constrained")
     grid = figure.subplots(rows, across, sharex=share_x, sharey=True, squeeze=False)
-    styles = dict(zip(dict.fromkeys(table[dashes]) if dashes else [None], (SOLID, DASHED)))
+    kinds = [*dict.fromkeys(table[dashes])] if dashes else [None]
+    if len(kinds) > 2:
+        raise StudyError(f"{len(kinds)} kinds of {dashes} can't be told apart by dashes: choose at most 2")
+    styles = dict(zip(kinds, (SOLID, DASHED)))
     ends: dict[Axes, list] = {}
     for axes, value in zip(grid.flat, values):
         own = table[table[panels] == value] if panels else table

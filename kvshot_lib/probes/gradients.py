@@ -229,8 +229,9 @@ def long_features(
     text, usable = sequences_for(text, contexts, most)
     if left_out := [c for c in contexts if c not in usable]:
         print(f"too little text for contexts of {', '.join(map(str, left_out))} tokens", flush=True)
-    read = tuple(sorted({layer for spec in specs for layer in spec.kv_layers}))
-    live = LiveFeatures(target, text, replace(specs[0], kv_layers=read), max(usable) + DRAFT_LENGTH + 1)
+    kinds = ("kv_layers", "hidden_layers")
+    read = {kind: tuple(sorted({layer for spec in specs for layer in getattr(spec, kind)})) for kind in kinds}
+    live = LiveFeatures(target, text, replace(specs[0], **read), max(usable) + DRAFT_LENGTH + 1)
     return ResidentFeatures(live, target.device, batch_documents=1), usable
 
 

@@ -141,5 +141,6 @@ def _with_others(before: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
         return pd.concat([new, before[~before["runs"].isin(new["runs"])]], ignore_index=True)
     if len(new) and len(before) and set(before["document"]) != set(new["document"]):
         raise StudyError("the tables to keep are about other documents: leave them out")
-    others = ~before.set_index(["variant", "seed"]).index.isin(new.set_index(["variant", "seed"]).index)
+    labels = [name for name in ("variant", "seed", "window_tokens") if name in new]
+    others = ~before.set_index(labels).index.isin(new.set_index(labels).index)
     return pd.concat([before[others], new], ignore_index=True)

@@ -39,6 +39,8 @@ METRICS = (
 
 def publish_runs(results_dir: str, runs: Sequence[str], *, to: str = str(CHECKPOINTS), step: float = STEP) -> None:
     """Publish drafters (``VARIANT/seedN``) of a study, each in a folder of ``to``; prints what rounding changed."""
+    if len({run.split("/")[0] for run in runs}) < len(runs):
+        raise StudyError("two seeds of one drafter would be published into one folder: name one of them")
     evaluation = StoredFeatures(Path(results_dir) / "features" / "evaluation")
     target = load_target(evaluation.spec.target, device="cpu", dtype="float32")
     for run in runs:

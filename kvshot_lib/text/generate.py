@@ -62,6 +62,8 @@ class GeneratorSettings:
                 raise StudyError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.text_prefix_tokens and self.max_answer_tokens:
             raise StudyError("text_prefix_tokens and max_answer_tokens exclude each other; a text has no turns")
+        if self.thinking and self.max_answer_tokens:
+            raise StudyError("thinking and max_answer_tokens exclude each other; only single answers think first")
         if min(self.batch_size, self.max_user_tokens, self.temperature, self.top_p) <= 0 or self.top_p > 1:
             raise StudyError("batch_size, max_user_tokens, temperature and top_p must be above 0, and top_p at most 1")
 
@@ -115,10 +117,12 @@ def generate_corpus(
             "user_turns_sha256": turns_hash(turn for split in SPLITS for turn in turns[split]),
         }
     _refuse_to_mix(folder / "parts" / "settings.json", facts)
-    splits, seen = {}, set()
-    for split in SPLITS:
-        if counts.get(split):
-            splits[split] = _collect(target, folder / "parts", split, counts[split], settings, seen, turns.get(split))
+    if (known := folder / "provenance.json").exists():  # a split that is there stays
+        found = read_json(known, f"delete {folder} and generate again")["splits"]
+        counts = {split: max(counts.get(split, 0), found.get(split, {}).get("documents", 0)) for split in SPLITS}
+    splits, seen = dict.fromkeys(split for split in SPLITS if counts.get(split)), set()
+    for split in reversed(splits):  # what training text grows by leaves the others as they are
+        splits[split] = _collect(target, folder / "parts", split, counts[split], settings, seen, turns.get(split))
     origin = {"name": folder.name, "origin": "kvshot_lib.text.generate", **facts, **provenance(target.device)}
     return save_corpus(folder, splits, origin, greedy=[] if settings.max_answer_tokens else ["evaluation"])
 
@@ -135,6 +139,7 @@ def generate_batch(
         torch.manual_seed(int(seed))
         if settings.max_answer_tokens:
             how = {"temperature": settings.temperature, "top_p": settings.top_p}
+            _headers(target, settings)
             most = settings.max_user_tokens, settings.max_answer_tokens
             return write_dialogues(target, settings.batch_size, settings.max_length_tokens, most, **how)
         if turns is None:

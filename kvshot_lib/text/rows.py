@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 
+from ..errors import StudyError
 from ..target.load import Target
 from ..target.static import EMPTY, PlacedCache, address, recorded, static_forward
 
@@ -36,6 +37,8 @@ def write_rows(
     -----
     Which draw a token gets depends on its row and step: equal prompts, rows and seed give equal texts on one machine.
     """
+    if new < 1 or max(map(len, prompts), default=0) >= length:
+        raise StudyError(f"no room for {new} tokens behind prompts in texts of {length}; give shorter prompts")
     told = rows, length, temperature, top_p, tuple(stops)
     writer = writer_of(Writer, address(target.model), target, *told)
     writer.restart()

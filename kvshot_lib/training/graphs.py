@@ -28,6 +28,11 @@ class Recording:
     loss: Loss
 
 
+def can_be_recorded(drafter: Drafter) -> bool:
+    """A compiled drafter on a GPU, whose RoPE does not look at positions to choose its angles."""
+    return drafter.compiled and drafter.norm.weight.is_cuda and drafter.rotary.rope_type not in ("dynamic", "longrope")
+
+
 class LossGraphs:
     """`training_loss` and its gradients, recorded when a batch of its length is there for the second time.
 

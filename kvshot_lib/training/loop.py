@@ -19,7 +19,7 @@ from ..files import check_seal, write_sealed
 from ..metrics.acceptance import COUNTS, count_document
 from .config import TrainConfig, batches, check_training, learning_rate, total_steps
 from .curves import curves
-from .graphs import LossGraphs
+from .graphs import LossGraphs, can_be_recorded
 from .judging import match_documents
 from .loss import Loss, training_loss
 from .record import gate_rows, gradient_norms, matrix_rows, recorded
@@ -122,9 +122,8 @@ class Training:
         self.optimiser = torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=decay, fused=True
         )
-        graphed = drafter.compiled and self.device.type == "cuda"
-        self.graphs = LossGraphs(drafter, config, dtype) if graphed else None
-        self.identity = identity(drafter, source, config, dtype)
+        self.graphs = LossGraphs(drafter, config, dtype) if can_be_recorded(drafter) else None
+        self.identity = {**identity(drafter, source, config, dtype), "padded_batches": self.graphs is not None}
         self.progress = self.load() if self.path.exists() else Progress()
 
     def step(self, indices: list[int]) -> None:

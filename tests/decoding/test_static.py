@@ -166,6 +166,14 @@ def test_the_compiler_has_all_of_drafting_in_one_graph_and_gives_the_same(varian
 
 
 @torch.inference_mode()
+def test_a_round_is_recorded_from_the_start_wherever_the_last_answer_ended(monkeypatch):
+    verifier = Verifier(on("cpu"), (), 4, PlacedCache(on("cpu"), 32))
+    verifier.length.fill_(30)
+    monkeypatch.setattr(static, "recorded", lambda work, _: (verifier.length.item(), work))
+    assert static.Round(verifier, None).run[0] == 0
+
+
+@torch.inference_mode()
 def test_chains_have_fixed_shapes():
     built = drafter("kv_2")
     for plan, kind in ((Chain(2), StaticDrafting), (Tree(2, 2, 5), Drafting)):

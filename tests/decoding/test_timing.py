@@ -1,5 +1,7 @@
 """Measuring decoding: whole tables, parts that survive a kill, runs without anything but weights, and the duel on other prompts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -109,6 +111,15 @@ def test_bad_input_is_one_line(results, given, told):
     with pytest.raises(StudyError, match=told) as caught:
         timing.measure_speed(results, **SPEED | given)
     assert "\n" not in str(caught.value)
+
+
+def test_what_can_not_decode_is_left_out_and_named(results, capsys):
+    built = drafter("kv_1")
+    built.config = replace(built.config, query_from="constant")
+    save_drafter(built, results / "runs/kv_1_constant_query/seed0", variant="kv_1_constant_query", seed=0)
+    found = timing.load_runs(results, [], "cpu", "float32")
+    assert [*found.drafters] == ["hidden/seed0", "kv_1/seed0"]
+    assert "kv_1_constant_query/seed0: left out, a control" in capsys.readouterr().out
 
 
 def test_the_two_fastest_meet_on_the_other_prompts(results, monkeypatch, measured):

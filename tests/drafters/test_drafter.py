@@ -150,6 +150,10 @@ def test_a_layer_started_from_the_target_is_the_targets_layer():
         ),
         ({"paradigm": "hybrid", "kv_with_hidden": True}, "kv_with_hidden=True means nothing to a hybrid drafter"),
         ({"paradigm": "kv", "kv_lag_tokens": 8}, "kv_control='' contradicts kv_lag_tokens=8"),
+        (
+            {"paradigm": "kv", "query_from": "constant", "kv_control": "none", "num_layers": 2},
+            "query_from='constant' contradicts kv_control='none'",
+        ),
         ({"paradigm": "hybrid", "cross_only": True, "gate_bias": 1.0}, "cross_only=True contradicts gate_bias=1.0"),
     ],
 )

@@ -4,11 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from flat_draws import draws_of
+from scipy.special import ndtr
 
 from kvshot_lib.drafters.variants import VARIANTS
 from kvshot_lib.errors import StudyError
 from kvshot_lib.metrics import comparisons
-from kvshot_lib.metrics.resampling import Draws, Interval
+from kvshot_lib.metrics.resampling import Draws
 
 
 def test_a_comparison_by_hand():
@@ -18,7 +19,7 @@ def test_a_comparison_by_hand():
     assert table[["value", "low", "high"]].to_numpy() == pytest.approx(-0.1)
     told = ["kv_2_no_ttt", "kv_2", 1, "below", "kv_2_no_ttt − kv_2"]
     assert table[["variant", "against", "seeds", "verdict", "minus"]].to_numpy().tolist() == [told]
-    assert table["p"].tolist() == [pytest.approx(2 / 301)]
+    assert table["p"].item() < 1e-9
 
 
 def test_every_draft_step_and_pairs_that_lack_a_run_are_left_out():
@@ -38,27 +39,28 @@ def drawn_as(**draws) -> Draws:
 
 
 def test_a_family_by_hand():
-    """Of 199 resamples of a - b none, 3, 2 and 199 lie at or below 0: p = 2, 8, 6 and 2 of 200.
+    """Documents alone: resamples one above and one below the value, 200 of them, have a standard error of √(200/199).
 
-    Holm with the missing one as the fifth: .01 · 5, .01 · 4 (but no less than the one before), .03 · 3, .04 · 2 (no
-    less than .09). So at 5% none is sure; without the missing one .01 · 4 is.
+    3.0, 2.1, 2.3 and -3.0 of these have p = .003, .036, .022 and .003. Holm: times 4, 1 (no less than the one before),
+    2 and 4. With a missing one as the fifth the middle two are not sure.
     """
-    sure, four, three = (np.concatenate([[1.0], -np.ones(n), np.ones(199 - n)]) for n in (0, 3, 2))
-    draws = drawn_as(zero=np.zeros(200), sure=sure, four=four, three=three, below=-sure)
-    questions = [
-        {"id": v, "a": v, "b": "zero", "metric": "m", "asks": f"{v}?"} for v in ("sure", "four", "three", "below")
-    ]
+    error, around = np.sqrt(200 / 199), np.concatenate([[0.0], np.tile([1.0, -1.0], 100)])
+    values = {"sure": 3.0, "two": 2.1, "more": 2.3, "below": -3.0}
+    draws = drawn_as(zero=np.zeros(201), **{name: value + around for name, value in values.items()})
+    questions = [{"id": v, "a": v, "b": "zero", "metric": "m", "asks": f"{v}?"} for v in values]
     table = comparisons.family(draws, questions)
     assert list(table) == [*comparisons.FAMILY, "asks"]
-    assert table["p"].tolist() == pytest.approx([0.01, 0.04, 0.03, 0.01])
-    assert table["holm"].tolist() == pytest.approx([0.04, 0.06, 0.06, 0.04])
-    assert table["verdict"].tolist() == ["above", *["not distinguishable from"] * 2, "below"]
-    assert table["smallest_visible"].tolist() == [0] * 4 and table["seeds"].tolist() == [1] * 4
+    p = [2 * ndtr(-abs(value) / error) for value in values.values()]
+    assert table["p"].tolist() == pytest.approx(p, rel=1e-4) and p == pytest.approx(
+        [0.0028, 0.0362, 0.0218, 0.0028], abs=1e-4
+    )
+    assert table["holm"].tolist() == pytest.approx([4 * p[0], 2 * p[2], 2 * p[2], 4 * p[0]], rel=1e-4)
+    assert table["verdict"].tolist() == ["above", "above", "above", "below"] and table["seeds"].tolist() == [1] * 4
+    assert table["smallest_visible"].tolist() == pytest.approx([(2.4977 + 0.8416) * error] * 4, rel=1e-4)
     table = comparisons.family(draws, [*questions, {"id": "gone", "a": "gone", "b": "zero", "metric": "m"}])
-    assert table["holm"][:4].tolist() == pytest.approx([0.05, 0.09, 0.09, 0.05])
-    assert table["verdict"].tolist() == ["not distinguishable from"] * 4 + ["not run"] and table.iloc[
-        4:, 5:11
-    ].isna().all(axis=None)
+    assert table["holm"][:4].tolist() == pytest.approx([5 * p[0], 2 * p[1], 3 * p[2], 5 * p[0]], rel=1e-4)
+    assert table["verdict"].tolist() == ["above", *["not distinguishable from"] * 2, "below", "not run"]
+    assert table.iloc[4, 5:11].isna().all()
 
 
 def test_a_family_of_metrics_and_steps_and_what_it_refuses():
@@ -80,22 +82,37 @@ def test_registered_pairs_are_those_of_the_registry():
     assert comparisons.registered_pairs(["kv_2", "hidden"]) == []
 
 
-def test_p_values_count_resamples_on_the_other_side():
-    """Of 99 resamples 2 lie at or below 0: 2 · 3 / 100. None does: 2 / 100, as a p of 0 can't be known. All do: 1."""
-    drawn = np.concatenate([[0.5], [-1.0, 0.0], np.ones(97)])
-    assert comparisons.p_value(drawn) == comparisons.p_value(-drawn) == pytest.approx(0.06)
-    assert comparisons.p_value(np.ones(100)) == pytest.approx(0.02) and comparisons.p_value(np.zeros(100)) == 1
+def a_metric(*seeds, around=(0.0,)):
+    """Draws of a variant's seeds: their values, and resamples that differ from them alike."""
+    return np.array([[seed, *(seed + np.array(around))] for seed in seeds])
+
+
+def test_seeds_enter_by_their_own_spread_and_degrees_of_freedom():
+    """Seeds 1.0, 1.2 and .5, .7: variances .02 / 2 each, √.02 together, .02² / (2 · .01²) = 2 degrees.
+
+    t = .5 / √.02 = 3.54; with two degrees p = 1 - t / √(2 + t²) = .0715, not the .0004 of a normal.
+    """
+    found = comparisons.standard_error(a_metric(1.0, 1.2, around=(0, 0)), a_metric(0.5, 0.7, around=(0, 0)))
+    assert found == pytest.approx((np.sqrt(0.02), 2))
+    assert comparisons.p_value(0.5, *found) == comparisons.p_value(-0.5, *found) == pytest.approx(0.0715, abs=1e-4)
+    error, freedom = comparisons.standard_error(a_metric(1.0, around=(0.1, -0.1)), a_metric(0.5, around=(0, 0)))
+    assert error == pytest.approx(np.sqrt(0.02)) and freedom == comparisons.MANY  # one seed each: documents alone
+    assert comparisons.p_value(0.0, 0.0, 1.0) == 1 and comparisons.p_value(0.1, 0.0, 1.0) == 0
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_without_a_difference_five_in_a_hundred_are_found(seeds):
+    """Standard errors of 2 by seeds and of 1 by documents. Resampled seeds would have found 14, 10 and 7 of them."""
+    random, found = np.random.default_rng(seeds), 0
+    for _ in range(2000):
+        one, other = random.normal(0, 2 * np.sqrt(seeds / 2), (2, seeds))
+        drawn = a_metric(*(one + random.normal()), around=random.normal(size=40)), a_metric(*other, around=np.zeros(40))
+        difference = drawn[0][:, 0].mean() - drawn[1][:, 0].mean()
+        found += comparisons.p_value(difference, *comparisons.standard_error(*drawn)) < 0.05
+    assert found / 2000 < 0.065
 
 
 def test_holm_by_hand():
     """The smallest of three times 3, the next times 2, never below the one before it, never above 1."""
     assert comparisons.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert comparisons.holm([0.5, 0.6]) == pytest.approx([1, 1]) and comparisons.holm([0.04]) == pytest.approx([0.04])
-
-
-def test_the_smallest_visible_difference_is_seen_in_four_of_five_studies():
-    """With a standard error of .1 a true difference of .28 leaves 0 outside the interval in 80%."""
-    least = comparisons.smallest_visible(Interval(0.0, -0.196, 0.196))
-    assert least == pytest.approx(0.28)
-    means = np.random.default_rng(0).normal(least, 0.1, 20_000)
-    assert (means - 0.196 > 0).mean() == pytest.approx(0.8, abs=0.01)

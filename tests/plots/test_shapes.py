@@ -58,6 +58,8 @@ def test_the_second_of_two_kinds_is_dashed():
     table = pd.concat([steps_of("hidden", kind=kind) for kind in ("step", "chain")])
     styles = [line.get_linestyle() for line in lines(table, "draft_step", dashes="kind").axes[0].get_lines()]
     assert styles == ["-", "--"]
+    with pytest.raises(StudyError, match="3 kinds of kind can't be told apart"):
+        lines(pd.concat([table, steps_of("hidden", kind="third")]), "draft_step", dashes="kind")
 
 
 def test_too_many_lines_or_none_are_refused():

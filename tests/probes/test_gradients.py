@@ -14,6 +14,7 @@ from finished import finished
 
 from kvshot_lib.drafters.attention import _plain_attention, prefix_mask
 from kvshot_lib.errors import StudyError
+from kvshot_lib.features.spec import feature_spec
 from kvshot_lib.metrics import tables
 from kvshot_lib.probes import gradients as flow
 from kvshot_lib.probes.attention import draft_mass
@@ -158,6 +159,14 @@ def test_sequences_are_whole_and_share_no_document():
     assert contexts == [8, 16] and {len(d.tokens) for d in made} == {20}
     with pytest.raises(StudyError, match="29 tokens of evaluation text make no context of 128 tokens"):
         flow.sequences_for(documents, (128, 256), 4)
+
+
+def test_drafters_that_read_different_layers_are_measured_together():
+    target = examples.target()
+    specs = [feature_spec(target, 1), feature_spec(target, 2, fused_layers=(1, 2))]
+    source, _ = flow.long_features(target, specs, examples.DOCUMENTS * 8, 4, (8,))
+    for spec in specs:
+        assert source.with_layers(spec.kv_layers, spec.hidden_layers).spec.hidden_layers == spec.hidden_layers
 
 
 def test_anchors_are_the_nearest_ones_that_see_no_more_than_the_context():

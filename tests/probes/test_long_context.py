@@ -57,3 +57,10 @@ def test_what_was_measured_is_not_measured_again_and_facts_say_on_what(study, mo
     monkeypatch.setattr("kvshot_lib.probes.long_context.load_drafter", None)
     again = measure_context(folder / "results", corpus=corpus, fingerprint="code", documents=2, windows=(0, 100, 4))
     assert again["context"].read_bytes() == before
+
+
+def test_windows_measured_before_are_kept(study):
+    folder, corpus, _ = study
+    given = {"corpus": corpus, "fingerprint": "code", "documents": 2, "keep": folder / "results/tables"}
+    table = pd.read_parquet(measure_context(folder / "results", ["kv_2/seed0"], windows=(6,), **given)["context"])
+    assert set(table.query("variant == 'kv_2'")["window_tokens"]) == {0, 4, 6, 100}

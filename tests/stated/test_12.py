@@ -38,6 +38,12 @@ def predicted(variant: str) -> pd.Series:
     return found
 
 
+def corrected(name: str, number: str) -> float:
+    """A comparison's p-value after Holm."""
+    plan = yaml.safe_load((ROOT / "data/experiments/sources.yaml").read_text())["families"]
+    return family(recorded.draws("sources"), plan[name]).set_index("id")["holm"][number]
+
+
 def layers_read() -> list[int]:
     return [int(layer) for layer in table("runs").query("variant == 'kv_1'")["kv_layers"].iloc[0].split()]
 
@@ -94,7 +100,10 @@ STATED = [
         lambda: (*(recorded.minus("states_2", b)[0] for b in ("kv_2", "kv_2_unrotate")), minus("states_2", "kv_2")[0]),
     ),
     ("They cost .018 [.009, .026] over the cache", lambda: turned(minus("kv_1_qk_norm", "kv_1"))),
-    ("and .027 [.012, .042]", lambda: turned(minus("hidden_31_qk_norm", "hidden_31"))),
+    (
+        "they seem to cost .027 [.012, .042], but with three seeds that does not survive the correction (.054)",
+        lambda: (*turned(minus("hidden_31_qk_norm", "hidden_31")), corrected("ours", "S11")),
+    ),
     ("by .024 [.022, .026] with one layer", lambda: turned(minus("kv_1", "states_1", STEP, 0))),
     (
         "by .004 [.001, .006] there and .011 [.008, .013] at step 6",
@@ -152,13 +161,13 @@ def test_the_layers_that_won_on_validation_were_read():
     assert [int(layer) for layer in best.split()] == layers_read()
 
 
-def test_seven_expectations_fell():
+def test_six_expectations_fell():
     """A comparison that came otherwise than `sources.yaml` had it."""
     plan = yaml.safe_load((ROOT / "data/experiments/sources.yaml").read_text())["families"]
     found = pd.concat([family(recorded.draws("sources"), rows) for rows in plan.values()])
     came = found["verdict"].replace("not distinguishable from", "none")
     fell = found["id"][(came != found["expected"]) & (came != "not run")]
-    assert fell.tolist() == ["P6", "S8", "S9", "S11", "Q1", "M3", "M4"]
+    assert fell.tolist() == ["P6", "S8", "S9", "Q1", "M3", "M4"]
 
 
 def test_the_late_lead_of_the_cache_stands_on_validation_documents_with_every_seed():

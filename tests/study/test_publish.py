@@ -144,6 +144,8 @@ def tables_of(folder) -> pd.DataFrame:
 def test_a_run_that_is_not_finished_is_refused(tmp_path, study):
     with pytest.raises(StudyError, match="no finished run"):
         publish.publish(tmp_path / "runs/kv_1/seed0", tmp_path / "to", examples.target(), None)
+    with pytest.raises(StudyError, match="two seeds of one drafter"):
+        publish.publish_runs(tmp_path, ["kv_1/seed0", "kv_1/seed1"])
 
 
 def test_a_drafter_is_exported_in_eagle3s_form(tmp_path):

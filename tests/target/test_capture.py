@@ -51,6 +51,9 @@ def test_only_chosen_layers_are_kept_and_each_forward_replaces_the_last(model):
         model(tokens(seed=1, length=9), use_cache=False)
     assert list(taken.hidden_states) == [1] and list(taken.keys) == list(taken.values) == [3]
     assert first.shape[2] == 23 and taken.keys[3].shape[2] == 9
+    with capture(model, hidden=[3, 0, 1]) as taken:
+        model(tokens(seed=0), use_cache=False)
+    assert list(taken.hidden_states) == [3, 0, 1]  # as asked for: a drafter's maps are in that order
 
 
 @torch.no_grad()

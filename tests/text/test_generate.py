@@ -193,6 +193,17 @@ def test_a_split_takes_no_user_turn_of_the_one_before(target, tmp_path, monkeypa
     assert batches.count(0) == 2
 
 
+def test_a_later_call_for_another_split_keeps_the_first(target, tmp_path):
+    both = generate_corpus(target, tmp_path / "both", {"train": 9, "evaluation": 9}, SETTINGS)
+    one = generate_corpus(target, tmp_path / "one", {"evaluation": 9}, SETTINGS)
+    one = generate_corpus(target, one, {"train": 9}, SETTINGS)
+    for split in ("train", "evaluation"):
+        assert tokens_of(one, split) == tokens_of(both, split)
+    assert tokens_of(generate_corpus(target, one, {"train": 20}, SETTINGS), "evaluation") == tokens_of(
+        both, "evaluation"
+    )
+
+
 def test_a_killed_run_goes_on_and_makes_the_same_corpus(target, tmp_path, monkeypatch):
     counts = {"train": 20, "evaluation": 4}
     whole = generate_corpus(target, tmp_path / "whole", counts, SETTINGS)

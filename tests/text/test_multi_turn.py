@@ -7,6 +7,7 @@ import pytest
 import torch
 from static_shapes import nothing_waits
 
+from kvshot_lib.errors import StudyError
 from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.features.spec import feature_spec
 from kvshot_lib.target.chat import chat_headers, dialogue_ids, next_turn_ids, turn_header
@@ -104,6 +105,13 @@ def test_a_corpus_of_them_is_written_read_and_judged_like_any_other(tmp_path):
     live = LiveFeatures(on("cpu"), corpus.documents, feature_spec(on("cpu"), 1))
     lengths = anchor_places(live, 0)[:, 1]
     assert (np.diff(lengths) > 0).all() and lengths.max() > 80
+
+
+def test_texts_without_room_for_an_answer_and_thoughts_are_refused(tmp_path):
+    with pytest.raises(StudyError, match="max_length_tokens=24; a prompt alone may take"):
+        generate_corpus(on("cpu"), tmp_path / "short", {"train": 2}, GeneratorSettings(24, 96, max_answer_tokens=8))
+    with pytest.raises(StudyError, match="thinking and max_answer_tokens exclude each other"):
+        GeneratorSettings(thinking=True, max_answer_tokens=8)
 
 
 def test_headers_between_turns_are_those_of_the_template():

@@ -6,6 +6,7 @@ import torch
 from greedy import prompt
 from static_shapes import nothing_waits
 
+from kvshot_lib.errors import StudyError
 from kvshot_lib.target.load import load_target
 from kvshot_lib.text import generate, rows
 from kvshot_lib.text.generate import GeneratorSettings
@@ -68,6 +69,12 @@ def test_the_generator_writes_the_same_greedy_answers_with_either(device, monkey
         found.append(generate.write_answers(target, PROMPTS, settings, greedy=True))
     growing, fixed = ([document.tokens.tolist() for document in documents] for documents in found)
     assert fixed == growing and len(fixed) > 5
+
+
+def test_a_prompt_without_room_behind_it_is_refused():
+    for new, length in ((4, 3), (0, 9)):
+        with pytest.raises(StudyError, match="no room for"):
+            next(write_rows(on("cpu"), [np.arange(3)], (), length, new, rows=1))
 
 
 def test_a_killed_run_in_rows_goes_on_and_makes_the_same_corpus(device, tmp_path, monkeypatch):

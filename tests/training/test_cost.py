@@ -158,6 +158,16 @@ def test_a_branch_that_is_trained_alone_is_counted_so():
         for cure in ({"branch_warmup_steps": 1}, {"branch_loss_weight": 0.5})
     )
     assert warm == pytest.approx(0.75 * whole + 0.25 * branch) and beside == pytest.approx(whole + branch)
+    both = replace(plan, branch_warmup_steps=1, branch_loss_weight=0.5)  # alone for a step, beside it for the others
+    assert cost.run_cost(found, both, **given)["training_flops"] == pytest.approx(0.75 * whole + branch)
+
+
+def test_a_branch_of_a_gate_with_a_floor_is_counted_too():
+    config = replace(drafter("hybrid").config, gate_floor=0.3, gate_bias=-1.0)
+    built = build_drafter(config, examples.target(), drafter("hybrid").spec, examples.DRAFT_IDS)
+    plan = TrainConfig(epochs=1, batch_documents=1, ttt_steps=3, branch_loss_weight=0.5)
+    given = {"target": examples.target(), "documents": [examples.document("000111111")]}
+    assert cost.run_cost(built, plan, **given)["training_flops"] > 0
 
 
 def test_every_recorded_run_is_counted():
