@@ -123,9 +123,7 @@ def _plain_attention(query: Tensor, prefix, mask, chain) -> Tensor:
 
 
 def products(equation: str, a: Tensor, b: Tensor) -> Tensor:
-    """einsum of two tensors as a product and a sum: for sums so short that a matrix product is mostly overhead.
-
-    The result has their dtype, also where autocast would sum in float32.
+    """einsum of two tensors as a product and a sum, in their dtype: a matrix product of so few is mostly overhead.
 
     >>> products("md,mjd->mj", torch.ones(2, 4), torch.ones(2, 3, 4)).shape
     torch.Size([2, 3])

@@ -62,7 +62,8 @@ def bench(
 
     ``documents`` are the longest of the corpus, a training step takes half of them; ``texts`` are written at once. By
     default (0) 64 and 4,096 on a GPU, 8 and 16 elsewhere; ``steps`` 20 there, 3 here. ``drafter`` is a folder, decoded
-    with in a chain of 2 ("": none). Training is timed in several ``processes`` too; ``share`` is what each of these does.
+    with in a chain of 2 ("": none). Training is timed in several ``processes`` too; ``share`` is what each of these
+    does.
     """
     if share:
         parallel.begin()

@@ -114,8 +114,6 @@ STATED = [
     ("They get .181 tokens [.160, .207] out of the right cache", lambda: trained_alike(*KNOWING)),
     ("own queries get .173 [.161, .186] out of it", lambda: trained_alike("kv_1", "none_1")),
     ("Own queries get .173 and .243 out of it", lambda: [trained_alike(f"kv_{d}", f"none_{d}")[0] for d in (1, 2)]),
-    # of a table that fell with its measurement; revision 9d7fbda of the repository has it
-    ("re-trained its output side for 1% of the tokens. It lost .556 tokens", lambda: [160_542 / 15.3e4, 0.556]),
     (
         "1.4% of the entries get 25% of the attention",
         lambda: [100 * on_drafts(q) for q in ("draft_share", "draft_mass")],
