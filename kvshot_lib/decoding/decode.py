@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..drafters.config import DrafterConfig
 from ..drafters.drafter import Drafter
 from ..errors import StudyError
 from ..features.spec import check_origin
@@ -168,9 +169,14 @@ def check_prompt(target: Target, prompt: Sequence[int] | Tensor, max_new_tokens:
 def check_drafter(target: Target, drafter: Drafter) -> Drafter:
     """A drafter that can draft for this target."""
     check_origin(drafter.spec, target, "the drafter was trained")
-    if drafter.config.kv_control == "shuffled":
-        raise StudyError("kv_control='shuffled' reads another document's KV, which decoding one prompt has not")
-    if drafter.config.query_from != "own":
-        told = f"query_from={drafter.config.query_from!r} is for judging along a known text"
-        raise StudyError(f"{told}; decode the same drafter with its own queries")
+    if why := undecodable(drafter.config):
+        raise StudyError(why)
     return drafter
+
+
+def undecodable(config: DrafterConfig) -> str:
+    """Why such a drafter can't decode; empty if it can."""
+    if config.kv_control == "shuffled":
+        return "kv_control='shuffled' reads another document's KV, which decoding one prompt has not"
+    told = f"query_from={config.query_from!r} is for judging along a known text"
+    return "" if config.query_from == "own" else f"{told}; decode the same drafter with its own queries"

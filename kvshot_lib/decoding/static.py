@@ -84,9 +84,7 @@ class Redrafter:
         self.entries = rooms(drafter.prefix(self.features(verifier.row))[0], len(verifier.columns))
         slots = drafter.config.block_size if drafter.config.paradigm == "block" else len(verifier.row)
         self.drafts = min(slots, len(verifier.row)) - 1
-        if (
-            self.tokens.is_cuda and has_triton()
-        ):  # one layer of a drafter has as many small kernels as six of the target
+        if self.tokens.is_cuda and has_triton():  # else a layer of its own has as many kernels as six of the target
             torch._dynamo.config.recompile_limit = 64  # drafters and plans
             self.forward = torch.compile(self.forward, dynamic=True)
         self.recorded = recorded(self.forward, self.tokens.device)

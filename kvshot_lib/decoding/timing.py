@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..drafters.checkpoint import load_drafter
+from ..drafters.config import DrafterConfig
 from ..drafters.drafter import Drafter, in_dtype
 from ..drafters.runs import DESCRIPTION, find_runs
 from ..drafters.variants import in_study_order
@@ -32,7 +33,7 @@ from ..provenance import device_name
 from ..settings import at_least
 from ..target.load import Target, load_target
 from ..text.prompts import load_prompts
-from .decode import decode
+from .decode import decode, undecodable
 from .propose import ALONE, Chain, Tree
 from .turns import Plan, Turn, dialogue_turns, generate_rows, plans_of, turn_rows
 
@@ -79,11 +80,7 @@ def load_runs(results_dir: str | Path, runs: Sequence[str], device: str, dtype: 
         torch.set_num_threads(threads)
     folders = find_runs(results_dir, runs, finished=False)
     told = {run: read_json(folder / DESCRIPTION, "train it again") for run, folder in folders.items()}
-    of = {run: told[run]["config"] for run in told}
-    controls = [
-        run for run in of if of[run].get("kv_control") == "shuffled" or of[run].get("query_from", "own") != "own"
-    ]
-    if controls:
+    if controls := [run for run in told if undecodable(DrafterConfig.of(told[run]["config"]))]:
         print(f"{', '.join(controls)}: left out, a control that reads what decoding has not", flush=True)
     names = [run for run in folders if run not in controls]
     if not names:

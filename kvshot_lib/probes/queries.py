@@ -134,8 +134,7 @@ def _chosen(results_dir: str | Path, runs: Sequence[str]) -> list[str]:
 def reuses_kv(config: DrafterConfig) -> bool:
     """Whether a drafter attends over a linear map of the target's own, rotated KV: kv_1 … kv_4 and the hybrids."""
     plain = config.kv_control == "" and config.kv_fusion == "linear" and config.kv_rope == "raw"
-    plain = plain and config.query_from == "own"
-    return config.paradigm in ("kv", "hybrid") and plain and not config.kv_with_hidden
+    return config.paradigm in ("kv", "hybrid") and plain and not config.kv_with_hidden and config.query_from == "own"
 
 
 def check_drafter(config: DrafterConfig, name: str) -> None:

@@ -62,8 +62,7 @@ def bench(
 
     ``documents`` are the longest of the corpus, a training step takes half of them; ``texts`` are written at once. By
     default (0) 64 and 4,096 on a GPU, 8 and 16 elsewhere; ``steps`` 20 there, 3 here. ``drafter`` is a folder, decoded
-    with in a chain of 2 ("": none). Training is timed in several ``processes`` too; ``share`` is what each of these
-    does.
+    with in a chain of 2 ("": none). Training is timed in several ``processes``, each of which does ``share``.
     """
     if share:
         parallel.begin()
@@ -172,10 +171,7 @@ def training_speed(
     target: Target, source, config: DrafterConfig, training: TrainConfig, draft_ids: torch.Tensor, steps: int,
     compiled: bool = False,
 ) -> float:  # fmt: skip
-    """Tokens/s of so many steps, over however many processes there are, after two more.
-
-    On a CPU compiling would take longer than the run.
-    """
+    """Tokens/s of so many steps, over however many processes there are, after two that warm up (and compile)."""
     drafter = build_drafter(config, target, source.spec, draft_ids)
     if compiled:
         drafter.compile_steps()

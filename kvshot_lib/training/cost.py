@@ -45,10 +45,8 @@ def run_cost(drafter: Drafter, training: TrainConfig, target: Target, documents:
     work = run_work(documents, training, drafter.config.paradigm != "block")
     flops, chain, alone = training_flops(drafter, work), chain_cost(drafter), target_cost(target)
     if training.branch_warmup_steps or training.branch_loss_weight:
-        config, warming = (
-            replace(drafter.config, cross_only=True, gate_bias=0.0, gate_floor=0.0),
-            training.branch_warmup_steps / work.steps,
-        )
+        config = replace(drafter.config, cross_only=True, gate_bias=0.0, gate_floor=0.0)
+        warming = training.branch_warmup_steps / work.steps
         branch = training_flops(build_drafter(config, target, drafter.spec, drafter.draft_ids.cpu()), work)
         flops = (1 - warming) * flops + (1 if training.branch_loss_weight else warming) * branch
     return {

@@ -6,7 +6,8 @@ once for each padded length of a batch, they start together.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ..drafters.drafter import Drafter
 from ..features.spec import Features
 from .config import TrainConfig
-from .loss import Draw, Loss, draw_parts, loss_of_parts
+from .loss import Draw, Loss, draw_parts, loss_of_parts, with_gradients
 
 LENGTHS = 64  # batches are padded to a multiple of so many tokens: one recording each
 
@@ -54,23 +55,22 @@ class LossGraphs:
         if shape not in self.trained:  # the first time it compiles, and shows what is trained
             loss = self.backward(features, parts)
             self.trained[shape] = [own for own in self.drafter.parameters() if own.grad is not None]
+            self.gradients |= {own: torch.zeros_like(own) for own in self.trained[shape] if own not in self.gradients}
             return loss
         for parameter in self.trained[shape]:
-            parameter.grad = self.gradients.setdefault(parameter, torch.zeros_like(parameter))
+            parameter.grad = self.gradients[parameter]
         if shape not in self.recordings:
             self.recordings[shape] = self.record(features, parts, self.trained[shape])
         recording = self.recordings[shape]
-        for place, given in zip(recording.read, tensors((features, parts)), strict=True):
+        for place, given in zip(recording.read, tensors((features, *parts.values())), strict=True):
             place.copy_(given)
         recording.graph.replay()
         return recording.loss
 
     def backward(self, features: Features, parts: dict[str, Draw]) -> Loss:
         """The loss itself, its gradients added to the parameters'."""
-        with torch.autocast("cuda", self.dtype, enabled=self.dtype != torch.float32):
-            loss = loss_of_parts(self.drafter, features, self.config, parts)
-        loss.loss.backward()
-        return replace(loss, loss=loss.loss.detach())
+        work = partial(loss_of_parts, self.drafter, features, self.config, parts)
+        return with_gradients(work, features.tokens.device, self.dtype)
 
     def record(self, features: Features, parts: dict[str, Draw], trained: list[nn.Parameter]) -> Recording:
         """Everything from empty gradients to full ones."""
@@ -79,15 +79,13 @@ class LossGraphs:
         with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # NCCL's threads go on
             torch._foreach_zero_([parameter.grad for parameter in trained])
             loss = self.backward(features, parts)
-        return Recording(graph, [*tensors((features, parts))], loss)
+        return Recording(graph, [*tensors((features, *parts.values()))], loss)
 
 
 def tensors(value: object) -> Iterator[Tensor]:
-    """Those in nested dataclasses, tuples and dictionaries, always in the same order."""
+    """Those in nested dataclasses and tuples, always in the same order."""
     if isinstance(value, Tensor):
         yield value
-    elif is_dataclass(value):
-        yield from tensors([getattr(value, field.name) for field in fields(value)])
-    elif isinstance(value, dict | tuple | list):
-        for part in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, tuple) or is_dataclass(value):
+        for part in value if isinstance(value, tuple) else vars(value).values():
             yield from tensors(part)

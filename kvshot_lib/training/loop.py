@@ -4,6 +4,7 @@ import hashlib
 import math
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +22,7 @@ from .config import TrainConfig, batches, check_training, learning_rate, total_s
 from .curves import curves
 from .graphs import LossGraphs, can_be_recorded
 from .judging import match_documents
-from .loss import Loss, training_loss
+from .loss import Loss, training_loss, with_gradients
 from .record import gate_rows, gradient_norms, matrix_rows, recorded
 
 
@@ -149,10 +150,8 @@ class Training:
         """The loss of this step, its gradients in the parameters."""
         if self.graphs:
             return self.graphs(features, self.progress.step, generator)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = training_loss(self.drafter, features, self.config, self.progress.step, generator)
-        loss.loss.backward()
-        return loss
+        work = partial(training_loss, self.drafter, features, self.config, self.progress.step, generator)
+        return with_gradients(work, self.device, self.dtype)
 
     def read(self, loss: Loss, gradient_norm: torch.Tensor) -> torch.Tensor:
         """(loss, matches, pairs) [3, K] of the whole batch, read at once: the step's one wait for the device.

@@ -7,6 +7,7 @@ drawn with the share ``anchor_fraction``, and λ^k is DFlash's weight exp(-k/γ)
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -76,6 +77,14 @@ def loss_of_parts(drafter: Drafter, features: Features, config: TrainConfig, par
         return losses[0]
     whole, branch = losses
     return replace(whole, loss=whole.loss + config.branch_loss_weight * branch.loss)
+
+
+def with_gradients(work: Callable[[], Loss], device: torch.device, dtype: torch.dtype) -> Loss:
+    """The loss that ``work`` computes in this dtype, detached; its gradients are added to the parameters'."""
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        loss = work()
+    loss.loss.backward()
+    return replace(loss, loss=loss.loss.detach())
 
 
 def draw_lags(documents: int, most: int, generator: torch.Generator, device) -> Tensor | None:

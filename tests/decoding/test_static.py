@@ -18,6 +18,7 @@ from kvshot_lib.decoding.forwards import Prefill, Verifier
 from kvshot_lib.decoding.propose import ALONE, Chain, Tree
 from kvshot_lib.decoding.sampling import GREEDY, Sampling
 from kvshot_lib.decoding.static import StaticDrafting, StaticRun, static_parts
+from kvshot_lib.drafters import attention as attentions
 from kvshot_lib.target.capture import Captured
 from kvshot_lib.target.load import load_target
 from kvshot_lib.target.static import PlacedCache
@@ -140,8 +141,13 @@ def test_nothing_in_a_round_waits_for_the_device(variant, monkeypatch):
 @pytest.mark.filterwarnings("default")  # PyTorch's compiler warns of PyTorch
 @pytest.mark.parametrize("variant", ["hidden", "hybrid", "block_kv_1"])
 @torch._dynamo.config.patch(recompile_limit=64)
-def test_the_compiler_has_all_of_drafting_in_one_graph_and_gives_the_same(variant):
-    """As on a GPU, without its code generator; ``fullgraph`` refuses what it can't trace."""
+def test_the_compiler_has_all_of_drafting_in_one_graph_and_gives_the_same(variant, monkeypatch):
+    """As on a GPU, its way of merging chains included, without its code generator; ``fullgraph`` refuses what can't be
+    traced."""
+    merging = attentions._merging
+    monkeypatch.setattr(attentions, "has_triton", lambda: True)
+    on_a_gpu = lambda _device: merging("cuda") if torch.compiler.is_compiling() else merging("cpu")
+    monkeypatch.setattr(attentions, "_merging", on_a_gpu)
     found = []
     for compiled in (False, True):
         built, target = drafter(variant) if variant != "block_kv_1" else trained(variant), on("cpu")
