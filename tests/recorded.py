@@ -6,6 +6,7 @@ import pandas as pd
 from notebook_checks import ROOT
 
 from kvshot_lib.metrics import decoding, resampling, tables
+from kvshot_lib.metrics.diagnostics import context_draws
 
 
 def table(name: str, profile: str = "full") -> pd.DataFrame:
@@ -59,3 +60,22 @@ def card_ratios() -> tuple:
 def on_card(variant: str, plan: str, metric: str) -> list[float]:
     """One of them with its interval."""
     return [*vars(resampling.interval(card_ratios()[1][variant, plan][metric])).values()]
+
+
+TRAINED_ON = {"512": "context_512", "2,048": "context_2048"}  # tokens of a training text
+
+
+@cache
+def by_context() -> resampling.Draws:
+    """Acceptance by length of context; a drafter is called "kv_2 on 512" by what it was trained on."""
+    halves = [
+        table("context", profile).assign(variant=lambda t, trained=trained: t["variant"] + f" on {trained}")
+        for trained, profile in TRAINED_ON.items()
+    ]
+    return context_draws(pd.concat(halves), 512, samples=2000, seed=0)
+
+
+def in_context(variant: str, *metrics: str, minus: str = "") -> list[float]:
+    """A sum of a drafter's metrics, less that of another, with its interval over documents and seeds."""
+    terms = [(1, variant, metric) for metric in metrics] + [(-1, minus, metric) for metric in metrics if minus]
+    return [*vars(by_context().contrast(*terms)).values()]

@@ -56,8 +56,9 @@ def family(draws: Draws, questions: Sequence[Mapping]) -> pd.DataFrame:
 
     Parameters
     ----------
-    questions : ``id``, ``a`` and ``b`` each (a minus b), ``metric`` (``measured_mat``) and ``draft_step`` (none) where
-        they are others, as the files of ``data/experiments`` list them; what else they hold follows as columns.
+    questions : ``id``, ``a`` and ``b`` each (a minus b; b None: a itself), ``metric`` (``measured_mat``) and
+        ``draft_step`` (none) where they are others, as the files of ``data/experiments`` list them; what else they hold
+        follows as columns.
 
     Returns
     -------
@@ -84,20 +85,21 @@ def family(draws: Draws, questions: Sequence[Mapping]) -> pd.DataFrame:
     return table.assign(verdict=table["verdict"].mask(unsure, "not distinguishable from"))
 
 
-def _compared(draws: Draws, a: str, b: str, metric: str, step: int | None, of: int = 1) -> dict:
+def _compared(draws: Draws, a: str, b: str | None, metric: str, step: int | None, of: int = 1) -> dict:
     """One comparison ``of`` so many; without numbers where a run is missing."""
     row = {"metric": metric, "draft_step": step, "verdict": "not run"}
-    if draws.has(a, metric, step) and draws.has(b, metric, step):
-        found = draws.contrast((1, a, metric, step), (-1, b, metric, step))
-        error, freedom = standard_error(draws.rows(a, metric, step), draws.rows(b, metric, step))
+    sides = {1: a} if b is None else {1: a, -1: b}
+    if all(draws.has(variant, metric, step) for variant in sides.values()):
+        found = draws.contrast(*((sign, variant, metric, step) for sign, variant in sides.items()))
+        error, freedom = standard_error(*(draws.rows(variant, metric, step) for variant in sides.values()))
         visible = error * (stdtrit(freedom, 1 - 0.025 / of) + stdtrit(freedom, 0.8))
         row |= {**vars(found), "p": p_value(found.value, error, freedom), "smallest_visible": visible}
-        row |= {"seeds": min(draws.seeds(a), draws.seeds(b)), "verdict": found.verdict(0)}
+        row |= {"seeds": min(map(draws.seeds, sides.values())), "verdict": found.verdict(0)}
     return row
 
 
-def standard_error(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Of the difference of two variants' means over documents and seeds, and its degrees of freedom.
+def standard_error(one: np.ndarray, other: np.ndarray | float = 0.0) -> tuple[float, float]:
+    """Of the difference of two variants' means over documents and seeds, or of one's, and its degrees of freedom.
 
     Resampling two or three seeds gives a handful of means, so tails can't be read off it. Seeds enter by Welch: each
     variant's variance over them, divided by their number (one seed has none). Documents enter by their resamples. The
@@ -107,8 +109,9 @@ def standard_error(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     ----------
     one, other : draws of a metric, a row per seed: [seeds, 1 + samples] (`Draws.rows`).
     """
-    seeds = [(rows[:, 0].var(ddof=1) / len(rows), len(rows) - 1) for rows in (one, other) if len(rows) > 1]
-    documents = np.nanvar((one.mean(0) - other.mean(0))[1:], ddof=1)
+    both = np.atleast_2d(one), np.atleast_2d(other)
+    seeds = [(rows[:, 0].var(ddof=1) / len(rows), len(rows) - 1) for rows in both if len(rows) > 1]
+    documents = np.nanvar((both[0].mean(0) - both[1].mean(0))[1:], ddof=1)
     variance, spread = documents + sum(v for v, _ in seeds), sum(v**2 / degrees for v, degrees in seeds)
     return float(np.sqrt(variance)), float(min(variance**2 / spread, MANY) if spread else MANY)
 

@@ -1,14 +1,16 @@
 """What the diagnostics measured (`probes`), as statistics of each run with draws over documents (no torch).
 
-A document is here an evaluation document, a sequence of ``gradient_flow``, or a validation document of the
-gate's record.
+A document is here an evaluation document, a long dialogue of ``context``, a sequence of ``gradient_flow``, or a
+validation document of the gate's record.
 """
 
 import numpy as np
 import pandas as pd
 
 from ..drafters.variants import parameters_of
-from .resampling import Draws, draw_ratios, drawn_as
+from ..errors import StudyError
+from .acceptance import COUNTS, metrics_of
+from .resampling import KEYS, Draws, draw_ratios, drawn_as, resample_weights
 
 CONTEXT = 512  # the longest context that drafters are trained on
 CLAIM_AT = 0.1  # C17 is about the gate after this share of the training
@@ -87,3 +89,39 @@ def gate_draws(gradients: pd.DataFrame, samples: int = 2000, seed: int = 0) -> D
         made[(*run, "gate_least", None)] = gates.min(0)
         made[(*run, "gate_at_the_end", None)] = gates[-1]
     return drawn_as(list(made), list(made.values()), samples, seed)
+
+
+def context_draws(context: pd.DataFrame, window: int, samples: int = 2000, seed: int = 0) -> Draws:
+    """Expected MAT of each run by length of context and window, and what a long context does to it.
+
+    Bins are labelled by ``window_tokens`` (0: none) and ``bin_low`` beside the usual keys. Of a run's bins come
+
+    last : the last bin, without a window. fall : the bin from ``CONTEXT`` / 2 on, less the last.
+    window_gain : the last bin with ``window``, less that without. Of .4, then .1 in the last bin and .3 there with it
+    at one draft step, they are 1.1, .3 and .2.
+
+    Raises
+    ------
+    StudyError : no run has these bins and windows.
+    """
+    documents, steps = np.unique(context["document"]), np.unique(context["draft_step"])
+    weights = resample_weights(len(documents), samples, seed).astype(float)
+    cells = pd.MultiIndex.from_product([documents, steps], names=["document", "draft_step"])
+    keys, values = [], []
+    for run, own in context.groupby(["variant", "seed"], sort=False):
+        bins = {}
+        for place, cell in own.groupby(["window_tokens", "bin_low"]):
+            counts = cell.set_index(cells.names)[COUNTS].reindex(cells, fill_value=0).to_numpy(float)
+            summed = np.tensordot(weights, counts.reshape(len(documents), len(steps), -1), 1)
+            bins[place] = metrics_of(summed, np.ones((1, 2)))["expected_mat"]
+            held = [summed[0, -1, 0], cell["document"].nunique()]
+            keys.append([*run, "expected_mat", None, *place, *held])
+        last = max(low for _, low in bins)
+        if not {(0, CONTEXT // 2), (window, last)} <= bins.keys():
+            raise StudyError(f"context needs anchors at {CONTEXT // 2} tokens and windows 0 and {window}: measure them")
+        made = {"last": bins[0, last], "fall": bins[0, CONTEXT // 2] - bins[0, last]}
+        made["window_gain"] = bins[window, last] - bins[0, last]
+        keys += [[*run, metric, None, None, None, *held] for metric in made]
+        values += [*bins.values(), *made.values()]
+    labels = [*KEYS, "window_tokens", "bin_low", "anchors", "documents"]
+    return drawn_as(keys, values, samples, seed, labels)

@@ -52,7 +52,9 @@ def measure_context(
         for window in windows
     ]
     made = measure_parts(results.folder / "context", f"{fingerprint} {results.hashes}", parts)
-    facts = facts_of(results, time.perf_counter() - started, corpus=str(corpus))
+    facts = facts_of(
+        results, time.perf_counter() - started, corpus=str(corpus), dtype=str(target.dtype).removeprefix("torch.")
+    )
     return write_tables(results_dir, {**made, "context_facts": facts}, keep)
 
 

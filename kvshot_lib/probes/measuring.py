@@ -115,8 +115,8 @@ def table_of(name: str, rows: pd.DataFrame, folder: Path | None = None) -> pd.Da
 def facts_of(results: Results, seconds: float, **more) -> pd.DataFrame:
     """One row: what was measured, on what, by which code."""
     found, source = {"target": results.target.name, "target_hash": results.target.hash}, results.source
-    found |= {"runs": " ".join(results.runs), "documents": len(source), "documents_hash": source.documents_hash, **more}
-    found |= {"dtype": "float32", "seconds": round(seconds, 1), **provenance(results.target.device)}
+    found |= {"runs": " ".join(results.runs), "documents": len(source), "documents_hash": source.documents_hash}
+    found |= {"dtype": "float32", "seconds": round(seconds, 1), **provenance(results.target.device), **more}
     return pd.DataFrame([found])
 
 

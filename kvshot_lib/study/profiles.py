@@ -24,6 +24,7 @@ NOTEBOOKS = {
     "scorecard": "notebooks/08_paper_scorecard.ipynb",
     "beyond": "notebooks/09_beyond_ttt.ipynb",
     "sources": "notebooks/12_compare_sources.ipynb",
+    "context": "notebooks/15_lengthen_the_context.ipynb",
 }
 DRAWING = tuple(NOTEBOOKS)[3:]  # these read tables and draw; those before them make numbers
 FOLDER = Path("notebooks/profiles")

@@ -76,6 +76,14 @@ def test_a_family_of_metrics_and_steps_and_what_it_refuses():
             comparisons.family(draws, [wrong])
 
 
+def test_one_alone_is_compared_with_nothing():
+    """Two seeds at 1.0 and 1.2: mean 1.1, error √(.02 / 2) with one degree; t = 11, p = 1 - 2 / π · atan(11) = .0577."""
+    keys = pd.DataFrame({"variant": "kv_2", "seed": [0, 1], "metric": "fall", "draft_step": pd.NA})
+    draws = Draws(keys.astype({"draft_step": "Int64"}), a_metric(1.0, 1.2, around=(0, 0)))
+    found = comparisons.family(draws, [{"id": "X1", "a": "kv_2", "b": None, "metric": "fall"}]).iloc[0]
+    assert (found["value"], found["seeds"]) == (pytest.approx(1.1), 2) and found["p"] == pytest.approx(0.0577, abs=1e-4)
+
+
 def test_registered_pairs_are_those_of_the_registry():
     pairs = comparisons.registered_pairs(VARIANTS)
     assert ("hidden_31", "hidden_post_norm") in pairs and len(pairs) == sum(bool(v.against) for v in VARIANTS.values())

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from flat_draws import draws_of
 
+from kvshot_lib.errors import StudyError
 from kvshot_lib.metrics import diagnostics, tables
 from kvshot_lib.metrics.claims import stated
 from kvshot_lib.metrics.resampling import joined
@@ -148,3 +149,45 @@ def test_the_gate_of_the_claim_is_the_first_with_a_tenth_of_the_steps_behind_it(
 )
 def test_verdicts_on_gradients_and_gates(draws, claims, wanted):
     assert scorecard(draws, read_paper(), claims)["verdict"].tolist() == wanted
+
+
+def context_rows(variant, alphas, documents=4):
+    """One draft step: of 10 anchors a document, bin and window so many match; window 0 and 512."""
+    rows = []
+    for (window, low), share in alphas.items():
+        for document in range(documents):
+            rows.append([variant, 0, window, document, low, 0, 10, round(10 * share), 10, round(10 * share), 10, 0])
+    return pd.DataFrame(rows, columns=list(tables.SCHEMAS["context"]))
+
+
+def test_what_a_long_context_does_by_hand():
+    alphas = {(0, 256): 0.4, (512, 256): 0.4, (0, 512): 0.1, (512, 512): 0.3}
+    other = {place: 0.5 for place in alphas}
+    drawn = diagnostics.context_draws(
+        pd.concat([context_rows("kv_2", alphas), context_rows("none_2", other)]), 512, samples=5
+    )
+    told = drawn.keys.assign(value=drawn.values[:, 0]).query("variant == 'kv_2'")
+    assert dict(zip(told["metric"], told["value"].round(9))) == {
+        "expected_mat": 1.3,
+        "last": 1.1,
+        "fall": 0.3,
+        "window_gain": 0.2,
+    }
+    bins = told[told["metric"] == "expected_mat"].set_index(["window_tokens", "bin_low"])
+    assert bins["value"].to_dict() == pytest.approx({place: 1 + share for place, share in alphas.items()})
+    assert set(bins["anchors"]) == {40} and set(bins["documents"]) == {4}
+    assert drawn.contrast((1, "kv_2", "fall"), (-1, "none_2", "fall")).value == pytest.approx(0.3)
+
+
+def test_a_document_that_does_not_reach_a_bin_counts_as_nothing_there():
+    rows = context_rows("kv_2", {(0, 256): 0.4, (512, 256): 0.4, (0, 512): 0.1, (512, 512): 0.3})
+    rows = rows[(rows["bin_low"] == 256) | (rows["document"] > 0)]
+    drawn = diagnostics.context_draws(rows, 512, samples=50)
+    last = drawn.keys.query("bin_low == 512")
+    assert set(last["documents"]) == {3} and drawn.values[last.index[0]] == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("missing", [{(0, 256): 0.4, (0, 512): 0.1}, {(0, 128): 0.4, (512, 128): 0.4}])
+def test_texts_that_are_too_short_or_windows_that_were_not_measured_are_told(missing):
+    with pytest.raises(StudyError, match="anchors at 256 tokens and windows 0 and 512"):
+        diagnostics.context_draws(context_rows("kv_2", missing), 512, samples=5)

@@ -10,6 +10,7 @@ from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.metrics import tables
 from kvshot_lib.metrics.acceptance import COUNTS, STEPS, count_document
 from kvshot_lib.probes.long_context import measure_context
+from kvshot_lib.target.load import load_target
 from kvshot_lib.text.corpus import load_corpus
 from kvshot_lib.text.generate import GeneratorSettings, generate_corpus
 from kvshot_lib.training.judging import match_documents
@@ -53,6 +54,7 @@ def test_what_was_measured_is_not_measured_again_and_facts_say_on_what(study, mo
     folder, corpus, written = study
     facts = tables.read(folder / "results/tables", "context_facts").iloc[0]
     assert facts["runs"] == "hidden/seed0 kv_2/seed0" and facts["documents"] == 2 and facts["corpus"] == str(corpus)
+    assert f"torch.{facts['dtype']}" == str(load_target("tiny").dtype)
     before = written["context"].read_bytes()
     monkeypatch.setattr("kvshot_lib.probes.long_context.load_drafter", None)
     again = measure_context(folder / "results", corpus=corpus, fingerprint="code", documents=2, windows=(0, 100, 4))

@@ -107,12 +107,12 @@ STATED = [
         "worth .032 tokens [−.033, .092] with one layer, .008 [−.021, .043] with two",
         lambda: [x for v in ("kv_1", "kv_2") for x in trained_alike(f"{v}_oracle_query", f"{v}_oracle_query_shuffled")],
     ),
+    ("at the anchor gains .049 [.032, .073]", lambda: trained_alike(KNOWING[0], "kv_1")),
+    ("They gain .049 tokens [.032, .073]", lambda: trained_alike(KNOWING[0], "kv_1")),
     (
-        "out of the right cache: .181 [.160, .207] against .173 [.161, .186]",
-        lambda: [*trained_alike(*KNOWING), *trained_alike("kv_1", "none_1")],
+        "is worth .181 [.160, .207] to them and .612 [.597, .629] to own queries",
+        lambda: [*trained_alike(*KNOWING), *trained_alike("kv_1", "kv_1_shuffled")],
     ),
-    ("They get .181 tokens [.160, .207] out of the right cache", lambda: trained_alike(*KNOWING)),
-    ("own queries get .173 [.161, .186] out of it", lambda: trained_alike("kv_1", "none_1")),
     ("Own queries get .173 and .243 out of it", lambda: [trained_alike(f"kv_{d}", f"none_{d}")[0] for d in (1, 2)]),
     (
         "1.4% of the entries get 25% of the attention",

@@ -9,10 +9,13 @@ from notebook_checks import ROOT
 from recorded import turned
 from stated import checked
 
+from kvshot_lib.metrics import resampling
 from kvshot_lib.metrics.comparisons import family
 
 NOTEBOOK = "notebooks/12_compare_sources.ipynb"
 STEP = "step_acceptance"
+FOLDERS = ("sources", "sources/again")
+GROUND = "kv_1_shuffled"  # neither the right cache nor the state at the anchor
 minus = partial(recorded.minus, profile="sources")
 table = partial(recorded.table, profile="sources")
 
@@ -22,11 +25,14 @@ def worth_of_eagle() -> list[float]:
     return [minus(a, b)[0] for a, b in (("hidden_31", "none_1"), ("hidden_31_2", "none_2"), ("hidden_31_4", "none_4"))]
 
 
-def worth_to_knowing_queries() -> list[float]:
-    """What the right cache is worth to queries from the anchor's state, minus what it is worth to own ones (N3 - P1)."""
-    terms = ((1, "kv_1_anchor_query"), (-1, "kv_1_anchor_query_shuffled"), (-1, "kv_1"), (1, "none_1"))
-    found = recorded.draws("sources").contrast(*((*term, "measured_mat") for term in terms))
-    return [found.value, found.low, found.high]
+def trained_again(variant: str) -> tuple[float, float, float]:
+    """A drafter trained with the graphed step minus the same as it was recorded first."""
+    both = []
+    for name in ("counts", "run_lengths"):
+        first, again = (t[t["variant"] == variant] for t in (recorded.table(name, folder) for folder in FOLDERS))
+        both.append(pd.concat([first, again.assign(variant=f"{variant}_again")]))
+    found = resampling.draw(*both).contrast((1, f"{variant}_again", "measured_mat"), (-1, variant, "measured_mat"))
+    return found.value, found.low, found.high
 
 
 def predicted(variant: str) -> pd.Series:
@@ -50,14 +56,14 @@ def layers_read() -> list[int]:
 
 STATED = [
     (
-        "15.3 million training tokens for each of 103 drafters, judged on 2,000 sealed answers",
+        "15.3 million training tokens for each of 106 drafters, judged on 2,000 sealed answers",
         lambda: [
             table("runs")["trained_tokens"].mean() / 1e6,
             len(table("runs")),
             table("counts")["document"].nunique(),
         ],
     ),
-    ("70 were run first, the 33 of the section on queries", lambda: table("runs").groupby("date").size()),
+    ("70 were run first, the 36 of the section on queries", lambda: table("runs").groupby("date").size()),
     ("beats entries from hidden states by .110 tokens [.096, .124]", lambda: minus("hidden_31", "states_1")),
     ("it loses to them by .066 [.051, .081]", lambda: turned(minus("hidden_31_4", "states_4"))),
     (
@@ -133,17 +139,26 @@ STATED = [
         "adds .032 [−.033, .092] and .008 [−.021, .043]",
         lambda: [x for d in (1, 2) for x in minus(f"kv_{d}_oracle_query", f"kv_{d}_oracle_query_shuffled")],
     ),
+    ("which a drafter may know, gain .049 [.032, .073]", lambda: minus("kv_1_anchor_query", "kv_1")),
+    ("that knows more gains .049 tokens [.032, .073]", lambda: minus("kv_1_anchor_query", "kv_1")),
+    ("a drafter yields 1.460 tokens", lambda: [recorded.value(GROUND, "measured_mat", profile="sources")]),
     (
-        ".181 [.160, .207] against .173 [.161, .186]",
-        lambda: (*minus("kv_1_anchor_query", "kv_1_anchor_query_shuffled"), *minus("kv_1", "none_1")),
+        "adds .481 [.467, .495], even beats no target state by .042 [.027, .055]",
+        lambda: [x for against in (GROUND, "none_1") for x in minus("kv_1_anchor_query_shuffled", against)],
     ),
-    ("it gains .049 tokens [.032, .073]", lambda: minus("kv_1_anchor_query", "kv_1")),
-    ("it gains .042 [.027, .055] over no target state", lambda: minus("kv_1_anchor_query_shuffled", "none_1")),
     (
-        "worth .181 [.160, .207] to such queries (N3), to a drafter's own .173 [.161, .186]",
-        lambda: (*minus("kv_1_anchor_query", "kv_1_anchor_query_shuffled"), *minus("kv_1", "none_1")),
+        "adds .612 [.597, .629] (O1). Both together add .662 [.638, .688]",
+        lambda: (*minus("kv_1", GROUND), *minus("kv_1_anchor_query", GROUND)),
     ),
-    ("The difference is .008 [−.015, .036]", worth_to_knowing_queries),
+    (
+        "is worth .181 [.160, .207] to queries that know the state",
+        lambda: minus("kv_1_anchor_query", "kv_1_anchor_query_shuffled"),
+    ),
+    ("was set against P1, .173", lambda: minus("kv_1", "none_1")[:1]),
+    (
+        "draft as before: −.004 tokens [−.012, +.006] and +.001 [−.014, +.014]",
+        lambda: (*trained_again("kv_1"), *trained_again("none_1")),
+    ),
     ("drafts no longer than `none_1`: −.001 [−.013, +.011]", lambda: minus("query_1", "none_1")),
     (
         "loses .174 [.165, .183] to `kv_1`, and `query_4` .250 [.229, .270] to `kv_4`",
