@@ -66,13 +66,15 @@ TRAINED_ON = {"512": "context_512", "2,048": "context_2048"}  # tokens of a trai
 
 
 @cache
-def by_context() -> resampling.Draws:
-    """Acceptance by length of context; a drafter is called "kv_2 on 512" by what it was trained on."""
+def by_context(documents: tuple[int, ...] = ()) -> resampling.Draws:
+    """Acceptance by length of context, on all or some documents; "kv_2 on 512" is named by what it was trained on."""
     halves = [
         table("context", profile).assign(variant=lambda t, trained=trained: t["variant"] + f" on {trained}")
         for trained, profile in TRAINED_ON.items()
     ]
-    return context_draws(pd.concat(halves), 512, samples=2000, seed=0)
+    both = pd.concat(halves)
+    chosen = both["document"].isin(documents) if documents else both["document"] >= 0
+    return context_draws(both[chosen], 512, samples=2000, seed=0)
 
 
 def in_context(variant: str, *metrics: str, minus: str = "") -> list[float]:

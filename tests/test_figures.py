@@ -34,6 +34,8 @@ def test_every_recorded_study_has_its_figures_and_every_figure_a_notebook(capsys
     code = "".join(cell.source for key in DRAWING for cell in read_code_cells(NOTEBOOKS[key]))
     named = set(re.findall(r'"(\w+)"', code))
     for profile in recorded_profiles():
-        assert drawings(profile)
+        if not drawings(profile):  # another's notebook draws it, too
+            assert f'"../data/recorded/{profile}"' in code
+            continue
         stems = {path.stem for path in Path("figures", profile).iterdir()}
         assert stems and stems <= named, stems - named

@@ -94,7 +94,8 @@ def gate_draws(gradients: pd.DataFrame, samples: int = 2000, seed: int = 0) -> D
 def context_draws(context: pd.DataFrame, window: int, samples: int = 2000, seed: int = 0) -> Draws:
     """Expected MAT of each run by length of context and window, and what a long context does to it.
 
-    Bins are labelled by ``window_tokens`` (0: none) and ``bin_low`` beside the usual keys. Of a run's bins come
+    A bin's metric is ``mat_4096`` without a window, ``mat_4096_window_512`` with one; ``window_tokens`` (0: none) and
+    ``bin_low`` are columns, too. Of a run's bins come
 
     last : the last bin, without a window. fall : the bin from ``CONTEXT`` / 2 on, less the last.
     window_gain : the last bin with ``window``, less that without. Of .4, then .1 in the last bin and .3 there with it
@@ -115,7 +116,8 @@ def context_draws(context: pd.DataFrame, window: int, samples: int = 2000, seed:
             summed = np.tensordot(weights, counts.reshape(len(documents), len(steps), -1), 1)
             bins[place] = metrics_of(summed, np.ones((1, 2)))["expected_mat"]
             held = [summed[0, -1, 0], cell["document"].nunique()]
-            keys.append([*run, "expected_mat", None, *place, *held])
+            name = f"mat_{place[1]}" + f"_window_{place[0]}" * (place[0] > 0)
+            keys.append([*run, name, None, *place, *held])
         last = max(low for _, low in bins)
         if not {(0, CONTEXT // 2), (window, last)} <= bins.keys():
             raise StudyError(f"context needs anchors at {CONTEXT // 2} tokens and windows 0 and {window}: measure them")

@@ -13,14 +13,17 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .. import parallel
+from ..drafters.context import drafter_spec
 from ..errors import StudyError
 from ..features.extract import hold, keep, prepare
 from ..metrics.collect import collect
+from ..training.config import configurations
 from ..training.run import train_run
 from . import profiles
 from .notebooks import Taken, locked
@@ -104,9 +107,14 @@ def sweep(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], work
 
 
 def load_features(profile: Profile, results_dir: Path) -> dict:
-    """The profile's features by split, in the memory of the target's device."""
+    """The profile's features by split, of the layers that its drafters read, in the memory of the target's device."""
     values = checked_values(profile, results_dir)
-    return hold(prepare(values), values, results_dir / "features")
+    made, configs = prepare(values), [configurations(train_values(profile, v, 0))[0] for v in profile.drafters]
+    specs = [(config, drafter_spec(config, made.target)) for config in configs]
+    kv = sorted({layer for config, spec in specs if config.reads_kv for layer in spec.kv_layers})
+    hidden = sorted({n for config, spec in specs if "hidden_states" in config.reads for n in spec.hidden_layers})
+    documents = {split: live.with_layers(kv or None, hidden or None) for split, live in made.documents.items()}
+    return hold(replace(made, documents=documents), values, results_dir / "features")
 
 
 def checked_values(profile: Profile, results_dir: Path) -> dict:

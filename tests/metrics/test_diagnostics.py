@@ -168,12 +168,15 @@ def test_what_a_long_context_does_by_hand():
     )
     told = drawn.keys.assign(value=drawn.values[:, 0]).query("variant == 'kv_2'")
     assert dict(zip(told["metric"], told["value"].round(9))) == {
-        "expected_mat": 1.3,
+        "mat_256": 1.4,
+        "mat_256_window_512": 1.4,
+        "mat_512": 1.1,
+        "mat_512_window_512": 1.3,
         "last": 1.1,
         "fall": 0.3,
         "window_gain": 0.2,
     }
-    bins = told[told["metric"] == "expected_mat"].set_index(["window_tokens", "bin_low"])
+    bins = told[told["bin_low"].notna()].set_index(["window_tokens", "bin_low"])
     assert bins["value"].to_dict() == pytest.approx({place: 1 + share for place, share in alphas.items()})
     assert set(bins["anchors"]) == {40} and set(bins["documents"]) == {4}
     assert drawn.contrast((1, "kv_2", "fall"), (-1, "none_2", "fall")).value == pytest.approx(0.3)

@@ -117,7 +117,11 @@ STATED = [
     ),
     ("below `none_1` at step 6, by .006", lambda: (6, turned(recorded.minus("kv_1", "none_1", STEP, 6))[0])),
     ("it is above, by .011", lambda: minus("kv_1", "none_1", STEP, 6)[:1]),
-    ("drafts only .050 tokens [.034, .064] less", lambda: minus("kv_1", "kv_1_constant_query")),
+    (
+        "drafts only .050 tokens [.034, .064] less, two layers .103 [.088, .119]",
+        lambda: [x for d in (1, 2) for x in minus(f"kv_{d}", f"kv_{d}_constant_query")],
+    ),
+    ("it yields .128 tokens [.101, .151] more", lambda: minus("hidden_31", "kv_1_anchor_query")),
     ("gains 1.400 [1.337, 1.463]", lambda: minus("kv_1_oracle_query", "kv_1")),
     (
         "bring .050 tokens [.034, .064] over the same query everywhere with one layer, .103 [.088, .119] with two",

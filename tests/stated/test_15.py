@@ -1,5 +1,7 @@
 """Numbers in the text of notebook 15, held against the recorded tables of both halves."""
 
+from functools import cache
+
 import numpy as np
 import recorded
 from notebook_checks import ROOT
@@ -11,19 +13,63 @@ from kvshot_lib.study.profiles import load_profile
 from kvshot_lib.text.corpus import load_corpus
 
 NOTEBOOK = "notebooks/15_lengthen_the_context.ipynb"
+EAGLE, LONGER = "hidden_31 on 512", "hidden_31 on 2,048"
 DRAFTERS = ("hidden_31", "kv_2", "states_2", "none_2")
+
+
+def bin_of(low: int, window: int = 0) -> str:
+    return f"mat_{low}" + f"_window_{window}" * (window > 0)
 
 
 def at(variant: str, low: int, window: int = 0) -> float:
     """Expected MAT of a bin, mean over seeds."""
-    keys = by_context().keys
-    own = (keys["variant"] == variant) & (keys["bin_low"] == low) & (keys["window_tokens"] == window)
-    return float(by_context().values[own & (keys["metric"] == "expected_mat"), 0].mean())
+    return by_context().mean(variant, bin_of(low, window)).value
+
+
+def gain_at_512() -> list[float]:
+    """What the window brings EAGLE-3.1 just past the length of its training."""
+    return [*vars(by_context().contrast((1, EAGLE, bin_of(512, 512)), (-1, EAGLE, "mat_512"))).values()]
+
+
+def bytes_of(variant: str) -> int:
+    return recorded.table("runs", "context_512").query("variant == @variant")["prefix_bytes_per_token"].iloc[0]
 
 
 def size(name: str) -> list[int]:
     extract = load_profile(name).extract
     return [extract["train_documents"], extract["max_length_tokens"]]
+
+
+@cache
+def looping() -> dict[int, float]:
+    """Share of a dialogue's last bin that ends sixteen tokens that stood before."""
+    shares = {}
+    for number, document in enumerate(load_corpus(ROOT / "data/corpus/longest", "evaluation").documents):
+        tokens, before, found = document.tokens.tobytes(), set(), []  # four bytes a token
+        for end in range(16, len(document.tokens) + 1):
+            found.append((own := tokens[4 * (end - 16) : 4 * end]) in before)
+            before.add(own)
+        late = np.array(found)[4096 - 15 :][document.answer_mask[4096:]]
+        shares[number] = late.mean()
+    return shares
+
+
+@cache
+def calm():
+    """Draws of the dialogues with few loops."""
+    return recorded.by_context(tuple(number for number, share in looping().items() if share <= 0.05))
+
+
+def without_loops(*terms) -> list[float]:
+    return [*vars(calm().contrast(*terms)).values()]
+
+
+def lost(variant: str, low: int = 512) -> tuple[float, float, float]:
+    """What a drafter trained on 512 is worth over none_2 at 256 to 511, less that in a later bin with the window."""
+    later, against = bin_of(low, 512), "none_2 on 512"
+    terms = (1, variant, "mat_256"), (-1, against, "mat_256"), (-1, variant, later), (1, against, later)
+    found = by_context().contrast(*terms)
+    return found.value, found.low, found.high
 
 
 STATED = [
@@ -36,51 +82,79 @@ STATED = [
         ],
     ),
     (
-        "yields 1.863 tokens a forward at contexts of 256 to 511 and 1.446 at 4,096 to 8,191",
-        lambda: [at("hidden_31 on 512", 256), 256, 511, at("hidden_31 on 512", 4096), 4096, 8191],
-    ),
-    (
-        "falls from 1.819 to 1.261. Even one that sees nothing of the target falls, from 1.699 to 1.295",
-        lambda: [at(f"{drafter} on 512", low) for drafter in ("kv_2", "none_2") for low in (256, 4096)],
-    ),
-    (
-        "falls by .141 tokens [.077, .196] more",
-        lambda: turned(of("hidden_31 on 512", "fall", minus="kv_2 on 512")),
-    ),
-    (
-        "gains .507 tokens [.443, .572] in the last bin, the drafter over the cache .663 [.612, .723]",
-        lambda: [*of("hidden_31 on 512", "window_gain"), *of("kv_2 on 512", "window_gain")],
-    ),
-    (
-        "yields 2.446 in the last bin, .493 [.410, .578] more",
+        "yields 1.863 tokens a forward at contexts of 256 to 511 and 1.446 at 4,096 to 8,191, a drafter over the cache 1.819 and 1.261",
         lambda: [
-            at("hidden_31 on 2,048", 4096, 512),
-            *of("hidden_31 on 2,048", "last", "window_gain", minus="hidden_31 on 512"),
+            at(EAGLE, 256),
+            256,
+            511,
+            at(EAGLE, 4096),
+            4096,
+            8191,
+            at("kv_2 on 512", 256),
+            at("kv_2 on 512", 4096),
         ],
     ),
-    ("on 10,240 dialogues of 512 tokens, or on 2,560 of 2,048", lambda: [*size("context_512"), *size("context_2048")]),
-    ("falls as well, by .405 [.338, .478]", lambda: of("none_2 on 512", "fall")),
+    ("falls as well, from 1.699 to 1.295", lambda: [at("none_2 on 512", low) for low in (256, 4096)]),
     (
-        "worth .080 tokens [.025, .149] over nothing when all is attended to, .189 [.145, .232] with the window",
-        lambda: [
-            *of("kv_2 on 2,048", "last", minus="none_2 on 2,048"),
-            *of("kv_2 on 2,048", "last", "window_gain", minus="none_2 on 2,048"),
-        ],
-    ),
-    ("by .098 [.029, .181], which", lambda: of("states_2 on 512", "fall", minus="kv_2 on 512")),
-    (
-        "They differ by .067",
-        lambda: [np.ptp(by_context().rows("kv_2 on 2,048", "last")[:, 0])],
+        "gains .507 tokens [.443, .572], the drafter over the cache .663 [.612, .723]",
+        lambda: [*of(EAGLE, "window_gain"), *of("kv_2 on 512", "window_gain")],
     ),
     (
-        "worth .493 tokens in the last bin, but costs at the beginning: 1.650 against 1.747 at 128 to 255",
+        "yields 2.446 in the last bin with that window, .493 [.410, .578] more. At 128 to 255 it yields .097 [.064, .130] less",
         lambda: [
-            of("hidden_31 on 2,048", "last", "window_gain", minus="hidden_31 on 512")[0],
-            *(at(f"hidden_31 on {trained}", 128) for trained in ("2,048", "512")),
+            at(LONGER, 4096, 512),
+            *of(LONGER, bin_of(4096, 512), minus=EAGLE),
             128,
             255,
+            *turned(of(LONGER, bin_of(128), minus=EAGLE)),
         ],
     ),
+    ("it falls by .141 tokens [.077, .196] *more*", lambda: turned(of(EAGLE, "fall", minus="kv_2 on 512"))),
+    ("on 10,240 dialogues of 512 tokens, or on 2,560 of 2,048", lambda: [*size("context_512"), *size("context_2048")]),
+    ("falls by .405 [.338, .478]", lambda: of("none_2 on 512", "fall")),
+    ("−.004 [−.034, +.026]", lambda: gain_at_512()),
+    (
+        "it has lost .104 [.066, .140] of what it is worth over `none_2`, `states_2` .114 [.054, .178]",
+        lambda: [*lost(EAGLE), *lost("states_2 on 512")],
+    ),
+    ("can be seen: .024 [−.029, .066]", lambda: lost("kv_2 on 512")),
+    (
+        "yields .197 *more* in the last bin than at 256 to 511 [.100, .310]",
+        lambda: [(found := turned(of(LONGER, "fall")))[0], 256, 511, *found[1:]],
+    ),
+    (
+        "lost .094 [.004, .182] since the bin before, and the window still brings .440 [.382, .501]",
+        lambda: [
+            *vars(by_context().contrast((1, LONGER, "mat_2048"), (-1, LONGER, "last"))).values(),
+            *of(LONGER, "window_gain"),
+        ],
+    ),
+    ("In 28 of the 64 dialogues", lambda: [sum(share > 0.05 for share in looping().values()), len(looping())]),
+    (
+        "brings EAGLE-3.1 .445 tokens [.377, .514], not .507, and training on longer texts .432 [.340, .531], not .493",
+        lambda: [
+            3.1,
+            *without_loops((1, EAGLE, "window_gain")),
+            of(EAGLE, "window_gain")[0],
+            *without_loops((1, LONGER, bin_of(4096, 512)), (-1, EAGLE, bin_of(4096, 512))),
+            of(LONGER, bin_of(4096, 512), minus=EAGLE)[0],
+        ],
+    ),
+    (
+        "is then level: 1.863, against 1.873 at",
+        lambda: [calm().mean(EAGLE, name).value for name in (bin_of(4096, 512), "mat_256")],
+    ),
+    ("by .098 [.029, .181]. That", lambda: of("states_2 on 512", "fall", minus="kv_2 on 512")),
+    ("of `kv_2` differ by .067", lambda: [2, np.ptp(by_context().rows("kv_2 on 2,048", "last")[:, 0])][1:]),
+    (
+        "cost 768 bytes in `hidden_31`, 1,536 in the others: at 8,192 tokens 6 and 12 MB",
+        lambda: [
+            *(kept := [bytes_of("hidden_31"), bytes_of("kv_2")]),
+            8192,
+            *((8192 - 512) * one / 1e6 for one in kept),
+        ],
+    ),
+    ("gains .207 [.156, .263] from them", lambda: of("none_2 on 2,048", bin_of(4096, 512), minus="none_2 on 512")),
 ]
 
 
@@ -88,17 +162,19 @@ test_numbers_are_those_of_the_tables, test_every_interval_is_checked = checked(N
 
 
 def test_where_curves_fall_and_where_they_rise():
-    """Without a window each is worst after it was best; with one each rises from the bin of 512 on, past where it was."""
-    lows = (512, 1024, 2048, 4096)
+    """Trained on 512, each only falls without a window; with one it ends above where it was."""
     for drafter in DRAFTERS:
         short, long = (f"{drafter} on {trained}" for trained in TRAINED_ON)
-        whole = [at(short, low) for low in (256, *lows)]
+        whole = [at(short, low) for low in (256, 512, 1024, 2048, 4096)]
         assert whole == sorted(whole, reverse=True)
         assert at(long, 256) < at(long, 512) < at(long, 1024) and at(long, 4096) < at(long, 2048)
-        for variant in (short, long):
-            seen = [at(variant, low, 512) for low in lows]
-            assert seen == sorted(seen) and seen[-1] > at(variant, 256, 512)
+        assert all(at(variant, 4096, 512) > at(variant, 256, 512) for variant in (short, long))
+    assert max(at(f"{drafter} on 512", 4096) for drafter in ("kv_2", "states_2")) < at("none_2 on 512", 4096)
+    assert max(at(f"{drafter} on 2,048", 4096, 512) for drafter in DRAFTERS) == at(LONGER, 4096, 512)
 
 
-def test_states_fall_more_than_eagle():
-    assert of("hidden_31 on 512", "fall", minus="states_2 on 512")[2] < 0
+def test_what_they_were_trained_on_loses_nothing_just_past_512():
+    for drafter in ("hidden_31", "states_2", "kv_2"):
+        long, against, later = f"{drafter} on 2,048", "none_2 on 2,048", bin_of(512, 512)
+        terms = (1, long, "mat_256"), (-1, against, "mat_256"), (-1, long, later), (1, against, later)
+        assert by_context().contrast(*terms).low < 0

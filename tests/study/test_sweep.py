@@ -14,7 +14,7 @@ from kvshot_lib.errors import StudyError
 from kvshot_lib.metrics.tables import read
 from kvshot_lib.study import sweep
 from kvshot_lib.study.cli import main
-from kvshot_lib.study.profiles import load_profile, train_values
+from kvshot_lib.study.profiles import load_profile, resolve_drafters, train_values
 from kvshot_lib.text.corpus import SPLITS, load_corpus, save_corpus
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +40,21 @@ def test_every_run_of_the_profile_is_trained_and_collected(swept):
     assert "0 of 3 runs are done" in told and told.endswith("all runs are done\n")
     assert list(read(folder / "tables", "runs")["variant"]) == ["hidden", "kv_1", "hybrid_warm"]
     assert json.loads((folder / "runs/hybrid_warm/seed0/run.json").read_text())["init_from"] == "hidden"
+
+
+def test_only_layers_that_some_drafter_reads_are_held(tmp_path):
+    """The extraction keeps EAGLE's layers for all: in memory they would be a third of the features of `sources`."""
+    states, cache = (
+        {"states_1": {"state_layers": "kv", "kv_layers": [2]}, "none_1": {}},
+        {"kv_1": {"kv_layers": [1, 3]}},
+    )
+    profile = replace(load_profile("smoke"), drafters=resolve_drafters(states, "here"))
+    profile.extract.update(kv_layers=[1, 2, 3], state_layers="kv", train_documents=2)
+    spec = sweep.load_features(profile, tmp_path)["train"].spec
+    assert spec.hidden_layers == (2,)
+    with_cache = replace(profile, drafters=resolve_drafters(states | cache, "here"))
+    spec = sweep.load_features(with_cache, tmp_path)["train"].spec
+    assert (spec.hidden_layers, spec.kv_layers) == ((2,), (1, 3))
 
 
 @pytest.mark.slow
