@@ -32,10 +32,6 @@ class Parts:
         self.folder = Path(folder)
         claim(self.folder, fingerprint)
 
-    def done(self, name: str) -> bool:
-        """Whether part ``name`` is there."""
-        return (self.folder / f"{name}.parquet").exists()
-
     def table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """Part ``name``: read if it is there, else made and kept."""
         path = self.folder / f"{name}.parquet"

@@ -24,6 +24,6 @@ def test_a_part_is_made_once_until_what_it_depends_on_changes(tmp_path):
 
     for fingerprint in ("one", "one", "two"):
         parts = Parts(tmp_path / "work", fingerprint)
-        assert parts.done("a") == (fingerprint == "one" and bool(made))
+        assert (parts.folder / "a.parquet").exists() == (fingerprint == "one" and bool(made))
         assert parts.table("a", make)["a"].tolist() == [len(made)]
     assert len(made) == 2

@@ -4,7 +4,7 @@
 ``corpus`` is their folder.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from ..text.corpus import SPLITS, answer_token_counts, load_corpus
 from .kept import keep_features
 from .live import LiveFeatures
 from .resident import ResidentFeatures
-from .spec import FeatureSpec, feature_spec
+from .spec import STATE, FeatureSpec, feature_spec
 
 COUNTS = "answer_token_counts.csv"
 SIZES = ("max_length_tokens", "batch_documents", "shard_documents")
@@ -60,9 +60,7 @@ def prepare(values: Mapping) -> Extraction:
         if name in SIZES + COUNTED and value is not None and value < 1:
             raise StudyError(f"{name}={value} must be 1 or more")
     target = load_target(values["target"], device=values["device"], dtype=values["dtype"])
-    spec = feature_spec(target, values["kv_layers"])
-    if values.get("state_layers", "eagle") == "kv":
-        spec = spec.of_layers(None, sorted({*spec.hidden_layers, *spec.kv_layers}))
+    spec = extracted(target, values)
     names = dict.fromkeys(SPLITS, values["corpus"])
     names["evaluation"] = values.get("evaluation_corpus") or values["corpus"]
     corpora = {split: load_corpus(name, split) for split, name in names.items()}
@@ -72,6 +70,14 @@ def prepare(values: Mapping) -> Extraction:
         documents[split] = LiveFeatures(target, chosen, spec, values["max_length_tokens"])
     counts = answer_token_counts(corpora["train"].documents, target.vocab_size)
     return Extraction(target, spec, documents, counts)
+
+
+def extracted(target: Target, values: Mapping) -> FeatureSpec:
+    """The layers that are recorded: with state_layers="kv" also the inputs of those whose cache is."""
+    spec = feature_spec(target, values["kv_layers"])
+    if values.get("state_layers", "eagle") == "kv":
+        spec = spec.of_layers(None, sorted({*spec.hidden_layers, *spec.kv_layers}))
+    return spec
 
 
 def keep(extraction: Extraction, values: Mapping, folder: str | Path) -> pd.DataFrame:
@@ -88,13 +94,13 @@ def keep(extraction: Extraction, values: Mapping, folder: str | Path) -> pd.Data
     return table
 
 
-def hold(extraction: Extraction, values: Mapping, folder: str | Path) -> dict[str, ResidentFeatures]:
+def hold(
+    extraction: Extraction, values: Mapping, folder: str | Path, state: Sequence[str] = STATE
+) -> dict[str, ResidentFeatures]:
     """Features by split in the memory of the target's device; only the answer-token counts go to ``folder``."""
     write_counts(folder, extraction.answer_token_counts)
     device, batch = extraction.target.device, values["batch_documents"]
-    return {
-        split: ResidentFeatures(live, device, batch_documents=batch) for split, live in extraction.documents.items()
-    }
+    return {split: ResidentFeatures(live, device, state, batch) for split, live in extraction.documents.items()}
 
 
 def write_counts(folder: str | Path, counts: np.ndarray) -> Path:

@@ -94,7 +94,7 @@ def _compared(draws: Draws, a: str, b: str | None, metric: str, step: int | None
         error, freedom = standard_error(*(draws.rows(variant, metric, step) for variant in sides.values()))
         visible = error * (stdtrit(freedom, 1 - 0.025 / of) + stdtrit(freedom, 0.8))
         row |= {**vars(found), "p": p_value(found.value, error, freedom), "smallest_visible": visible}
-        row |= {"seeds": min(map(draws.seeds, sides.values())), "verdict": found.verdict(0)}
+        row |= {"seeds": min(draws.seeds(variant, metric) for variant in sides.values()), "verdict": found.verdict(0)}
     return row
 
 

@@ -105,7 +105,9 @@ def context_draws(context: pd.DataFrame, window: int, samples: int = 2000, seed:
     ------
     StudyError : no run has these bins and windows.
     """
-    documents, steps = np.unique(context["document"]), np.unique(context["draft_step"])
+    if context.empty:
+        raise StudyError("no acceptance by length of context was measured: `kvshot measure context` does it")
+    documents, steps, last = np.unique(context["document"]), np.unique(context["draft_step"]), context["bin_low"].max()
     weights = resample_weights(len(documents), samples, seed).astype(float)
     cells = pd.MultiIndex.from_product([documents, steps], names=["document", "draft_step"])
     keys, values = [], []
@@ -118,8 +120,7 @@ def context_draws(context: pd.DataFrame, window: int, samples: int = 2000, seed:
             held = [summed[0, -1, 0], cell["document"].nunique()]
             name = f"mat_{place[1]}" + f"_window_{place[0]}" * (place[0] > 0)
             keys.append([*run, name, None, *place, *held])
-        last = max(low for _, low in bins)
-        if not {(0, CONTEXT // 2), (window, last)} <= bins.keys():
+        if not {(0, CONTEXT // 2), (0, last), (window, last)} <= bins.keys():
             raise StudyError(f"context needs anchors at {CONTEXT // 2} tokens and windows 0 and {window}: measure them")
         made = {"last": bins[0, last], "fall": bins[0, CONTEXT // 2] - bins[0, last]}
         made["window_gain"] = bins[window, last] - bins[0, last]

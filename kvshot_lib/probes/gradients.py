@@ -37,7 +37,7 @@ from ..errors import StudyError
 from ..features.live import LiveFeatures
 from ..features.resident import ResidentFeatures
 from ..features.spec import Features, FeatureSpec
-from ..target.load import Target, load_target
+from ..target.load import Target, load_target, resolve_device
 from ..text.corpus import Document, load_corpus
 from ..training.anchors import Anchors, find_anchors
 from ..training.loss import ttt_loss
@@ -218,7 +218,7 @@ def measure_gradients(
         return measure_run(load_drafter(folder, target), source, usable)
 
     parts = [Part("gradient_flow", "flow", partial(of_run, folder), folder) for folder in folders.values()]
-    depends = f"{fingerprint} {text.provenance} {documents} {list(contexts)}"
+    depends = f"{fingerprint} {text.provenance} {documents} {list(contexts)} {resolve_device(device)}"
     return write_tables(results_dir, measure_parts(Path(results_dir) / "gradient_flow", depends, parts), keep)
 
 

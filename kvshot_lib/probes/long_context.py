@@ -21,6 +21,7 @@ from ..errors import StudyError
 from ..features.live import LiveFeatures
 from ..features.spec import FeatureSpec
 from ..metrics.acceptance import COUNTS, STEPS, bin_low, count_document
+from ..settings import at_least
 from ..target.load import load_target, resolve_dtype
 from ..text.corpus import load_corpus
 from ..training.judging import anchor_places, match_documents
@@ -41,6 +42,8 @@ def measure_context(
     fingerprint : of the code; what RESULTS_DIR/context has of it, of these documents and weights, stays.
     keep : a folder of tables made before on the same documents: their other runs stay.
     """
+    at_least(1, documents=documents, windows=len(windows))
+    at_least(0, window=min(windows))
     started, found = time.perf_counter(), find_runs(results_dir, runs, finished=False)
     spec = FeatureSpec.from_json(described(next(iter(found.values())))["spec"])
     text, target = load_corpus(corpus, "evaluation"), load_target(spec.target, device=device)
@@ -49,9 +52,11 @@ def measure_context(
     parts = [
         Part("context", f"window{window}", partial(measure_window, run, source, window), run)
         for run in found.values()
-        for window in windows
+        for window in dict.fromkeys(windows)
     ]
-    made = measure_parts(results.folder / "context", f"{fingerprint} {results.hashes}", parts)
+    made = measure_parts(
+        results.folder / "context", f"{fingerprint} {results.hashes} {target.dtype} {target.device}", parts
+    )
     facts = facts_of(
         results, time.perf_counter() - started, corpus=str(corpus), dtype=str(target.dtype).removeprefix("torch.")
     )
@@ -62,11 +67,8 @@ def measure_window(run: Path, source: LiveFeatures, window: int) -> pd.DataFrame
     """The rows of ``context`` of one drafter and window."""
     drafter, device = load_drafter(run, source.target), source.target.device
     drafter.config = replace(drafter.config, window_tokens=window)
-    source, how = (
-        read_by(drafter.config, drafter.spec, source),
-        {"device": device, "dtype": resolve_dtype("auto", device)},
-    )
-    matched = match_documents(source, drafter, STEPS, batch_documents=1, **how)
+    source, dtype = read_by(drafter.config, drafter.spec, source), resolve_dtype("auto", device)
+    matched = match_documents(source, drafter, STEPS, device=device, dtype=dtype, batch_documents=1)
     rows = []
     for document, (match, valid) in enumerate(matched):
         bins = bin_low(anchor_places(source, document)[:, 1])

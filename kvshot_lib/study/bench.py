@@ -96,7 +96,7 @@ def bench(
     for number in processes:
         bench.add(f"train kv_2 from live features, {number} processes", launched_speed(number, own), "tokens/s")
     judged = lambda: match_documents(resident, built, training.ttt_steps, device=model.device, dtype=model.dtype)
-    bench.add(f"judge {BENCHED[-1]}", documents / seconds(judged, 1), "documents/s")
+    bench.add(f"judge {BENCHED[-1]}", len(resident) / seconds(judged, 1), "documents/s")
     bench.generation(texts)
     prompts = [document.prompt for document in made.documents["evaluation"].documents[:8]]
     bench.decoding(prompts, None, ALONE)

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from ..decoding.latency import ARCHITECTURES
 from ..drafters.context import drafter_spec, read_by
 from ..errors import StudyError
+from ..features.extract import extracted
 from ..features.live import LiveFeatures, extraction_speed
-from ..features.spec import feature_spec
 from ..provenance import device_name
 from ..target.load import Target, resolve_device, resolve_dtype
 from ..target.tiny import tiny_tokenizer
@@ -42,7 +42,7 @@ def dry_run(
     size = sum(p.numel() for p in target.model.parameters())
     machine = f"{device_name(target.device)}, torch {torch.__version__}"
     print(f"{machine}, {target.name}: {size:,} parameters, {target.dtype}", flush=True)
-    tokens, spec = dialogues * length, feature_spec(target, values["kv_layers"])
+    tokens, spec = dialogues * length, extracted(target, values)
 
     def tell(stage: str, speed: float, passes: int) -> None:
         took = f"{passes * tokens / speed / 3600:10,.1f} hours" if passes else ""

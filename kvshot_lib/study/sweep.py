@@ -11,7 +11,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +78,7 @@ def sweep(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], work
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done", flush=True)
     if not waiting:
         return 0
-    features = load_features(profile, results_dir)
+    features = load_features(profile, results_dir, dict.fromkeys(variant for variant, _ in waiting))
     context = torch.multiprocessing.get_context("spawn")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     running: dict[Future, tuple[str, int]] = {}
@@ -106,15 +106,16 @@ def sweep(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], work
     return sum(not _done(results_dir, *job) for job in jobs)
 
 
-def load_features(profile: Profile, results_dir: Path) -> dict:
-    """The profile's features by split, of the layers that its drafters read, in the memory of the target's device."""
+def load_features(profile: Profile, results_dir: Path, variants: Iterable[str]) -> dict:
+    """Features by split in the memory of the target's device, as far as some of these drafters reads them."""
     values = checked_values(profile, results_dir)
-    made, configs = prepare(values), [configurations(train_values(profile, v, 0))[0] for v in profile.drafters]
+    made, configs = prepare(values), [configurations(train_values(profile, v, 0))[0] for v in variants]
     specs = [(config, drafter_spec(config, made.target)) for config in configs]
     kv = sorted({layer for config, spec in specs if config.reads_kv for layer in spec.kv_layers})
     hidden = sorted({n for config, spec in specs if "hidden_states" in config.reads for n in spec.hidden_layers})
     documents = {split: live.with_layers(kv or None, hidden or None) for split, live in made.documents.items()}
-    return hold(replace(made, documents=documents), values, results_dir / "features")
+    state = {field for config in configs for field in config.reads} | {"final_hidden", "target_argmax"}
+    return hold(replace(made, documents=documents), values, results_dir / "features", sorted(state))
 
 
 def checked_values(profile: Profile, results_dir: Path) -> dict:

@@ -10,12 +10,12 @@ was and makes the same documents.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
-from transformers.generation.streamers import BaseStreamer
 
 from ..errors import StudyError
 from ..files import read_json, write_atomically, write_json
@@ -116,8 +116,10 @@ def generate_corpus(
             "user_turns": user_turns,
             "user_turns_sha256": turns_hash(turn for split in SPLITS for turn in turns[split]),
         }
+    if (known := folder / "provenance.json").exists() and not (folder / "parts").exists():
+        raise StudyError(f"{folder} is a finished corpus without the parts that it grew from; choose another folder")
     _refuse_to_mix(folder / "parts" / "settings.json", facts)
-    if (known := folder / "provenance.json").exists():  # a split that is there stays
+    if known.exists():  # a split that is there stays
         found = read_json(known, f"delete {folder} and generate again")["splits"]
         counts = {split: max(counts.get(split, 0), found.get(split, {}).get("documents", 0)) for split in SPLITS}
     splits, seen = dict.fromkeys(split for split in SPLITS if counts.get(split)), set()
@@ -230,7 +232,8 @@ def _continue(target, prompts, settings, max_new_tokens, *, greedy) -> list[np.n
     rules = GenerationConfig(do_sample=not greedy, **ends, **sampling)
     ids, mask = torch.from_numpy(padded).to(target.device), torch.from_numpy(real).long().to(target.device)
     with tqdm(total=max_new_tokens, desc="batch in hand", unit="token", delay=5, leave=False, position=0) as bar:
-        output = target.generate(ids, mask, rules, streamer=_Ticker(bar))
+        ticker = SimpleNamespace(put=lambda _: bar.update(), end=lambda: None)
+        output = target.generate(ids, mask, rules, streamer=ticker)
     new = output[:, width:].cpu().numpy().astype(np.int32)  # [B, new tokens]; after a row's end there is padding
     stopped = np.isin(new, stops)
     lengths = np.where(stopped.any(axis=1), stopped.argmax(axis=1) + 1, new.shape[1])
@@ -279,16 +282,3 @@ def _refuse_to_mix(path: Path, facts: dict) -> None:
                 f"{path.parent} was begun with {name}={before.get(name)!r}, not {facts.get(name)!r}; "
                 "choose another folder"
             )
-
-
-class _Ticker(BaseStreamer):
-    """Shows how far a long batch is."""
-
-    def __init__(self, bar: tqdm):
-        self.bar = bar
-
-    def put(self, value: torch.Tensor) -> None:
-        self.bar.update()
-
-    def end(self) -> None:
-        pass

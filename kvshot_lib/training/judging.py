@@ -94,7 +94,7 @@ def anchor_places(source, document: int) -> np.ndarray:
     -------
     int64 [anchors, 2], the columns of ``metrics.AXES``.
     """
-    answer_mask = source.batch([document], ("target_argmax",)).answer_mask.cpu()
+    answer_mask = source.batch([document], ()).answer_mask.cpu()
     anchors = find_anchors(answer_mask, 1)
     places = anchors.index[anchors.valid[..., 0]]
     position = torch.arange(answer_mask.shape[1])

@@ -99,10 +99,9 @@ def prepare_run(variant: str, values: Mapping, results_dir: str | Path, features
     features = features or {split: open_features(folder, target) for split, folder in folders.items()}
     wanted = drafter_spec(config, target)
     features = {split: read_by(config, wanted, source) for split, source in features.items()}
-    spec = features["train"].spec
     counts = read_counts(results_dir / "features", target.vocab_size)
     draft_ids = draft_vocabulary(counts, min(values["draft_vocab_size"], target.vocab_size))
-    drafter = build_drafter(config, target, spec, draft_ids, seed=training.seed)
+    drafter = build_drafter(config, target, wanted, draft_ids, seed=training.seed)
     if on_device:
         state = (*drafter.reads, "final_hidden", "target_argmax")
         features = {split: ResidentFeatures(source, target.device, state) for split, source in features.items()}

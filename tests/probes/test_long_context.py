@@ -6,6 +6,7 @@ from examples import target
 from finished import finished
 
 from kvshot_lib.drafters.checkpoint import load_drafter
+from kvshot_lib.errors import StudyError
 from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.metrics import tables
 from kvshot_lib.metrics.acceptance import COUNTS, STEPS, count_document
@@ -66,3 +67,21 @@ def test_windows_measured_before_are_kept(study):
     given = {"corpus": corpus, "fingerprint": "code", "documents": 2, "keep": folder / "results/tables"}
     table = pd.read_parquet(measure_context(folder / "results", ["kv_2/seed0"], windows=(6,), **given)["context"])
     assert set(table.query("variant == 'kv_2'")["window_tokens"]) == {0, 4, 6, 100}
+
+
+def test_tables_about_other_documents_are_not_kept(study, tmp_path):
+    """As many documents, numbered alike, of another text: every paired difference would be wrong."""
+    folder, *_ = study
+    settings = GeneratorSettings(100, 6, batch_size=3, max_answer_tokens=30, seed=7)
+    other = generate_corpus(target(), tmp_path / "other", {"evaluation": 3}, settings)
+    before = (folder / "results/tables/context.parquet").read_bytes()
+    with pytest.raises(StudyError, match="about other documents"):
+        given = {"fingerprint": "code", "documents": 2, "keep": folder / "results/tables"}
+        measure_context(folder / "results", ["kv_2/seed0"], corpus=other, **given)
+    assert (folder / "results/tables/context.parquet").read_bytes() == before
+
+
+@pytest.mark.parametrize("given, told", [({"documents": -1}, "--documents"), ({"windows": (-4,)}, "--window"), ({"windows": ()}, "--windows")])  # fmt: skip
+def test_options_that_measure_nothing_are_refused(tmp_path, given, told):
+    with pytest.raises(StudyError, match=f"{told} is too small"):
+        measure_context(tmp_path, fingerprint="code", **given)

@@ -16,6 +16,8 @@ from kvshot_lib.study import sweep
 from kvshot_lib.study.cli import main
 from kvshot_lib.study.profiles import load_profile, resolve_drafters, train_values
 from kvshot_lib.text.corpus import SPLITS, load_corpus, save_corpus
+from kvshot_lib.training.loop import identity
+from kvshot_lib.training.run import prepare_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,19 +44,26 @@ def test_every_run_of_the_profile_is_trained_and_collected(swept):
     assert json.loads((folder / "runs/hybrid_warm/seed0/run.json").read_text())["init_from"] == "hidden"
 
 
-def test_only_layers_that_some_drafter_reads_are_held(tmp_path):
-    """The extraction keeps EAGLE's layers for all: in memory they would be a third of the features of `sources`."""
-    states, cache = (
-        {"states_1": {"state_layers": "kv", "kv_layers": [2]}, "none_1": {}},
-        {"kv_1": {"kv_layers": [1, 3]}},
-    )
-    profile = replace(load_profile("smoke"), drafters=resolve_drafters(states, "here"))
+def test_only_what_some_drafter_reads_is_held(tmp_path):
+    """The extraction keeps all layers and fields for all: in memory EAGLE's alone would be a third of `sources`."""
+    own = {"states_1": {"state_layers": "kv", "kv_layers": [2]}, "none_1": {}, "kv_1": {"kv_layers": [1, 3]}}
+    profile = replace(load_profile("smoke"), drafters=resolve_drafters(own, "here"))
     profile.extract.update(kv_layers=[1, 2, 3], state_layers="kv", train_documents=2)
-    spec = sweep.load_features(profile, tmp_path)["train"].spec
-    assert spec.hidden_layers == (2,)
-    with_cache = replace(profile, drafters=resolve_drafters(states | cache, "here"))
-    spec = sweep.load_features(with_cache, tmp_path)["train"].spec
-    assert (spec.hidden_layers, spec.kv_layers) == ((2,), (1, 3))
+    held = sweep.load_features(profile, tmp_path, ["states_1", "none_1"])["train"]
+    assert held.spec.hidden_layers == (2,) and "keys" not in held._fields and "hidden_states" in held._fields
+    held = sweep.load_features(profile, tmp_path, own)["train"]
+    assert (held.spec.hidden_layers, held.spec.kv_layers) == ((2,), (1, 3)) and held._fields["keys"].shape[1] == 2
+
+
+def test_a_training_is_the_same_whatever_else_is_held(tmp_path):
+    """A checkpoint belongs to its own drafter: others that come to the profile change nothing of it."""
+    profile, made = load_profile("smoke"), []
+    profile.extract.update(state_layers="kv", train_documents=4, evaluation_documents=2, validation_documents=2)
+    for number, others in enumerate((["kv_1"], ["kv_1", "hidden"])):
+        features = sweep.load_features(profile, tmp_path / str(number), others)
+        run = prepare_run("kv_1", train_values(profile, "kv_1", 0), tmp_path / str(number), features)
+        made.append(identity(run.drafter, run.features["train"], run.training, run.dtype))
+    assert made[0] == made[1] and made[0]["hidden_layers"]
 
 
 @pytest.mark.slow
@@ -62,7 +71,7 @@ def test_the_features_in_memory_train_the_same_drafter_as_those_on_disk(swept, t
     """Against prepare_run on a feature store, as notebook 02 calls it: the same history up to bfloat16's rounding of the store."""
     folder, _ = swept
     profile = load_profile("smoke")
-    features = sweep.load_features(profile, tmp_path / "smoke")
+    features = sweep.load_features(profile, tmp_path / "smoke", ["kv_1"])
     facts = sweep.train_run("kv_1", train_values(profile, "kv_1", 0), tmp_path / "smoke", features)
     again = pd.read_csv(tmp_path / "smoke/runs/kv_1/seed0/history.csv").drop(columns="seconds")
     first = pd.read_csv(folder / "runs/kv_1/seed0/history.csv").drop(columns="seconds")
@@ -77,14 +86,14 @@ def test_a_profiles_own_dialogues_are_what_it_trains_on(tmp_path):
     with pytest.raises(
         StudyError, match="no dialogues .*: python -m kvshot_lib generate .*/corpus --target tiny --train 4"
     ):
-        sweep.load_features(profile, tmp_path)
+        sweep.load_features(profile, tmp_path, ["hidden"])
     documents = load_corpus("tiny", "train").documents
     splits = {name: documents[4 * place : 4 * place + 4] for place, name in enumerate(SPLITS)}
     save_corpus(tmp_path / "corpus", splits, {"target": "tiny", "seed": 0}, greedy=[])
-    features = sweep.load_features(profile, tmp_path)
+    features = sweep.load_features(profile, tmp_path, ["hidden"])
     for name, own in splits.items():
         assert features[name].lengths == [len(document.tokens) for document in own]
-        assert features[name].batch([0]).tokens[0].tolist() == own[0].tokens.tolist()
+        assert features[name].batch([0], ()).tokens[0].tolist() == own[0].tokens.tolist()
 
 
 @pytest.mark.slow

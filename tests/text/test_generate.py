@@ -1,5 +1,6 @@
 """The generator: turns end where they should, nothing depends on batching or on a kill, and nothing strays in."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -238,6 +239,16 @@ def test_other_settings_in_the_same_folder_are_refused(target, tmp_path):
     generate_corpus(target, tmp_path, {"train": 2}, SETTINGS)
     with pytest.raises(StudyError, match="begun with seed=0, not 1"):
         generate_corpus(target, tmp_path, {"train": 2}, replace(SETTINGS, seed=1))
+
+
+def test_a_finished_corpus_without_its_parts_is_never_written_over(target, tmp_path):
+    """Tracked corpora are like this: their splits could not be made again from parts, and other settings not be seen."""
+    folder = generate_corpus(target, tmp_path / "own", {"train": 2}, SETTINGS)
+    before = (folder / "train.npz").read_bytes()
+    shutil.rmtree(folder / "parts")
+    with pytest.raises(StudyError, match="finished corpus without the parts .*; choose another folder"):
+        generate_corpus(target, folder, {"validation": 2}, SETTINGS)
+    assert (folder / "train.npz").read_bytes() == before and not (folder / "parts").exists()
 
 
 def test_a_target_that_never_ends_its_turns_is_refused(target, tmp_path, monkeypatch):
