@@ -30,10 +30,9 @@ def find_runs(results_dir: str | Path, runs: Sequence[str] = (), finished: bool 
     folder, mark, found = Path(results_dir), FINISHED if finished else DESCRIPTION, {}
     for path in folder.glob(f"runs/*/seed*/{mark}"):
         if re.fullmatch(r"seed\d+", path.parent.name):
-            found[f"{path.parents[1].name}/{path.parent.name}"] = path.parent
+            found[run_name(path.parent)] = path.parent
     for path in [] if finished else folder.glob(f"*/{DESCRIPTION}"):
-        seed = read_json(path, "restore it with git").get("seed", 0)
-        found[f"{path.parent.name}/seed{seed}"] = path.parent
+        found[run_name(path.parent)] = path.parent
     told, known = "finished run" if finished else "trained drafter", ", ".join(sorted(found)) or "none"
     if unknown := [name for name in runs if name not in found]:
         raise StudyError(f"{', '.join(unknown)}: no {told} in {folder / 'runs'}; there: {known}")
@@ -42,6 +41,13 @@ def find_runs(results_dir: str | Path, runs: Sequence[str] = (), finished: bool 
     places = {variant: place for place, variant in enumerate(in_study_order(name.split("/")[0] for name in found))}
     order = sorted(runs or found, key=lambda name: (places[name.split("/")[0]], int(name.rpartition("seed")[2])))
     return {name: found[name] for name in order}
+
+
+def run_name(folder: Path) -> str:
+    """``variant/seedN`` of a run's folder, or of a published drafter's, whose description says which seed it is."""
+    if re.fullmatch(r"seed\d+", folder.name):
+        return f"{folder.parent.name}/{folder.name}"
+    return f"{folder.name}/seed{read_json(folder / DESCRIPTION, 'restore it with git').get('seed', 0)}"
 
 
 def training_command(folder: Path, **parameters) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ..drafters.runs import DESCRIPTION, find_runs
+from ..drafters.runs import DESCRIPTION, find_runs, run_name
 from ..errors import StudyError
 from ..features.spec import check_origin
 from ..features.store import StoredFeatures
@@ -88,7 +88,7 @@ def measure_parts(kept: Path, depends: str, parts: Iterable[Part]) -> dict[str, 
     for part in parts:
         folder, name = part.folder, part.name
         if folder is not None:
-            name = f"{folder.parent.name}.{folder.name}.{described(folder)['weights_sha256'][:8]}.{name}"
+            name = f"{run_name(folder).replace('/', '.')}.{described(folder)['weights_sha256'][:8]}.{name}"
 
         def make(part=part, name=name) -> pd.DataFrame:
             print(name, file=sys.stderr, flush=True)
@@ -108,7 +108,8 @@ def table_of(name: str, rows: pd.DataFrame, folder: Path | None = None) -> pd.Da
     if rows.empty:
         raise StudyError("no anchors in the evaluation documents: extract documents with longer answers")
     if folder is not None:
-        rows = rows.assign(variant=folder.parent.name, seed=int(folder.name.removeprefix("seed")))
+        variant, _, seed = run_name(folder).partition("/seed")
+        rows = rows.assign(variant=variant, seed=int(seed))
     return tables.rounded(rows[list(tables.SCHEMAS[name])].astype(tables.SCHEMAS[name]))
 
 

@@ -1,5 +1,7 @@
 """Acceptance by context length: the bins of a document are its own counts taken apart, and windows act as they say."""
 
+import shutil
+
 import pandas as pd
 import pytest
 from examples import target
@@ -85,3 +87,14 @@ def test_tables_about_other_documents_are_not_kept(study, tmp_path):
 def test_options_that_measure_nothing_are_refused(tmp_path, given, told):
     with pytest.raises(StudyError, match=f"{told} is too small"):
         measure_context(tmp_path, fingerprint="code", **given)
+
+
+def test_published_drafters_are_measured_as_runs_are(study, tmp_path):
+    folder, corpus, _ = study
+    shutil.copytree(folder / "results/runs/kv_2/seed0", tmp_path / "mine")
+    given = {"corpus": corpus, "fingerprint": "code", "documents": 2, "windows": (0, 100, 4)}
+    found = pd.read_parquet(measure_context(tmp_path, **given)["context"])
+    first = tables.read(folder / "results/tables", "context").query("variant == 'kv_2' and window_tokens != 6")
+    assert set(found["variant"]) == {"mine"} and set(found["seed"]) == {0}
+    same = ["window_tokens", "document", "bin_low", "draft_step", *COUNTS]
+    pd.testing.assert_frame_equal(found[same], first[same].reset_index(drop=True))
