@@ -9,7 +9,9 @@ from recorded import TRAINED_ON, by_context, turned
 from recorded import in_context as of
 from stated import checked
 
+from kvshot_lib.files import read_json
 from kvshot_lib.metrics.comparisons import holm, p_value
+from kvshot_lib.metrics.diagnostics import context_draws
 from kvshot_lib.study.profiles import load_profile
 from kvshot_lib.text.corpus import load_corpus
 
@@ -80,6 +82,12 @@ def lost(variant: str, low: int = 512) -> tuple[float, float, float]:
     terms = (1, variant, "mat_256"), (-1, against, "mat_256"), (-1, variant, later), (1, against, later)
     found = by_context().contrast(*terms)
     return found.value, found.low, found.high
+
+
+@cache
+def published():
+    """Draws of the published drafters, on the first eight dialogues."""
+    return context_draws(recorded.table("context", "context_512/published"), 512, samples=2000, seed=0)
 
 
 @cache
@@ -170,6 +178,12 @@ STATED = [
         lambda: [calm().mean(EAGLE, name).value for name in (bin_of(4096, 512), "mat_256")],
     ),
     ("(p .0021 or less after Holm), X4 and X8 come to .047", lambda: [of_family()["X3"], of_family()["X4"]]),
+    (
+        "gains .801 tokens [.743, .861] by it, `kv_2` .107 [.032, .228]",
+        lambda: [
+            x for name in ("hidden_31_continued", "kv_2") for x in vars(published().mean(name, "window_gain")).values()
+        ],
+    ),
     ("by .098 [.029, .181]. That", lambda: of("states_2 on 512", "fall", minus="kv_2 on 512")),
     ("of `kv_2` differ by .067", lambda: [2, np.ptp(by_context().rows("kv_2 on 2,048", "last")[:, 0])][1:]),
     (
@@ -204,3 +218,10 @@ def test_what_they_were_trained_on_loses_nothing_just_past_512():
         long, against, later = f"{drafter} on 2,048", "none_2 on 2,048", bin_of(512, 512)
         terms = (1, long, "mat_256"), (-1, against, "mat_256"), (-1, long, later), (1, against, later)
         assert by_context().contrast(*terms).low < 0
+
+
+def test_the_published_drafter_over_the_cache_reads_raw_keys_and_those_of_the_experiment_do_not():
+    assert read_json(ROOT / "data/checkpoints/kv_2/drafter.json", "")["config"]["kv_rope"] == "raw"
+    for profile in TRAINED_ON.values():
+        assert load_profile(profile).drafters["kv_2"]["kv_rope"] == "unrotate"
+    assert recorded.table("context_facts", "context_512/published")["documents"].tolist() == [8]
