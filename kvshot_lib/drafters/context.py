@@ -128,11 +128,16 @@ def drafter_spec(config: DrafterConfig, target: Target) -> FeatureSpec:
     return replace(spec, hidden_layers=spec.kv_layers) if config.state_layers == "kv" else spec
 
 
+def layers_read(config: DrafterConfig, spec: FeatureSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Target layers whose cache, and whose inputs, a drafter reads."""
+    return spec.kv_layers * config.reads_kv, spec.hidden_layers * ("hidden_states" in config.reads)
+
+
 def read_by(config: DrafterConfig, spec: FeatureSpec, source):
     """A source of features of the drafter's target as it reads them: its layers, another document's KV if shuffled."""
     check_origin(source.spec, spec, "the features were recorded")
-    hidden = spec.hidden_layers if "hidden_states" in config.reads else None
-    source = source.with_layers(spec.kv_layers if config.reads_kv else None, hidden)
+    kv, hidden = layers_read(config, spec)
+    source = source.with_layers(kv or None, hidden or None)
     return ShuffledKV(source) if config.kv_control == "shuffled" else source
 
 

@@ -9,8 +9,7 @@ import pandas as pd
 
 from ..drafters.variants import parameters_of
 from ..errors import StudyError
-from .acceptance import COUNTS, metrics_of
-from .resampling import KEYS, Draws, draw_ratios, drawn_as, resample_weights
+from .resampling import KEYS, Draws, draw_ratios, drawn_as
 
 CONTEXT = 512  # the longest context that drafters are trained on
 CLAIM_AT = 0.1  # C17 is about the gate after this share of the training
@@ -107,17 +106,14 @@ def context_draws(context: pd.DataFrame, window: int, samples: int = 2000, seed:
     """
     if context.empty:
         raise StudyError("no acceptance by length of context was measured: `kvshot measure context` does it")
-    documents, steps, last = np.unique(context["document"]), np.unique(context["draft_step"]), context["bin_low"].max()
-    weights = resample_weights(len(documents), samples, seed).astype(float)
-    cells = pd.MultiIndex.from_product([documents, steps], names=["document", "draft_step"])
-    keys, values = [], []
-    for run, own in context.groupby(["variant", "seed"], sort=False):
+    counted = context.assign(top=context["matches"], bottom=context["anchors"]).sort_values("draft_step", kind="stable")
+    drawn = draw_ratios(counted, ["window_tokens", "bin_low", "draft_step"], samples, seed)
+    keys, values, last = [], [], context["bin_low"].max()
+    for run, own in drawn.keys.groupby(["variant", "seed"], sort=False):
         bins = {}
         for place, cell in own.groupby(["window_tokens", "bin_low"]):
-            counts = cell.set_index(cells.names)[COUNTS].reindex(cells, fill_value=0).to_numpy(float)
-            summed = np.tensordot(weights, counts.reshape(len(documents), len(steps), -1), 1)
-            bins[place] = metrics_of(summed, np.ones((1, 2)))["expected_mat"]
-            held = [summed[0, -1, 0], cell["document"].nunique()]
+            bins[place] = 1 + drawn.values[cell.index].cumprod(0).sum(0)
+            held = cell[["anchors", "documents"]].iloc[-1]
             name = f"mat_{place[1]}" + f"_window_{place[0]}" * (place[0] > 0)
             keys.append([*run, name, None, *place, *held])
         if not {(0, CONTEXT // 2), (0, last), (window, last)} <= bins.keys():
@@ -126,5 +122,4 @@ def context_draws(context: pd.DataFrame, window: int, samples: int = 2000, seed:
         made["window_gain"] = bins[window, last] - bins[0, last]
         keys += [[*run, metric, None, None, None, *held] for metric in made]
         values += [*bins.values(), *made.values()]
-    labels = [*KEYS, "window_tokens", "bin_low", "anchors", "documents"]
-    return drawn_as(keys, values, samples, seed, labels)
+    return drawn_as(keys, values, samples, seed, [*KEYS, "window_tokens", "bin_low", "anchors", "documents"])

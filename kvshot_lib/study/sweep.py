@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from .. import parallel
-from ..drafters.context import drafter_spec
+from ..drafters.context import drafter_spec, layers_read
 from ..errors import StudyError
 from ..features.extract import hold, keep, prepare
 from ..metrics.collect import collect
@@ -107,13 +108,12 @@ def sweep(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], work
 
 
 def load_features(profile: Profile, results_dir: Path, variants: Iterable[str]) -> dict:
-    """Features by split in the memory of the target's device, as far as some of these drafters reads them."""
+    """Features by split in the memory of the target's device, as far as any of these drafters reads them."""
     values = checked_values(profile, results_dir)
     made, configs = prepare(values), [configurations(train_values(profile, v, 0))[0] for v in variants]
-    specs = [(config, drafter_spec(config, made.target)) for config in configs]
-    kv = sorted({layer for config, spec in specs if config.reads_kv for layer in spec.kv_layers})
-    hidden = sorted({n for config, spec in specs if "hidden_states" in config.reads for n in spec.hidden_layers})
-    documents = {split: live.with_layers(kv or None, hidden or None) for split, live in made.documents.items()}
+    read = zip(*(layers_read(config, drafter_spec(config, made.target)) for config in configs))
+    layers = [sorted({*chain.from_iterable(each)}) or None for each in read]
+    documents = {split: live.with_layers(*layers) for split, live in made.documents.items()}
     state = {field for config in configs for field in config.reads} | {"final_hidden", "target_argmax"}
     return hold(replace(made, documents=documents), values, results_dir / "features", sorted(state))
 

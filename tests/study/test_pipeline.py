@@ -372,6 +372,39 @@ def test_smoke_study_from_end_to_end(tmp_path, capfd):
     assert "Nothing to be done" in "".join(capfd.readouterr())
 
 
+def listed(folder: Path, capfd) -> str:
+    capfd.readouterr()
+    run(folder, "small", "--dry-run")
+    return "".join(capfd.readouterr())
+
+
+@pytest.mark.pipeline
+def test_a_profile_without_drawings_still_trains_and_its_scorecard_needs_no_curves(study, capfd):
+    edit(study / "notebooks/profiles/small.yaml", "extract:", "decay: null\nextract:")
+    assert re.search(r"^collect +1$", listed(study, capfd), re.MULTILINE)
+    edit(study / "notebooks/profiles/small.yaml", "extract:", "scorecard: {}\nextract:")
+    assert re.search(r"^scorecard +1$", listed(study, capfd), re.MULTILINE)
+
+
+@pytest.mark.pipeline
+def test_a_corpus_in_a_folder_is_named_from_the_notebooks_and_known_by_its_content(study, capfd):
+    """However its path is written; and written again it is another corpus."""
+    text, notebook = study / "results/text", study / "notebooks/01_extract_kv_cache.ipynb"
+    text.mkdir()
+    (text / "provenance.json").write_text("one")
+    own = nbformat.read(notebook, 4)
+    (parameters,) = (cell for cell in own.cells if "parameters" in cell.metadata.get("tags", ()))
+    parameters.source += '\ncorpus = "selfgen"'
+    nbformat.write(own, notebook)
+    edit(study / "notebooks/profiles/small.yaml", "{target: tiny}", "{target: tiny, corpus: ./results/text}")
+    run(study, "small", "trained")
+    executed = nbformat.read(study / "results/small/notebooks/01_extract_kv_cache.ipynb", 4)
+    assert any("../results/text" in cell.source for cell in executed.cells)
+    assert due(study, capfd) == {}
+    (text / "provenance.json").write_text("two")
+    assert due(study, capfd) == {"extract": 1, "train": 3}
+
+
 def test_dialogues_come_before_extraction_and_are_its_corpus(tmp_path, capfd):
     folder = small_study(tmp_path)
     edit(
