@@ -52,14 +52,24 @@ def turned(numbers: tuple[float, float, float]) -> tuple[float, float, float]:
 
 @cache
 def card_ratios() -> tuple:
-    """The published drafters on a GPU: the answers, and by variant and plan the ratios of `metrics.decoding`."""
+    """A published drafter on a GPU: the answers, and by variant and plan the ratios of `metrics.decoding`."""
     rows = table("decode_prompts", "full/h200")
-    return rows, {(key[0], key[-1]): ratio for key, _, _, ratio in decoding.drawn(rows, 2000, 0)}
+    ratios = {(key[0], key[-1]): ratio for key, _, _, ratio in decoding.drawn(rows, 2000, 0)}
+    for ratio in ratios.values():
+        ratio["round"] = ratio["decoded_mat"] / ratio["speedup"]  # seconds of one, in steps of the target alone
+        ratio["draft_forwards"] = ratio["draft_cost"] * ratio["verify_cost"]  # of a round's drafts
+    return rows, ratios
 
 
 def on_card(variant: str, plan: str, metric: str) -> list[float]:
     """One of them with its interval."""
     return [*vars(resampling.interval(card_ratios()[1][variant, plan][metric])).values()]
+
+
+def benched(what: str, column: str = "value") -> float:
+    """A speed of `kvshot bench` on a GPU, or its floor."""
+    rows = tables.read_one(ROOT / "data/recorded/bench.csv", "bench").set_index(["what", "card"])
+    return rows.loc[(f"{what}, smollm2-135m-instruct", "NVIDIA H200"), column]
 
 
 TRAINED_ON = {"512": "context_512", "2,048": "context_2048"}  # tokens of a training text

@@ -1,8 +1,9 @@
 """Numbers in the text of notebook 12, held against the recorded tables."""
 
-from functools import partial
+from functools import cache, partial
 
 import pandas as pd
+import pytest
 import recorded
 import yaml
 from notebook_checks import ROOT
@@ -11,6 +12,7 @@ from stated import checked
 
 from kvshot_lib.metrics import resampling
 from kvshot_lib.metrics.comparisons import family
+from kvshot_lib.target.capture import hidden_layers
 
 NOTEBOOK = "notebooks/12_compare_sources.ipynb"
 STEP = "step_acceptance"
@@ -25,14 +27,57 @@ def worth_of_eagle() -> list[float]:
     return [minus(a, b)[0] for a, b in (("hidden_31", "none_1"), ("hidden_31_2", "none_2"), ("hidden_31_4", "none_4"))]
 
 
-def trained_again(variant: str) -> tuple[float, float, float]:
+def trained_again(variant: str, metric: str = "measured_mat", *step: int) -> tuple[float, float, float]:
     """A drafter trained with the graphed step minus the same as it was recorded first."""
     both = []
     for name in ("counts", "run_lengths"):
         first, again = (t[t["variant"] == variant] for t in (recorded.table(name, folder) for folder in FOLDERS))
         both.append(pd.concat([first, again.assign(variant=f"{variant}_again")]))
-    found = resampling.draw(*both).contrast((1, f"{variant}_again", "measured_mat"), (-1, variant, "measured_mat"))
+    found = resampling.draw(*both).contrast((1, f"{variant}_again", metric, *step), (-1, variant, metric, *step))
     return found.value, found.low, found.high
+
+
+OWN = " at 2, 15, 27"
+
+
+@cache
+def layers_drawn(every_seed: bool = False) -> resampling.Draws:
+    """Drafters at EAGLE's layers beside those at late layers, of the same seeds or of all that there are."""
+    both = []
+    for name in ("counts", "run_lengths"):
+        late, own = table(name), recorded.table(name, "eagle_layers")
+        late = late[late["variant"].isin({*own["variant"], "kv_2"})]
+        late = late if every_seed else late[late["seed"].isin(own["seed"])]
+        both.append(pd.concat([late, own.assign(variant=own["variant"] + OWN)]))
+    return resampling.draw(*both)
+
+
+@cache
+def layers_judged(every_seed: bool = False) -> pd.DataFrame:
+    """The family of `eagle_layers.yaml`."""
+    asked = yaml.safe_load((ROOT / "data/experiments/eagle_layers.yaml").read_text())["comparisons"]
+    pairs = [row | {"a": row["a"] + OWN, "b": row["a"]} for row in asked]
+    return family(layers_drawn(every_seed), pairs).set_index("id")
+
+
+def layers_told(number: str) -> list[float]:
+    return layers_judged().loc[number, ["value", "low", "high"]].tolist()
+
+
+def by_layers(a: str, b: str, metric: str = "measured_mat", *step: int) -> tuple[float, float, float]:
+    """a minus b, either of them at EAGLE's layers or at late ones."""
+    return tuple(vars(layers_drawn().contrast((1, a, metric, *step), (-1, b, metric, *step))).values())
+
+
+def moved_at(variant: str, step: int) -> tuple[float, float, float]:
+    """What EAGLE's layers change at a draft step."""
+    return by_layers(variant + OWN, variant, STEP, step)
+
+
+def on_validation(variant: str) -> pd.Series:
+    """MAT of the short trainings that chose the layers."""
+    choice = pd.read_csv(ROOT / "data/recorded/sources/layer_choice.csv")
+    return choice[choice["variant"] == variant].set_index("choice")["validation_mat"]
 
 
 def predicted(variant: str) -> pd.Series:
@@ -163,6 +208,49 @@ STATED = [
         "draft as before: −.004 tokens [−.012, +.006] and +.001 [−.014, +.014]",
         lambda: (*trained_again("kv_1"), *trained_again("none_1")),
     ),
+    ("and a late one, here 2, 15 and 27", lambda: hidden_layers(30)),
+    (
+        "at its own layers (E1)**: +.007 tokens [−.020, +.033]. One was expected. With three seeds a gain of less than .085",
+        lambda: [*layers_told("E1"), layers_judged()["smallest_visible"]["E1"]],
+    ),
+    (
+        "it beats `states_1` by .107 [.078, .135] and loses to `states_2` by .055 [.028, .083]",
+        lambda: (
+            *by_layers(f"hidden_31{OWN}", f"states_1{OWN}"),
+            *turned(by_layers(f"hidden_31{OWN}", f"states_2{OWN}")),
+        ),
+    ),
+    (
+        "+.010 [−.000, +.021] with one layer, +.015 [−.006, +.034] with two",
+        lambda: layers_told("E2") + layers_told("E3"),
+    ),
+    (
+        "late layers yielded 1.565 tokens there and spread ones 1.562",
+        lambda: on_validation("states_1")[["late", "spread"]],
+    ),
+    (
+        "is right .016 [.012, .021] more often. With three seeds that does not survive the correction (.052)",
+        lambda: [*layers_told("E4"), layers_judged()["holm"]["E4"]],
+    ),
+    ("With all five seeds of late layers it would (.003)", lambda: [layers_judged(every_seed=True)["holm"]["E4"]]),
+    (
+        "`states_1` gains .011 [.008, .014] and EAGLE-3.1 .008 [.001, .015]",
+        lambda: (*moved_at("states_1", 6), 3.1, *moved_at("hidden_31", 6)),
+    ),
+    ("`states_1` loses .003 [.001, .005]", lambda: turned(moved_at("states_1", 0))),
+    (
+        "trained again with its faster step, stay within .005 at step 6",
+        lambda: [max(abs(edge) for v in ("kv_1", "none_1") for edge in trained_again(v, STEP, 6)), 6],
+    ),
+    (
+        "at step 6: −.002 [−.008, +.004]. At 2, 15 and 27 it does, by .014 [.010, .018]",
+        lambda: (
+            6,
+            *by_layers("states_2", "kv_2", STEP, 6),
+            *hidden_layers(30),
+            *by_layers(f"states_2{OWN}", "kv_2", STEP, 6),
+        ),
+    ),
     ("drafts no longer than `none_1`: −.001 [−.013, +.011]", lambda: minus("query_1", "none_1")),
     (
         "loses .174 [.165, .183] to `kv_1`, and `query_4` .250 [.229, .270] to `kv_4`",
@@ -196,3 +284,33 @@ def test_the_late_lead_of_the_cache_stands_on_validation_documents_with_every_se
         .set_index(["variant", "seed"])["acceptance"]
     )
     assert ends["kv_4"].min() > ends["states_4"].max()
+
+
+def test_three_expectations_about_layers_fell():
+    judged = layers_judged()
+    came = judged["verdict"].replace("not distinguishable from", "none")
+    assert came.index[came != judged["expected"]].tolist() == ["E1", "E2", "E3"]
+    assert judged["seeds"].eq(3).all() and len(recorded.table("runs", "eagle_layers")) == 9
+
+
+def test_layers_for_states_were_chosen_by_the_cache():
+    """Of the mean's lead over the spread layers most is `kv_1`'s."""
+    leads = [on_validation(variant)["late"] - on_validation(variant)["spread"] for variant in ("kv_1", "states_1")]
+    assert leads[0] > 4 * leads[1] > 0
+
+
+@pytest.mark.parametrize("variant", ["states_1", "states_2"])
+def test_every_seed_gains_at_the_last_step_from_eagles_layers(variant):
+    """On sealed documents and on validation ones."""
+    late, own = (
+        recorded.table("history", profile).query("split == 'validation' and step == 1300 and draft_step == 6")
+        for profile in ("sources", "eagle_layers")
+    )
+    late, own = (t[t["variant"] == variant]["acceptance"] for t in (late, own))
+    assert own.min() > late.max()
+    late, own = (layers_drawn(True).rows(name, STEP, 6)[:, 0] for name in (variant, variant + OWN))
+    assert own.min() > late.max()
+
+
+def test_no_drafter_gains_at_the_first_step_from_eagles_layers():
+    assert max(moved_at(variant, 0)[0] for variant in ("hidden_31", "states_1", "states_2")) < 0

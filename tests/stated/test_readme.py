@@ -78,17 +78,24 @@ STATED = [
     ),
     ("on 98 prompts that it was not chosen by", prompts),
     (
-        "they are .93 [.90, .96] times as fast. This small target writes a token in 1.3 ms there",
+        "On an H200 they are .90 [.88, .93] times as fast. This small target writes a token in 1.3 ms there",
         lambda: [
             *on_card("hidden_31_continued", "2", "speedup"),
             1000 / on_card("hidden_31_continued", "-", "tokens_per_s")[0],
         ],
     ),
     (
-        "checking three tokens takes 1.22 times as long, and two draft steps .44 of that",
+        "checking three tokens takes 1.38 times as long, two draft steps of one layer .45 [.43, .46] times",
         lambda: [
             on_card("hidden_31_continued", "2", "verify_cost")[0],
-            on_card("hidden_31_continued", "2", "draft_cost")[0],
+            *on_card("hidden_31_continued", "2", "draft_forwards"),
+        ],
+    ),
+    (
+        "a round takes 1.77 [1.75, 1.79] times as long as a token alone, and brings 1.60 tokens",
+        lambda: [
+            *on_card("hidden_31_continued", "2", "round"),
+            on_card("hidden_31_continued", "2", "decoded_mat")[0],
         ],
     ),
     (
