@@ -2,10 +2,13 @@
 
 from functools import cache
 
+import numpy as np
 import pandas as pd
 from notebook_checks import ROOT
+from scipy.special import stdtrit
 
 from kvshot_lib.metrics import decoding, resampling, tables
+from kvshot_lib.metrics.comparisons import p_value
 from kvshot_lib.metrics.diagnostics import context_draws
 
 
@@ -44,6 +47,33 @@ def minus(
     return found.value, found.low, found.high
 
 
+def pooled(
+    drawn: resampling.Draws, which: tuple, a: str, b: str = "", beside: resampling.Draws | None = None
+) -> tuple[float, float, float, float]:
+    """a's metric (minus b's), with the variance over seeds taken as that of all variants: (value, low, high, p).
+
+    All are those of ``drawn``, there and in ``beside``; ``which`` is a metric and its draft step. Satterthwaite's
+    degrees, documents as known.
+    """
+    everywhere = [(part, v) for part in (drawn, beside) if part for v in drawn.variants if part.has(v, *which)]
+    trained = [part.rows(v, *which)[:, 0] for part, v in everywhere]
+    degrees = sum(len(seeds) - 1 for seeds in trained)
+    sides = [drawn.rows(variant, *which) for variant in (a, b) if variant]
+    over_seeds = sum(len(seeds) * seeds.var() for seeds in trained) / degrees * sum(1 / len(rows) for rows in sides)
+    difference = sides[0].mean(0) - (sides[1].mean(0) if b else 0)
+    whole = over_seeds + difference[1:].var(ddof=1)
+    freedom = degrees * (whole / over_seeds) ** 2
+    half = stdtrit(freedom, 0.975) * np.sqrt(whole)
+    return difference[0], difference[0] - half, difference[0] + half, p_value(difference[0], np.sqrt(whole), freedom)
+
+
+def longer(
+    a: str, b: str = "", which: tuple = ("measured_mat",), drawn: resampling.Draws | None = None
+) -> tuple[float, float, float]:
+    """a (minus b) after long training: value and interval."""
+    return pooled(drawn or draws("long"), which, a, b, draws("sources"))[:3]
+
+
 def turned(numbers: tuple[float, float, float]) -> tuple[float, float, float]:
     """A loss as a positive number, with its interval."""
     found, low, high = numbers
@@ -51,9 +81,9 @@ def turned(numbers: tuple[float, float, float]) -> tuple[float, float, float]:
 
 
 @cache
-def card_ratios() -> tuple:
-    """A published drafter on a GPU: the answers, and by variant and plan the ratios of `metrics.decoding`."""
-    rows = table("decode_prompts", "full/h200")
+def card_ratios(profile: str = "full/h200") -> tuple:
+    """Decoding on a GPU: the answers, and by variant and plan the ratios of `metrics.decoding`."""
+    rows = table("decode_prompts", profile)
     ratios = {(key[0], key[-1]): ratio for key, _, _, ratio in decoding.drawn(rows, 2000, 0)}
     for ratio in ratios.values():
         ratio["round"] = ratio["decoded_mat"] / ratio["speedup"]  # seconds of one, in steps of the target alone
@@ -61,9 +91,9 @@ def card_ratios() -> tuple:
     return rows, ratios
 
 
-def on_card(variant: str, plan: str, metric: str) -> list[float]:
+def on_card(variant: str, plan: str, metric: str, profile: str = "full/h200") -> list[float]:
     """One of them with its interval."""
-    return [*vars(resampling.interval(card_ratios()[1][variant, plan][metric])).values()]
+    return [*vars(resampling.interval(card_ratios(profile)[1][variant, plan][metric])).values()]
 
 
 def benched(what: str, column: str = "value") -> float:

@@ -14,7 +14,7 @@ READS = {
     "hidden": ("num_layers", "feedback", "hidden_norm", "state_layers", "kv_layers", "qk_norm", *_EVERY),
     "kv": (
         "num_layers", *_CACHE, "kv_control", "kv_with_hidden", "kv_lag_tokens", "kv_grad_scale", "state_layers",
-        "qk_norm", "query_from", *_EVERY,
+        "state_gains", "qk_norm", "query_from", *_EVERY,
     ),
     "hybrid": (
         "feedback", "hidden_norm", *_CACHE, "kv_grad_scale", "state_layers", "cross_only", "gate_bias", "gate_floor",
@@ -61,6 +61,8 @@ class DrafterConfig:
     kv_init : how these start: ``random``, or from the ``target``'s own (`context.start_from_target`).
     state_layers : whose inputs the hidden states are: EAGLE's three (``eagle``), or the layers whose KV
         is reused (``kv``).
+    state_gains : of the norm that hidden states pass on their way to entries, at the start: ``ones``, shared by all
+        layers, or each layer's own, as its attention reads it (``target``). Gemma's states are all but constant else.
     qk_norm : norm the queries and keys of the drafter's attention per head, before RoPE.
     query_from : what queries at t+1+k are made from: the drafter's ``own`` input; the ``target``'s inputs of the read
         layers there (its true queries are maps of them; no drafter knows them); these at the ``anchor`` t, which a
@@ -102,6 +104,7 @@ class DrafterConfig:
     block_size: int = 8
     kv_norm: bool = False
     state_layers: Literal["eagle", "kv"] = "eagle"
+    state_gains: Literal["ones", "target"] = "ones"
     qk_norm: bool = False
     query_from: Literal["own", "target", "anchor", "constant"] = "own"
     window_tokens: int = 0
@@ -171,6 +174,8 @@ class DrafterConfig:
                     f"{field.name}={getattr(self, field.name)!r} means nothing to a {self.paradigm} drafter; "
                     f"it takes {', '.join(READS[self.paradigm])}"
                 )
+        if self.state_gains != "ones" and not (self.kv_with_hidden or self.kv_control == "from_hidden"):
+            raise StudyError(f"state_gains={self.state_gains!r} means nothing without entries from hidden states")
         for name in ("hidden_norm", "state_layers"):
             value = getattr(self, name)
             if value != self.__dataclass_fields__[name].default and "hidden_states" not in self.reads:

@@ -60,6 +60,8 @@ class Fusion(nn.Module):
         from_states, states = config.kv_control == "from_hidden", len(spec.hidden_layers) * spec.hidden_size
         if from_states or config.kv_with_hidden:  # a few of their channels are hundreds of times the others
             self.norm = LlamaRMSNorm(spec.hidden_size, sizes.rms_norm_eps)
+            if config.state_gains == "target":
+                self.norm.weight = nn.Parameter(torch.ones(len(spec.hidden_layers), spec.hidden_size))
         for name in ("keys", "values"):
             setattr(self, name, _map(config.kv_fusion, states if from_states else reused * width, width))
             if config.kv_with_hidden:
@@ -148,15 +150,9 @@ def start_from_target(drafter, target: Target) -> None:
     An entry of the target's at s reaches the drafter as F [W_1 h_1; W_2 h_2; …] of S reused layers, W_l
     the target's projection with its input norm's gains folded in, h_l its normed input, F the fusion. A
     draft token x has no h_l yet; its entry starts as F [W_1; W_2; …] norm(x): in the space of the prefix
-    entries, on their scale, from the one input that there is. F is the fusion as drawn, so that nothing
-    but the draft-side maps starts differently; with ``kv_fusion="heads"`` it is the identity.
-
-    Where the map reads [norm(embedding); norm(state)] of a `hybrid`, this is its embedding half, for the
-    token at that place is what the target's residual stream starts from there; the state belongs to the
-    place before, and its half starts at zero (it learns from the first step on: the gradient of a weight
-    doesn't need the weight). Biases and per-head norms of the target's projections (Qwen) are left out,
-    for the drafters have neither; and with ``kv_rope="raw"`` the prefix keys were rotated before F, those
-    of draft tokens are after it.
+    entries, on their scale, from the one input that there is. F is the fusion as drawn; with ``kv_fusion="heads"`` it
+    is the identity. Of a `hybrid`'s map of [norm(embedding); norm(state)] the second half starts at zero. Biases and
+    per-head norms of the target's projections (Qwen) are left out, for the drafters have neither.
 
     Raises
     ------
@@ -171,15 +167,26 @@ def start_from_target(drafter, target: Target) -> None:
             weight[:, : start.shape[1]] = fuse.weight @ start if hasattr(fuse, "weight") else start
 
 
+@torch.no_grad()
+def start_gains(drafter, target: Target) -> None:
+    """``state_gains="target"``: hidden states are normed as the attention of their own layers norms them."""
+    gains = torch.stack([_input_gains(target, index, "state_gains", "ones") for index in drafter.spec.hidden_layers])
+    for layer in drafter.layers:
+        layer.fusion.norm.weight.copy_(gains)
+
+
+def _input_gains(target: Target, index: int, parameter: str, other: str) -> Tensor:
+    """[d]: what the norm before a target layer's attention multiplies by."""
+    if (norm := getattr(target.model.get_decoder().layers[index], "input_layernorm", None)) is None:
+        needed = f"input_layernorm in the layers of target {target.name}"
+        raise StudyError(f"{parameter}='target' needs {needed}; choose {other!r}")
+    return norm_gain(norm, target.name)
+
+
 def _projections(target: Target, layers: tuple[int, ...], name: str) -> Tensor:
     """[S · G · D, d] of the target's layers, end to end, each times its input norm's gains."""
-    found = []
-    for index in layers:
-        layer = target.model.get_decoder().layers[index]
-        try:
-            gain = norm_gain(layer.input_layernorm, target.name)
-            found.append(getattr(layer.self_attn, name).weight.float() * gain.float())
-        except AttributeError as error:
-            needed = f"{name} and input_layernorm in the layers of target {target.name}"
-            raise StudyError(f"kv_init='target' needs {needed}; choose 'random'") from error
-    return torch.cat(found)
+    gains = [_input_gains(target, index, "kv_init", "random") for index in layers]
+    maps = [getattr(target.model.get_decoder().layers[index].self_attn, name, None) for index in layers]
+    if None in maps:
+        raise StudyError(f"kv_init='target' needs {name} in the layers of target {target.name}; choose 'random'")
+    return torch.cat([own.weight.float() * gain for own, gain in zip(maps, gains)])

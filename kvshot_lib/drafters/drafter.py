@@ -25,7 +25,7 @@ from ..target.load import Target
 from ..target.shared import capped, rope_parameters, shared_parts
 from .attention import Entries, prefix_mask
 from .config import DrafterConfig
-from .context import PrefixSource, start_from_target
+from .context import PrefixSource, start_from_target, start_gains
 from .layers import COMPILED, View, make_layers
 
 
@@ -41,15 +41,9 @@ class Drafter(nn.Module):
     """
 
     def __init__(
-        self,
-        config: DrafterConfig,
-        spec: FeatureSpec,
-        sizes: LlamaConfig,
-        draft_ids: Tensor,
-        embedding: Tensor,
-        head: Tensor,
-        logit_cap: float = 0.0,
-    ):
+        self, config: DrafterConfig, spec: FeatureSpec, sizes: LlamaConfig, draft_ids: Tensor, embedding: Tensor,
+        head: Tensor, logit_cap: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
         self.config, self.spec, self.sizes, self.logit_cap = config, spec, sizes, logit_cap
         for name, frozen in (("draft_ids", draft_ids), ("embedding", embedding), ("head", head)):
@@ -234,6 +228,8 @@ def build_drafter(
         drafter.norm.weight.copy_(gains)
         if config.kv_init == "target":
             start_from_target(drafter, target)
+        if config.state_gains == "target":
+            start_gains(drafter, target)
     return drafter.to(target.device)
 
 

@@ -45,7 +45,7 @@ WARM_31 = {**HIDDEN_31, **HYBRID, "init_from": "hidden_31"}
 COMBINED = {"gate_floor": 0.3, **UNROTATE_MLP}
 BLOCK_KV, BLOCK_STATES, BLOCK_BOTH = ({**BLOCK, "block_context": read} for read in ("kv", "hidden", "both"))
 BLOCK_KV_2 = {**BLOCK_KV, "num_layers": 2}
-QK_NORM = {"qk_norm": True}
+QK_NORM, GAINS = {"qk_norm": True}, {"state_gains": "target"}
 ORACLE, CONSTANT = {"query_from": "target", "state_layers": "kv"}, {"query_from": "constant"}
 ANCHORED = {"query_from": "anchor", "state_layers": "kv"}
 EVERY_ANCHOR = {"anchor_fraction": 1.0}
@@ -122,6 +122,8 @@ _ENTRIES = (
             {**KV, "kv_rope": "unrotate", **QK_NORM}, "kv_1", "norms", *KV_LOOK),
     Variant("states_2", "Two layers over entries made from hidden states: kv_2 with another source.",
             {**KV_2, **STATES}, "kv_2", "sources", "#56B4E9", "s"),
+    Variant("states_2_gains", "states_2 whose states are at first normed as the target norms them, layer by layer.",
+            {**KV_2, **STATES, **GAINS}, "states_2", "norms", *HIDDEN_LOOK),
     Variant("kv_2_no_ttt", "kv_2, trained on its first draft step alone (no training-time test).",
             {**KV_2, "ttt_steps": 1}, "kv_2", "training", *KV_LOOK),
     Variant("kv_2_grad50", "kv_2, trained with fifty times the gradient on its draft-side keys and values.",
@@ -187,6 +189,8 @@ _ENTRIES = (
             {**KV, **BOTH}, "states_1", "sources", "#cfe08a", "s"),
     Variant("both_2", "Two layers over the sum of entries from the cache and entries from hidden states.",
             {**KV_2, **BOTH}, "states_2", "sources", "#a9bf5a", "s"),
+    Variant("both_2_gains", "both_2 whose states are at first normed as the target norms them, layer by layer.",
+            {**KV_2, **BOTH, **GAINS}, "both_2", "norms", *HIDDEN_LOOK),
     Variant("both_4", "Four layers over the sum of entries from the cache and entries from hidden states.",
             {**KV_4, **BOTH}, "states_4", "sources", "#7f9a2c", "s"),
     Variant("both_4_continued", "both_4, trained once more for as long.",

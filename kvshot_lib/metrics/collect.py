@@ -59,12 +59,12 @@ def collect(
 def thin(tables_dir: str | Path) -> list[Path]:
     """Leave of the largest recorded tables what is drawn of them.
 
-    ``axes`` keeps the main drafters (all, if none is there); ``gradients`` attention's projections, the fusion's maps
-    and the gates, to four digits.
+    ``axes`` keeps the main drafters (all, if none is there); ``gradients`` norms of attention's projections and the
+    gate's mean, to four digits.
     """
     axes, gradients = read(tables_dir, "axes"), read(tables_dir, "gradients")
     main_ones = axes[axes["variant"].isin(MAIN_VARIANTS)]
-    gradients = gradients[gradients["matrix"].str.contains(r"_proj$|^fusion\.|^gate$|^output$")]
+    gradients = gradients.query("quantity == 'gate_mean' or matrix.str.endswith('_proj') and quantity != 'numel'")
     gradients = gradients.assign(value=gradients["value"].map(lambda x: float(f"{x:.4g}")))
     made = {"axes": main_ones if len(main_ones) else axes, "gradients": gradients}
     return [write(tables_dir, name, table) for name, table in made.items()]

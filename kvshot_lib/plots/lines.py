@@ -21,26 +21,12 @@ SOLID, DASHED = ("-", None), ((0, (3, 2)), "white")  # dashes, and the marker's 
 
 @mpl.rc_context(STYLE)
 def lines(
-    table: pd.DataFrame,
-    x: str,
-    y: str = "value",
-    *,
-    by: str = "variant",
-    panels: str | None = None,
-    dashes: str | None = None,
-    xlabel: str = "",
-    ylabel: str = "",
-    title: str | Mapping = "",
-    logx: bool = False,
-    logy: bool = False,
-    level: float | None = None,
-    ylim: tuple[float | None, float | None] = (None, None),
-    ticks: Sequence | None = None,
-    share_x: bool = True,
-    legend: bool | None = None,
-    looks: Callable[[str], tuple[str, str]] = look,
-    height: float = 3.6,
-) -> Figure:
+    table: pd.DataFrame, x: str, y: str = "value", *, by: str = "variant", panels: str | None = None,
+    dashes: str | None = None, xlabel: str = "", ylabel: str = "", title: str | Mapping = "", logx: bool = False,
+    logy: bool = False, level: float | None = None, ylim: tuple[float | None, float | None] = (None, None),
+    ticks: Sequence | None = None, share_x: bool = True, legend: bool | None = None,
+    looks: Callable[[str], tuple[str, str]] = look, height: float = 3.6,
+) -> Figure:  # fmt: skip
     """Lines over ``x`` with bands from ``low`` to ``high``; thick bars are the range over seeds.
 
     Parameters

@@ -25,6 +25,8 @@ NOTEBOOKS = {
     "beyond": "notebooks/09_beyond_ttt.ipynb",
     "sources": "notebooks/12_compare_sources.ipynb",
     "context": "notebooks/15_lengthen_the_context.ipynb",
+    "longer": "notebooks/16_train_longer.ipynb",
+    "second_target": "notebooks/17_change_the_target.ipynb",
 }
 DRAWING = tuple(NOTEBOOKS)[3:]  # these read tables and draw; those before them make numbers
 FOLDER = Path("notebooks/profiles")

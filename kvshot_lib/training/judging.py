@@ -4,13 +4,11 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from ..drafters.drafter import Drafter
 from ..features.spec import Features
-from ..metrics.acceptance import COUNTS, RUNS, metrics_of
 from .anchors import Anchors, find_anchors
 from .ttt import draft_steps
 
@@ -111,11 +109,3 @@ def outside_vocabulary(source, drafter: Drafter) -> float:
         wanted = features.target_argmax[0, anchors.index[anchors.valid[..., 0]] + 1]
         outside, total = outside + int((~known[wanted]).sum()), total + len(wanted)
     return outside / max(1, total)
-
-
-def acceptance_by_step(counts: pd.DataFrame) -> pd.DataFrame:
-    """Step and chain acceptance of one run, one row a draft step, from document counts summed first."""
-    total = counts.groupby("draft_step")[COUNTS].sum()
-    found = metrics_of(total.to_numpy(), np.ones(len(RUNS)))
-    steps = {"step": found["step_acceptance"], "chain": found["chain_acceptance"]}
-    return pd.DataFrame({"draft step": total.index, **steps, "anchors": total["anchors"].to_numpy()})

@@ -126,6 +126,7 @@ def test_a_layer_started_from_the_target_is_the_targets_layer():
         ),
         ({"paradigm": "kv", "kv_norm": True, "kv_fusion": "heads"}, "kv_fusion='heads' contradicts kv_norm=True"),
         ({"paradigm": "kv", "kv_norm": True, "kv_init": "target"}, "kv_init='target' contradicts kv_norm=True"),
+        ({"paradigm": "kv", "state_gains": "target"}, "means nothing without entries from hidden states"),
         ({"paradigm": "hidden", "kv_norm": True}, "kv_norm=True means nothing to a hidden drafter"),
         ({"paradigm": "kv", "state_layers": "kv"}, "state_layers='kv' means nothing without hidden states to read"),
         ({"paradigm": "block", "state_layers": "kv"}, "state_layers='kv' means nothing without hidden states to read"),

@@ -56,6 +56,23 @@ def test_logits_of_random_inputs_vary_by_one(loud, name):
     assert float(logits.detach().square().mean().sqrt()) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize("name", ["states_2", "both_2"])
+def test_states_may_be_normed_as_the_target_norms_them(loud, name):
+    """The map of a layer's normed state then starts with what that layer's own projections read."""
+    target, _, features = loud
+    for layer, loud_layer in enumerate(target.model.get_decoder().layers):
+        torch.nn.init.uniform_(loud_layer.input_layernorm.weight, layer, layer + 9)
+    drafter, _ = start(loud, replace(examples.VARIANTS[name], state_gains="target", state_layers="kv"))
+    states = features.hidden_states
+    with torch.no_grad():
+        read = drafter.layers[1].fusion.norm(states)
+        wanted = [
+            target.model.get_decoder().layers[index].input_layernorm(states[:, :, place])
+            for place, index in enumerate(drafter.spec.hidden_layers)
+        ]
+    assert torch.allclose(read, torch.stack(wanted, dim=2), rtol=1e-5, atol=1e-5)
+
+
 def test_the_recorded_start_is_the_targets_norm(loud):
     drafter, _ = start(loud, examples.VARIANTS["kv_1"])
     norm = loud[0].model.get_decoder().norm

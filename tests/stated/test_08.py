@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 from notebook_checks import ROOT
-from recorded import draws, minus, table, turned
+from recorded import draws, longer, minus, table, turned
 from stated import checked, text_of, wrong
 
 from kvshot_lib.metrics.diagnostics import flow_draws, gate_draws
@@ -54,7 +54,21 @@ def orderings():
     return told[["yes", "no", "not distinguishable"]].sum(), told["yes"], told["no"]
 
 
+def on_gemma(a, b, *which):
+    return minus(a, b, *which, profile="gemma-3-270m")
+
+
 STATED = [
+    (
+        "the cache is worth .230 tokens [.192, .268]. K6 goes: at the last draft step it is .005 [−.003, .012]",
+        lambda: [*longer("kv_4", "none_4"), *longer("kv_4", "none_4", (STEP, 6))],
+    ),
+    ("C12c stays not reproduced, by .137 [.101, .174]", lambda: longer("states_4", "kv_4")),
+    (
+        "hold, by .769 tokens [.657, .884] and .072 [.059, .085]",
+        lambda: [*on_gemma("kv_2", "none_2"), *on_gemma("kv_2", "none_2", STEP, 6)],
+    ),
+    ("are worse, by .827 [.711, .946]", lambda: turned(on_gemma("states_2", "kv_2"))),
     ("K6: so it does at the last draft step | −.006", lambda: minus("kv_1", "none_1", "step_acceptance", 6)[:1]),
     ("+.011 [.007, .015], as expected", lambda: minus("kv_1", "none_1", "step_acceptance", 6, profile="sources")),
     ("+.173 [.161, .186], reproduced", lambda: minus("kv_1", "none_1", profile="sources")),

@@ -10,7 +10,7 @@ from recorded import in_context as of
 from stated import checked
 
 from kvshot_lib.files import read_json
-from kvshot_lib.metrics.comparisons import holm, p_value
+from kvshot_lib.metrics.comparisons import holm
 from kvshot_lib.metrics.diagnostics import context_draws
 from kvshot_lib.study.profiles import load_profile
 from kvshot_lib.text.corpus import load_corpus
@@ -36,15 +36,6 @@ def gain_at_512() -> list[float]:
 
 def bytes_of(variant: str) -> int:
     return recorded.table("runs", "context_512").query("variant == @variant")["prefix_bytes_per_token"].iloc[0]
-
-
-def pooled(metric: str, a: str, b: str = "") -> float:
-    """p with the variance over seeds taken as that of all drafters; Satterthwaite's degrees, documents as known."""
-    draws = by_context()
-    seeds = np.mean([draws.rows(variant, metric)[:, 0].var(ddof=1) for variant in draws.variants]) * (2 if b else 1) / 2
-    difference = draws.rows(a, metric).mean(0) - (draws.rows(b, metric).mean(0) if b else 0)
-    whole = seeds + difference[1:].var(ddof=1)
-    return p_value(difference[0], np.sqrt(whole), whole**2 * len(draws.variants) / seeds**2)
 
 
 def size(name: str) -> list[int]:
@@ -99,7 +90,8 @@ def of_family() -> dict[str, float]:
         "X5": ("fall", EAGLE, LONGER), "X6": ("window_gain", EAGLE), "X7": ("window_gain", CACHE),
         "X8": ("last", "kv_2 on 2,048", none),
     }  # fmt: skip
-    found = dict(zip(asked, holm([pooled(*question) for question in asked.values()])))
+    p_values = [recorded.pooled(by_context(), (metric,), *drafters)[3] for metric, *drafters in asked.values()]
+    found = dict(zip(asked, holm(p_values)))
     assert max(found[x] for x in ("X1", "X2", "X3", "X5", "X6", "X7")) == found["X3"]
     assert found["X8"] == found["X4"]
     return found

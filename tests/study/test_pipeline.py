@@ -267,7 +267,7 @@ def test_figures_are_redrawn_from_every_recorded_profile(tmp_path, monkeypatch, 
         own = {"samples": 5} if (name, notebook.name[:2]) == ("small", "08") else {}
         assert parameters == {**own, "tables_dir": f"../data/recorded/{name}", "figures_dir": f"../figures/{name}"}
     drawn = {name: sorted(numbers) for name, numbers in drawn.items()}
-    assert drawn == {"other": ["04", "05", "06", "07", "08", "09", "12", "15"], "small": ["04", "08"]}
+    assert drawn == {"other": ["04", "05", "06", "07", "08", "09", "12", "15", "16", "17"], "small": ["04", "08"]}
     assert "09_beyond_ttt.ipynb: not drawn for small, whose profile has no 'beyond'" in capsys.readouterr().out
     assert main(["figures", "smal"]) == 1
     assert "there are no tables in data/recorded/smal; recorded: other, small" in capsys.readouterr().err
