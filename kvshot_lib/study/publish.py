@@ -27,7 +27,7 @@ from ..target.load import Target, load_target, resolve_dtype
 from ..training.config import TrainConfig
 from ..training.judging import match_documents, outside_vocabulary
 from ..training.run import Run, judge_run
-from .profiles import CHECKPOINTS
+from .profiles import CHECKPOINTS, FOLDER
 
 DRAFT_LENGTH = 7
 BEFORE, AFTER = "as trained", "as published"
@@ -95,7 +95,7 @@ CARD = """# Drafter `{variant}`
 | :-- | :-- |
 | target | {target}, weights of SHA-256 `{target_hash:.16}…` (SmolLM2's are Q4_1, dequantised) |
 | parameters | {parameters:,}, {draft_vocab_size:,} draft tokens; {told} |
-| trained on | {trained_tokens:,} tokens of the corpus `selfgen` (documents `{corpus}`), seed {seed} |
+| trained on | {trained_tokens:,} tokens, texts of the profile `{profile}` (documents `{corpus}`), seed {seed} |
 | length | texts of up to {longest} tokens; what it accepts beyond is not known |
 | training | {minutes:.0f} minutes on {device}, {dtype}, {date}, git revision `{git_revision}`, torch {torch} |
 | weights | {megabytes:.2f} MB: rounded to {rounding_step:g} deviations of their row, SHA-256 `{weights_sha256}` |
@@ -113,7 +113,7 @@ from kvshot_lib import load_drafter, load_target
 drafter = load_drafter("data/checkpoints/{variant}", load_target("{target}"))
 ```
 
-To train it again, with the budget of the profile `{profile}` added:
+{again}:
 
 ```
 {command}
@@ -123,7 +123,12 @@ To train it again, with the budget of the profile `{profile}` added:
 
 def card(record: dict, described: dict, draws: Draws, size_bytes: int, longest: int) -> str:
     """The card, from what was recorded and measured."""
-    config, folder = described["config"], f"runs/{record['variant']}/seed{record['seed']}"
+    config, run, profile = described["config"], f"{record['variant']}/seed{record['seed']}", record["profile"]
+    again = f"To train it again, with the budget of the profile `{profile}` added"
+    command = training_command(Path("results") / profile / "runs" / run)
+    if (path := FOLDER / f"{profile}.yaml").exists():
+        again = f"To train it again (`{path}` says on which text, with which layers and how long)"
+        command = f"kvshot sweep {profile} {run}"
     lines = []
     for name, step in METRICS:
         label = name.replace("_", " ").replace("mat", "MAT") + ("" if step is None else f", draft step {step}")
@@ -140,7 +145,8 @@ def card(record: dict, described: dict, draws: Draws, size_bytes: int, longest: 
         weights_sha256=described["weights_sha256"],
         documents=int(draws.keys["documents"].max()),
         judged="\n".join(lines),
-        command=training_command(Path("results") / record["profile"] / folder),
+        again=again,
+        command=command,
     )
 
 
