@@ -39,6 +39,12 @@ def value(variant: str, metric: str, step: int | None = None, profile: str = "fu
     return float(draws(profile).rows(variant, metric, step)[:, 0].mean())
 
 
+def predicted(variant: str, profile: str = "full") -> float:
+    """The cost model's speedup of a chain of seven: tokens per forward over the bytes of drafting and verifying."""
+    counted = table("compute", profile).query("variant == @variant").iloc[0]
+    return value(variant, "measured_mat", profile=profile) / (1 + counted["chain_bytes"] / counted["target_bytes"])
+
+
 def minus(
     a: str, b: str, metric: str = "measured_mat", *step: int, profile: str = "full"
 ) -> tuple[float, float, float]:
@@ -82,7 +88,7 @@ def turned(numbers: tuple[float, float, float]) -> tuple[float, float, float]:
 
 @cache
 def card_ratios(profile: str = "full/h200") -> tuple:
-    """Decoding on a GPU: the answers, and by variant and plan the ratios of `metrics.decoding`."""
+    """Decoding, by default on a GPU: the answers, and by variant and plan the ratios of `metrics.decoding`."""
     rows = table("decode_prompts", profile)
     ratios = {(key[0], key[-1]): ratio for key, _, _, ratio in decoding.drawn(rows, 2000, 0)}
     for ratio in ratios.values():

@@ -23,10 +23,8 @@ MAT, LAST = ("measured_mat",), ("step_acceptance", 6)
 PLAN = yaml.safe_load((ROOT / "data/experiments/long.yaml").read_text())["families"]["long"]
 CHAINS = ("none_4", "kv_4", "states_4", "hidden_31", "hidden_31_2")
 table = partial(recorded.table, profile="long")
-before = partial(recorded.minus, profile="sources")
-
-
-minus = recorded.longer
+before, minus = partial(recorded.minus, profile="sources"), recorded.longer
+predicted = partial(recorded.predicted, profile="long")
 
 
 def mat(variant: str, profile: str = "long") -> float:
@@ -75,12 +73,6 @@ def least() -> resampling.Draws:
     shares = np.array([own.mean() for own in shared()[8]])
     half = np.flatnonzero(shares <= np.median(shares))
     return resampling.draw(*(t[t["document"].isin(half)] for t in (table("counts"), table("run_lengths"))))
-
-
-def predicted(variant: str) -> float:
-    """The cost model's speedup."""
-    cost = table("compute").query("variant == @variant").iloc[0]
-    return mat(variant) / (1 + cost["chain_bytes"] / cost["target_bytes"])
 
 
 def speed(variant: str, plan: str) -> list[float]:

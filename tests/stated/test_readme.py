@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from recorded import in_context, longer, minus, on_card, table, value
+from recorded import in_context, longer, minus, on_card, predicted, table, value
 from stated import checked
 
 from kvshot_lib.metrics import decoding
@@ -19,12 +19,6 @@ def speedup(variant: str, plan: str):
     """Speed over the target alone with its interval, on the prompts that the drafter was not chosen by."""
     drawn = {(key[0], key[-1]): ratios for key, _, _, ratios in decoding.drawn(table("decode_duel"), 2000, 0)}
     return [*vars(interval(drawn[variant, plan]["speedup"])).values()]
-
-
-def predicted(variant: str, profile: str = "full") -> float:
-    """The cost model's speedup of a chain of seven: tokens per forward over the bytes of drafting and verifying."""
-    counted = table("compute", profile).query("variant == @variant").iloc[0]
-    return value(variant, "measured_mat", profile=profile) / (1 + counted["chain_bytes"] / counted["target_bytes"])
 
 
 def prompts() -> list[int]:
