@@ -181,7 +181,7 @@ def stated(*names: str) -> tuple[Claim, ...]:
 
 
 def in_favour(found: Interval, direction: str, threshold: float) -> Interval:
-    """How far a statistic lies on the claim's side of its threshold: positive numbers speak for the claim.
+    """How far a statistic (a table's row will do) lies on the claim's side of its threshold: positive speaks for it.
 
     0.02 [-0.01, 0.08] is 0.02 [-0.01, 0.08] in favour of "above 0", -0.02 [-0.08, 0.01] of "below 0" and, as nothing in
     it is nearer to 0 than 0 or further than 0.08, 0.03 [-0.03, 0.05] of "within 0.05".

@@ -53,8 +53,15 @@ class Interval:
         return "above" if self.low > threshold else "below" if self.high < threshold else "not distinguishable from"
 
     def __str__(self) -> str:
-        edges = f"{self.low:.3f}, {self.high:.3f}" if np.isfinite(self.low) else "no interval"
-        return f"{self.value:.3f} [{edges}]"
+        return with_interval(self)
+
+
+def with_interval(found, form: str = ".3f") -> str:
+    """An `Interval`, or a table's row that has one, as text: with ``+.2f`` +0.14 [−0.10, +0.37]; of NaN ""."""
+    if np.isnan(found.value):
+        return ""
+    value, low, high = (f"{x:{form}}".replace("-", "−") for x in (found.value, found.low, found.high))
+    return f"{value} [{low}, {high}]" if np.isfinite(found.low) else f"{value} [no interval]"
 
 
 def interval(draws: np.ndarray) -> Interval:

@@ -76,17 +76,8 @@ def compare_with_paper(draws: Draws, paper: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             [row.study_variant, row.metric, row.draft_step, row.study_baseline, theirs, *vars(found).values(), told]
         )
-    columns = [
-        "variant",
-        "metric",
-        "draft_step",
-        "baseline",
-        "paper_difference",
-        "difference",
-        "low",
-        "high",
-        "ordering",
-    ]
+    columns = ["variant", "metric", "draft_step", "baseline"]
+    columns += ["paper_difference", "difference", "low", "high", "ordering"]
     return pd.DataFrame(rows, columns=columns).astype({"draft_step": "Int64"}).dropna(subset="paper_difference")
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..metrics.claims import WORDS, in_favour
-from ..metrics.resampling import Interval
+from ..metrics.resampling import with_interval
 from .forest import forest
 from .style import STYLE
 
@@ -29,10 +29,10 @@ def cards(card: pd.DataFrame) -> Figure:
     several parts, which have no statistic of their own, are left out.
     """
     rows = card[card["direction"].fillna("") != ""].reset_index(drop=True)
-    found = [in_favour(Interval(r.value, r.low, r.high), r.direction, r.threshold) for r in rows.itertuples()]
+    found = [in_favour(row, row.direction, row.threshold) for row in rows.itertuples()]
     shown = rows.assign(
         label=[textwrap.fill(f"{r.claim}  {r.statement}".replace("`", ""), 58) for r in rows.itertuples()],
-        told=[f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in rows.itertuples()],
+        told=[with_interval(row) for row in rows.itertuples()],
         **{name: [getattr(one, name) for one in found] for name in ("value", "low", "high")},
     )
     figure = forest(shown, label="label", told="told", title=" ", looks=lambda row: LOOKS[row["verdict"]])

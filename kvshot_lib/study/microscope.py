@@ -14,7 +14,7 @@ from ..drafters.checkpoint import load_drafter
 from ..drafters.eagle3 import export_eagle3
 from ..drafters.runs import DESCRIPTION
 from ..files import write_atomically, write_csv
-from ..metrics.resampling import Interval
+from ..metrics.resampling import with_interval
 from ..metrics.tables import rounded
 from ..plots.forest import forest
 from ..plots.lines import lines
@@ -137,7 +137,7 @@ def page(title: str, told: Sequence[str], found: Examination) -> str:
         shown = {"label": "variant", "title": f"Share of right drafts, less that of: {found.base}"}
         body += svg(forest(gains, **shown, looks=lambda row: ("#222222", "o")))
     for part, own in table[table["draft_step"].isna()].groupby("part", sort=False):
-        own = own.assign(value=[str(Interval(*edges)) for edges in own[["value", "low", "high"]].values])
+        own = own.assign(value=[with_interval(row) for row in own.itertuples()])
         wide = own.pivot(index="variant", columns="metric", values="value").reindex(own["variant"].unique())
         body += f"<h2>{escape(part)}</h2>{wide.fillna('').rename_axis(index=None, columns=None).to_html(border=0)}"
     steps = table[table["metric"].isin([STEP, "chain_acceptance"]) & table["variant"].isin(names)]

@@ -304,8 +304,7 @@ def test_what_is_taken_gives_a_distribution(given):
         return
     assert not any(isinstance(value, bool | str) for value in vars(sampling).values())
     token, place = Chooser(sampling).choose(torch.tensor([-1e4, 3.0, 2.9, 1e4]), [1])
-    assert place is None
     if sampling.temperature <= 100:  # beyond it the others have a chance: at 1e20 all four are equally likely
-        assert token == 3
+        assert token == 3 and place is None
     if sampling.temperature:
         assert float(distribution(torch.tensor([0.5, 3.0]), sampling).sum()) == pytest.approx(1)
