@@ -190,7 +190,7 @@ _ENTRIES = (
     Variant("both_2", "Two layers over the sum of entries from the cache and entries from hidden states.",
             {**KV_2, **BOTH}, "states_2", "sources", "#a9bf5a", "s"),
     Variant("both_2_gains", "both_2 whose states are at first normed as the target norms them, layer by layer.",
-            {**KV_2, **BOTH, **GAINS}, "both_2", "norms", *HIDDEN_LOOK),
+            {**KV_2, **BOTH, **GAINS}, "both_2", "norms", "#6b8e23", "v"),
     Variant("both_4", "Four layers over the sum of entries from the cache and entries from hidden states.",
             {**KV_4, **BOTH}, "states_4", "sources", "#7f9a2c", "s"),
     Variant("both_4_continued", "both_4, trained once more for as long.",
