@@ -1,4 +1,4 @@
-"""Where decoding's time goes, part by part: for a pass of its own, since reading clocks slows a pass down.
+"""Where decoding's time goes, part by part; on a GPU in a pass of its own, which waits for the device at every part.
 
 prefill      the target over the prompt
 verify       the target over the newest token and the drafts

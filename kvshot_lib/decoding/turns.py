@@ -1,12 +1,13 @@
 """One user turn decoded every way: measurements as table rows.
 
 On each turn the target alone, through the same code and cache, and every plan take turns, ``repeats`` times
-over; the median counts. One further pass with a `Clock` says where the time goes, so that the clock doesn't
-slow down what is timed. Batch size 1, greedy.
+over; the median counts. A `Clock` says where the time of the last pass goes; on a GPU, which it would slow
+down, that of one pass more. Batch size 1, greedy.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -18,8 +19,8 @@ from transformers import GenerationConfig
 from ..drafters.drafter import Drafter
 from ..target.load import Target
 from ..text.prompts import Prompt, encode_turn
-from .clock import PARTS, timed_parts
-from .decode import decode
+from .clock import PARTS, Clock, timed_parts
+from .decode import Decoded, decode
 from .propose import ALONE, Chain, Tree
 
 Plan = Chain | Tree
@@ -77,17 +78,20 @@ def turn_rows(
     target: Target, drafter: Drafter, plans: Sequence[Plan], turn: Turn, new: int, repeats: int
 ) -> pd.DataFrame:
     """Rows of ``decode_prompts``, of ``new`` tokens at most: the target alone (mode ``alone``), then each plan."""
-    ways = {
-        plan.label: partial(decode, target, drafter, turn.tokens, plan, max_new_tokens=new) for plan in (ALONE, *plans)
-    }
-    timed = take_turns(target.device, ways, repeats)
-    rows, alone = [], timed[ALONE.label][0].tokens
-    for name, (out, seconds) in timed.items():
-        with timed_parts(target.device) as clock:
-            ways[name]()
+    apart = target.device.type == "cuda"  # a clock waits for a GPU at every part; elsewhere it costs nothing
+
+    def decoded(plan: Plan, clocked: bool) -> tuple[Decoded, Clock | None]:
+        with timed_parts(target.device) if clocked else nullcontext() as clock:
+            return decode(target, drafter, turn.tokens, plan, max_new_tokens=new), clock
+
+    ways = {plan.label: partial(decoded, plan, not apart) for plan in (ALONE, *plans)}
+    rows, timed = [], take_turns(target.device, ways, repeats)
+    for plan in (ALONE, *plans):
+        (out, clock), seconds = timed[plan.label]
+        parts = (decoded(plan, True)[1] if apart else clock).seconds
         facts = {"forwards": out.target_forwards, "drafted": sum(out.drafted), "accepted": sum(out.accepted)}
-        parts = {f"{part}_s": clock.seconds[part] for part in PARTS}
-        rows.append(_row(name, turn, out.tokens, alone, seconds) | facts | parts)
+        row = _row(plan.label, turn, out.tokens, timed[ALONE.label][0][0].tokens, seconds)
+        rows.append(row | facts | {f"{part}_s": parts[part] for part in PARTS})
     return pd.DataFrame(rows)
 
 

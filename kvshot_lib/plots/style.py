@@ -33,13 +33,8 @@ STYLE = sns.axes_style("ticks") | {
     "legend.frameon": False,
 }
 # Variants that the registry does not name (a reader's own, a published checkpoint) look like their kin.
-KIN = {
-    "hidden": ("#0072B2", "v"),
-    "kv": ("#D55E00", "P"),
-    "hybrid": ("#009E73", "v"),
-    "block": ("#CC79A7", "<"),
-    "": ("#000000", "*"),
-}
+KIN = {"hidden": ("#0072B2", "v"), "kv": ("#D55E00", "P"), "hybrid": ("#009E73", "v"), "block": ("#CC79A7", "<")}
+KIN |= {"": ("#000000", "*")}  # any other
 # Parts of a decoded token's time: neutral, and the yellow that no variant has for what the drafter adds.
 PART_COLOURS = {
     "prefill": "#b5b5b5",

@@ -4,7 +4,9 @@ import torch
 from examples import drafter, target
 
 from kvshot_lib.decoding import turns
+from kvshot_lib.decoding.clock import PARTS
 from kvshot_lib.decoding.decode import decode
+from kvshot_lib.decoding.propose import ALONE, Chain
 from kvshot_lib.drafters.drafter import in_dtype
 from kvshot_lib.text.prompts import Prompt
 
@@ -39,3 +41,14 @@ def test_transformers_generate_gives_the_same_answers(monkeypatch):
         tokens, forwards = turns.generate(target(), prompt, 8, **given)
         assert tokens == alone and 1 <= forwards <= len(tokens)
     assert not target().model._forward_pre_hooks
+
+
+def test_on_a_cpu_the_timed_pass_tells_its_parts(monkeypatch):
+    """No further pass is made, and the parts of a pass take no longer than it."""
+    plans, once = [], decode
+    monkeypatch.setattr(turns, "decode", lambda *given, **named: plans.append(given[3]) or once(*given, **named))
+    turn = turns.Turn("a", 0, "any", (5, 6, 7, 5, 6, 7))
+    rows = turns.turn_rows(target(), drafter("hidden"), [Chain(2)], turn, 6, 1)
+    assert plans == [ALONE, Chain(2)] and rows["mode"].tolist() == ["alone", "chain"]
+    parts = rows[[f"{part}_s" for part in PARTS]].sum(axis=1)
+    assert (parts > 0).all() and (parts <= rows["seconds"]).all() and rows["same_tokens"].eq(rows["new_tokens"]).all()

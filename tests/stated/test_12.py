@@ -99,6 +99,28 @@ def layers_read() -> list[int]:
     return [int(layer) for layer in table("runs").query("variant == 'kv_1'")["kv_layers"].iloc[0].split()]
 
 
+def contrast(*terms) -> list[float]:
+    """A sum of measured MATs with its interval."""
+    found = recorded.draws("sources").contrast(*((weight, variant, "measured_mat") for weight, variant in terms))
+    return [*vars(found).values()]
+
+
+def weights(variant: str) -> float:
+    """In millions."""
+    return table("runs").query("variant == @variant")["parameters"].iloc[0] / 1e6
+
+
+def more_weights(depth: int) -> float:
+    """How much more a drafter over states has than one over the cache, in per cent."""
+    return 100 * (weights(f"states_{depth}") / weights(f"kv_{depth}") - 1)
+
+
+def bought(depth: int, after: int) -> float:
+    """Tokens that these would be worth at the rate of the layers after the first ``after`` over the cache."""
+    rate = minus(f"kv_{2 * after}", f"kv_{after}")[0] / (weights(f"kv_{2 * after}") - weights(f"kv_{after}"))
+    return rate * (weights(f"states_{depth}") - weights(f"kv_{depth}"))
+
+
 STATED = [
     (
         "states are ahead at every step, at step 6 by .010 [.005, .014]",
@@ -121,26 +143,46 @@ STATED = [
         lambda: (*minus("states_1", "kv_1"), *minus("states_4", "kv_4")),
     ),
     ("has .11 with two layers", lambda: recorded.minus("states_2", "kv_2_unrotate")[:1]),
-    ("adding it changes +.001 tokens [−.008, +.010]", lambda: minus("both_1", "states_1")),
+    ("With one layer +.001 tokens [−.008, +.010]", lambda: minus("both_1", "states_1")),
+    ("With two it is open: +.002 [−.027, +.028]", lambda: minus("hidden_31_2", "states_2")),
     (
-        "So do hidden states: .010 [.006, .013] and .027 [.024, .031]",
-        lambda: (*minus("states_1", "none_1", STEP, 6), *minus("states_4", "none_4", STEP, 6)),
+        "At step 6 hidden states are worth .010 [.006, .013] and .027 [.024, .031]",
+        lambda: (6, *minus("states_1", "none_1", STEP, 6), *minus("states_4", "none_4", STEP, 6)),
+    ),
+    (
+        "by .029 [.024, .034] with one layer and .011 [.005, .016] with two, and behind by .009 [.006, .012] with four",
+        lambda: [
+            *minus("hidden_31", "kv_1", STEP, 6),
+            *minus("hidden_31_2", "kv_2", STEP, 6),
+            *turned(minus("hidden_31_4", "kv_4", STEP, 6)),
+        ],
     ),
     (
         "stays best, 1.54 against 1.21",
         lambda: [predicted("hidden_31")["hidden_31"], predicted("hidden_31")[["kv_4", "states_4", "both_4"]].max()],
     ),
     (
-        "has 4.2 million weights, one over the cache 3.8",
-        lambda: [table("runs").query("variant == @v")["parameters"].iloc[0] / 1e6 for v in ("states_1", "kv_1")],
+        "a drafter has 12% more weights. At the rate at which more layers of cache bring tokens, these would be worth .02 of the .067",
+        lambda: [more_weights(1), bought(1, 1), minus("states_1", "kv_1")[0]],
+    ),
+    (
+        "gains nothing that can be seen: +.005 [−.008, +.020]",
+        lambda: minus("both_4", "states_4"),
+    ),
+    (
+        "at step 6 it is .011 [.008, .013] below `kv_4` and level with `states_4`: +.000 [−.002, +.002]",
+        lambda: [6, *turned(minus("both_4", "kv_4", STEP, 6)), *minus("both_4", "states_4", STEP, 6)],
     ),
     (
         "15.3 million tokens: 3.7 million",
         lambda: [table("runs")["trained_tokens"].mean() / n for n in (1e6, 1e6 * 1300 * 32 / 9931)],
     ),
     (
-        "it is worth .011 [.007, .015] with one layer, .038 [.034, .041] with four",
-        lambda: (*minus("kv_1", "none_1", STEP, 6), *minus("kv_4", "none_4", STEP, 6)),
+        "worth .053 [.051, .056] at step 0 and .011 [.007, .015] at step 6, with four .085 [.081, .088] and .038 [.034, .041]",
+        lambda: [
+            *(*minus("kv_1", "none_1", STEP, 0), 0, *minus("kv_1", "none_1", STEP, 6), 6),
+            *(*minus("kv_4", "none_4", STEP, 0), *minus("kv_4", "none_4", STEP, 6)),
+        ],
     ),
     ("read layers 23, 26 and 29", layers_read),
     (
@@ -148,6 +190,10 @@ STATED = [
         lambda: (*minus("kv_1", "none_1"), *minus("kv_2", "none_2"), *minus("kv_4", "none_4")),
     ),
     ("shrinks**: .350, .312, .291", worth_of_eagle),
+    (
+        "in all by .059 [.039, .078]",
+        lambda: contrast((1, "hidden_31"), (-1, "none_1"), (-1, "hidden_31_4"), (1, "none_4")),
+    ),
     ("draft equally long: −.004 [−.017, +.008]", lambda: minus("none_4", "kv_1")),
     ("EAGLE-3.1 the best of all, 1.54", lambda: (3.1, predicted("hidden_31").max())),
     ("even worse by .018 [.001, .035]", lambda: turned(minus("both_2", "states_2"))),
@@ -168,18 +214,26 @@ STATED = [
     ("below `none_1` at step 6, by .006", lambda: (6, turned(recorded.minus("kv_1", "none_1", STEP, 6))[0])),
     ("it is above, by .011", lambda: minus("kv_1", "none_1", STEP, 6)[:1]),
     (
-        "drafts only .050 tokens [.034, .064] less, two layers .103 [.088, .119]",
+        "drafts .050 tokens [.034, .064] less, two layers .103 [.088, .119]",
         lambda: [x for d in (1, 2) for x in minus(f"kv_{d}", f"kv_{d}_constant_query")],
     ),
     ("it yields .128 tokens [.101, .151] more", lambda: minus("hidden_31", "kv_1_anchor_query")),
     ("gains 1.400 [1.337, 1.463]", lambda: minus("kv_1_oracle_query", "kv_1")),
     (
-        "bring .050 tokens [.034, .064] over the same query everywhere with one layer, .103 [.088, .119] with two",
+        "Asking is worth .050 tokens [.034, .064] with one layer and .103 [.088, .119] with two",
         lambda: (*minus("kv_1", "kv_1_constant_query"), *minus("kv_2", "kv_2_constant_query")),
     ),
     (
-        ".123 of .173 tokens with one layer, .140 of .243 with two",
-        lambda: [minus(f"kv_{d}{end}", f"none_{d}")[0] for d in (1, 2) for end in ("_constant_query", "")],
+        "what the cache is worth, .173 and .243",
+        lambda: [minus(f"kv_{d}", f"none_{d}")[0] for d in (1, 2)],
+    ),
+    (
+        "by −.003 [−.007, +.002] and −.001 [−.004, +.002]",
+        lambda: [x for d in (1, 2) for x in minus(f"kv_{d}_constant_query", f"none_{d}", STEP, 6)],
+    ),
+    (
+        ".017 [.012, .024] at the first, −.002 [−.007, +.003] at the last",
+        lambda: [x for k in (0, 6) for x in minus("kv_1_anchor_query", "kv_1", STEP, k)],
     ),
     (
         "1.400 tokens [1.337, 1.463], and 1.681 [1.630, 1.734]",
@@ -248,7 +302,7 @@ STATED = [
         lambda: [max(abs(edge) for v in ("kv_1", "none_1") for edge in trained_again(v, STEP, 6)), 6],
     ),
     (
-        "at step 6: −.002 [−.008, +.004]. At 2, 15 and 27 it does, by .014 [.010, .018]",
+        "at step 6: −.002 [−.008, +.004]. At 2, 15 and 27 it leads, by .014 [.010, .018]",
         lambda: (
             6,
             *by_layers("states_2", "kv_2", STEP, 6),
@@ -319,3 +373,12 @@ def test_every_seed_gains_at_the_last_step_from_eagles_layers(variant):
 
 def test_no_drafter_gains_at_the_first_step_from_eagles_layers():
     assert max(moved_at(variant, 0)[0] for variant in ("hidden_31", "states_1", "states_2")) < 0
+
+
+def test_what_a_drafter_asks_is_worth_its_share_of_the_cache():
+    """Three and four tenths in tokens; and more weights would buy the whole lead of states with four layers."""
+    for depth, tenths in ((1, 3), (2, 4)):
+        share = minus(f"kv_{depth}", f"kv_{depth}_constant_query")[0] / minus(f"kv_{depth}", f"none_{depth}")[0]
+        assert round(10 * share) == tenths
+    assert round(bought(2, 2), 2) == 0.02 and bought(4, 2) > minus("states_4", "kv_4")[0]
+    assert {round(more_weights(depth)) for depth in (1, 2, 4)} == {12}

@@ -72,17 +72,19 @@ STATED = [
         "Two layers of it have 1.94×, four over hidden states 1.69×, four over the cache 1.64×",
         lambda: [predicted(v, "long") for v in ("hidden_31_2", "states_4", "kv_4")],
     ),
-    ("changes nothing with one: +.001 [−.008, +.010]", lambda: equal("both_1", "states_1")),
+    ("changes nothing that can be seen: +.001 [−.008, +.010]", lambda: equal("both_1", "states_1")),
     (
-        "drafts .050 [.034, .064] tokens less, two such layers .103 [.088, .119]",
+        "drafts .050 [.034, .064] tokens less, two such layers .103 [.088, .119] less",
         lambda: [x for d in (1, 2) for x in equal(f"kv_{d}", f"kv_{d}_constant_query")],
     ),
-    ("true query gains 1.40,", lambda: equal("kv_1_oracle_query", "kv_1")[:1]),
-    ("gains only .049 [.032, .073]", lambda: equal("kv_1_anchor_query", "kv_1")),
+    ("at the guessed place itself gains 1.40,", lambda: equal("kv_1_oracle_query", "kv_1")[:1]),
+    ("which a drafter may know, gains .049 [.032, .073], and", lambda: equal("kv_1_anchor_query", "kv_1")),
     (
         "by .417 [.351, .482] tokens, a drafter over the cache by .559 [.496, .616]",
         lambda: [*in_context("hidden_31 on 512", "fall"), *in_context("kv_2 on 512", "fall")],
     ),
+    ("Of the first guess it is .085 [.081, .088]", lambda: equal("kv_4", "none_4", "step_acceptance", 0)),
+    ("one over hidden states by .656 [.585, .735]", lambda: in_context("states_2 on 512", "fall")),
     (
         "sees nothing of the target by .405 [.338, .478]",
         lambda: in_context("none_2 on 512", "fall"),
