@@ -86,6 +86,10 @@ STATED = [
         ),
     ),
     (
+        "as for true queries, .520 [.507, .535]",
+        lambda: minus("kv_1", "kv_1_shuffled", EXPECTED, profile="sources"),
+    ),
+    (
         "157 trainings of 59 drafters on SmolLM2-135M-Instruct, 15 million tokens each, judged on 508 greedy answers",
         lambda: [*trained(), table("counts")["document"].nunique()],
     ),
