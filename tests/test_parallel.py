@@ -184,6 +184,6 @@ def test_accelerate_launch_starts_two_processes(tmp_path, monkeypatch, capsys):
     assert "2 processes\n" in ended.stdout and "1 process\n" not in ended.stdout
     assert main(["processes", "smoke", "train", "hidden/seed0", "--results-dir", str(results)]) == 0
     assert "hidden/seed0: " in capsys.readouterr().out
-    assert (results / "tables/acceptance.csv").exists() and (results / "runs/hidden/seed0/run.json").exists()
+    assert (results / "tables/acceptance.parquet").exists() and (results / "runs/hidden/seed0/run.json").exists()
     assert main(["processes", "smoke", "train", "kv_9/seed0", "--results-dir", str(results)]) == 1
     assert "kv_9/seed0: not among the runs of smoke" in capsys.readouterr().err

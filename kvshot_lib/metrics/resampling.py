@@ -58,10 +58,9 @@ class Interval:
 
 def with_interval(found, form: str = ".3f") -> str:
     """An `Interval`, or a table's row that has one, as text: with ``+.2f`` +0.14 [−0.10, +0.37]; of NaN ""."""
-    if np.isnan(found.value):
-        return ""
-    value, low, high = (f"{x:{form}}".replace("-", "−") for x in (found.value, found.low, found.high))
-    return f"{value} [{low}, {high}]" if np.isfinite(found.low) else f"{value} [no interval]"
+    parts = found.value, found.low, found.high
+    value, low, high = ("" if np.isnan(part) else f"{part:{form}}".replace("-", "−") for part in parts)
+    return f"{value} [{low}, {high}]" if low else value and f"{value} [no interval]"
 
 
 def interval(draws: np.ndarray) -> Interval:

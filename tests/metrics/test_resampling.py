@@ -268,3 +268,9 @@ def test_draws_of_several_tables_as_one():
     assert joint.contrast((1, "kv_1", *ALPHA)) == both.contrast((1, "kv_1", *ALPHA))
     assert joint.contrast_draws((1, "kv_1", "m")).tolist() == list(range(10))
     assert (joint.seeds("kv_1"), joint.seeds("kv_1", "m")) == (2, 1)
+
+
+def test_a_number_and_its_interval_as_text():
+    assert bootstrap.with_interval(bootstrap.Interval(0.137, -0.101, 0.3), "+.2f") == "+0.14 [−0.10, +0.30]"
+    assert str(bootstrap.Interval(-0.5, np.nan, np.nan)) == "−0.500 [no interval]"
+    assert bootstrap.with_interval(pd.Series({"value": np.nan, "low": np.nan, "high": np.nan})) == ""

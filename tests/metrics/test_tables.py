@@ -26,7 +26,7 @@ def test_a_table_in_words():
 def test_large_tables_are_parquet_and_small_ones_csv(tmp_path):
     write_run(tmp_path, "hidden")
     names = {path.name for path in collect(tmp_path, samples=5).values()}
-    small = ("runs", "acceptance", "compute")
+    small = ("runs", "compute")
     assert names == {f"{name}.{'csv' if name in small else 'parquet'}" for name in COLLECTED}
 
 
@@ -56,7 +56,7 @@ def test_the_same_rows_are_the_same_bytes(tmp_path):
 @pytest.mark.parametrize(
     "spoil", [lambda data: b"variant,seed\n", lambda data: data[:-9], lambda data: data[:30] + data[40:]]
 )
-@pytest.mark.parametrize("name", ["counts", "acceptance"])
+@pytest.mark.parametrize("name", ["counts", "compute"])
 def test_a_damaged_table_is_one_line(tmp_path, name, spoil):
     write_run(tmp_path, "hidden")
     path = collect(tmp_path, samples=5)[name]

@@ -83,7 +83,10 @@ STATED = [
         "by .417 [.351, .482] tokens, a drafter over the cache by .559 [.496, .616]",
         lambda: [*in_context("hidden_31 on 512", "fall"), *in_context("kv_2 on 512", "fall")],
     ),
-    ("The first guess it makes right .085 [.081, .088] more often", lambda: equal("kv_4", "none_4", "step_acceptance", 0)),
+    (
+        "The first guess it makes right .085 [.081, .088] more often",
+        lambda: equal("kv_4", "none_4", "step_acceptance", 0),
+    ),
     ("one over hidden states by .656 [.585, .735]", lambda: in_context("states_2 on 512", "fall")),
     (
         "sees nothing of the target by .405 [.338, .478]",

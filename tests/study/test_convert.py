@@ -41,7 +41,7 @@ def test_old_forms_and_old_names_become_present_ones(tmp_path):
 
 
 def test_a_second_time_changes_nothing_and_an_empty_folder_is_refused(tmp_path):
-    tables.write(tmp_path, "acceptance", tables.empty("acceptance"))
+    tables.write(tmp_path, "compute", tables.empty("compute"))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     convert(tmp_path)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -356,7 +356,7 @@ def test_smoke_study_from_end_to_end(tmp_path, capfd):
     assert process.returncode == 0, output
     results = tmp_path / "results/smoke"
     drafters = load_profile(ROOT / "notebooks/profiles/smoke.yaml").drafters
-    acceptance = pd.read_csv(results / "tables/acceptance.csv")
+    acceptance = tables.read(results / "tables", "acceptance")
     assert set(acceptance.variant) == set(pd.read_csv(results / "tables/runs.csv").variant) == set(drafters)
     assert acceptance[acceptance.metric == "step_acceptance"].value.between(0, 1).all()
     executed = {path.name.split(".")[0] for path in results.glob("notebooks/[0-9]*.ipynb")}

@@ -102,7 +102,7 @@ def test_it_becomes_a_run_of_another_study(study, monkeypatch):
     assert run == folder / f"runs/{VARIANT}_checkpoint/seed3" and (run / ".fingerprint").read_text() == "print"
     collected = collect(folder, [f"{VARIANT}_checkpoint/seed3"], samples=20)
     assert pd.read_csv(collected["runs"])["variant"].tolist() == [f"{VARIANT}_checkpoint"]
-    acceptance = pd.read_csv(collected["acceptance"]).set_index("metric")
+    acceptance = pd.read_parquet(collected["acceptance"]).set_index("metric")
     assert acceptance.loc["measured_mat", "value"] == pytest.approx(
         draws.mean("as published", "measured_mat").value, rel=1e-5
     )
