@@ -53,6 +53,15 @@ def minus(
     return found.value, found.low, found.high
 
 
+def guesses(a: str, b: str, number: int) -> list[float]:
+    """Tokens that chains of so many guesses yield, a's minus b's, with the interval over answers and seeds."""
+    sides = []
+    for variant in (a, b):
+        accepted = np.stack([draws().rows(variant, "chain_acceptance", k) for k in range(number)])
+        sides.append((draws().weights_of(variant) * accepted.cumprod(0).sum(0)).sum(0))
+    return [*vars(resampling.interval(sides[0] - sides[1])).values()]
+
+
 def pooled(
     drawn: resampling.Draws, which: tuple, a: str, b: str = "", beside: resampling.Draws | None = None
 ) -> tuple[float, float, float, float]:
@@ -102,10 +111,10 @@ def on_card(variant: str, plan: str, metric: str, profile: str = "full/h200") ->
     return [*vars(resampling.interval(card_ratios(profile)[1][variant, plan][metric])).values()]
 
 
-def benched(what: str, column: str = "value") -> float:
-    """A speed of `kvshot bench` on a GPU, or its floor."""
+def benched(what: str, column: str = "value", card: str = "NVIDIA H200") -> float:
+    """A speed of `kvshot bench` (on a GPU), or its floor."""
     rows = tables.read_one(ROOT / "data/recorded/bench.csv", "bench").set_index(["what", "card"])
-    return rows.loc[(f"{what}, smollm2-135m-instruct", "NVIDIA H200"), column]
+    return rows.loc[(f"{what}, smollm2-135m-instruct", card), column]
 
 
 TRAINED_ON = {"512": "context_512", "2,048": "context_2048"}  # tokens of a training text

@@ -1,6 +1,6 @@
 """Numbers in the text of notebook 04, held against the recorded tables."""
 
-from recorded import minus, table, turned, value
+from recorded import guesses, longer, minus, table, turned, value
 from stated import checked
 
 from kvshot_lib.metrics.scorecard import paper_value, read_paper
@@ -24,12 +24,46 @@ def trained_again():
     return moved.min(), moved.max()
 
 
+def parameters(variant):
+    return table("runs").query("variant == @variant")["parameters"].iloc[0]
+
+
 STATED = [
     (
         "with un-rotated, normed entries of late layers it is above, by .011",
         lambda: minus("kv_1", "none_1", STEP, 6, profile="sources")[:1],
     ),
-    ("with the same norms, .07", lambda: minus("states_2", "kv_2", profile="sources")[:1]),
+    (
+        "with the same norms, .07, and .02 with four layers ([12](12_compare_sources.ipynb)). Trained longer it is .13 with four",
+        lambda: [
+            *(minus(f"states_{d}", f"kv_{d}", profile="sources")[0] for d in (2, 4)),
+            12,
+            longer("states_4", "kv_4")[0],
+        ],
+    ),
+    ("step 6 is .458, above the .431 of", lambda: [6, value("hidden_post_norm", STEP, 6), value("none_1", STEP, 6)]),
+    (
+        "brings it .028 at step 6 in [12](12_compare_sources.ipynb), three quarters of the .037",
+        lambda: [
+            *(minus("none_2", "none_1", STEP, 6, profile="sources")[0], 6, 12),
+            minus("kv_2", "none_1", STEP, 6)[0],
+        ],
+    ),
+    ("It adds 46% more weights", lambda: [100 * (parameters("hybrid_warm") / parameters("hidden") - 1)]),
+    ("as much: .054 [.030, .078]", lambda: minus("hidden_31_2", "hidden_31", profile="sources")),
+    (
+        "−.006 [−.015, +.003]; the first guess is even right .048 [.043, .053] more often. With seven it costs .272 tokens [.247, .298]",
+        lambda: [
+            *guesses("kv_2_no_ttt", "kv_2", 2),
+            *guesses("kv_2_no_ttt", "kv_2", 1),
+            *turned(guesses("kv_2_no_ttt", "kv_2", 7)),
+        ],
+    ),
+    ("For one layer it can't be told: +.016 [−.002, +.035]", lambda: minus("kv_1", "hidden", "expected_mat")),
+    (
+        "ahead with seven guesses, +.043 [+.018, +.065], and behind with two, −.013 [−.025, −.002]",
+        lambda: [*guesses("kv_1", "hidden", 7), *guesses("kv_1", "hidden", 2)],
+    ),
     ("15.3 million training tokens", lambda: [table("runs").query("init_from.isna()")["trained_tokens"].mean() / 1e6]),
     ("508 greedy answers to judge on", lambda: [table("counts")["document"].nunique()]),
     (".31 tokens [.27, .35] more per target forward than `hidden`", lambda: minus("hidden_31", "hidden")),
@@ -53,7 +87,7 @@ STATED = [
     ),
     ("`states_2` beats `kv_2` by .161", lambda: minus("states_2", "kv_2")[:1]),
     (
-        "Against un-rotated cache the gain is .113, and .110 with four layers",
+        "Against un-rotated cache the gain is .113, and with four layers .110, there",
         lambda: (minus("states_2", "kv_2_unrotate")[0], minus("states_4", "kv_4_unrotate_mlp")[0]),
     ),
     ("nothing clear to hidden states: +.018 [−.019, +.057]", lambda: minus("both_4_continued", "states_4_continued")),
@@ -61,10 +95,10 @@ STATED = [
     ("(.715 < .735)", lambda: paper("retention", "kv_1", "hidden")),
     ("(1.84, 2.23, 2.34 < 2.37)", lambda: paper("expected_mat", "kv_1", "kv_2", "kv_4", "hidden")),
     (
-        ".907 > .750 and 1.87, 2.00, 2.15 > 1.85 by the same product",
+        ".907 > .750. So is length for two and four layers: 2.00 and 2.15 against 1.85",
         lambda: (
             [value(v, "retention") for v in ("kv_1", "hidden")]
-            + [value(v, "expected_mat") for v in ("kv_1", "kv_2", "kv_4", "hidden")]
+            + [value(v, "expected_mat") for v in ("kv_2", "kv_4", "hidden")]
         ),
     ),
     ("measured MAT moved by −.019 to −.001, all downwards", trained_again),

@@ -60,7 +60,7 @@ def on_gemma(a, b, *which):
 
 STATED = [
     (
-        "the cache is worth .240 tokens [.208, .272]. K6 does not, with four layers: at the last draft step it is .005 [−.001, .011]",
+        "the cache is worth .240 tokens [.208, .272]. K6 becomes open, with four layers: at the last draft step it is .005 [−.001, .011]",
         lambda: [*longer("kv_4", "none_4"), *longer("kv_4", "none_4", (STEP, 6))],
     ),
     ("C12c stays not reproduced, by .132 [.108, .155]", lambda: longer("states_4", "kv_4")),
