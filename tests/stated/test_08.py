@@ -12,7 +12,7 @@ from kvshot_lib.metrics.diagnostics import flow_draws, gate_draws
 from kvshot_lib.metrics.scorecard import all_draws, compare_with_paper, paper_value, read_paper, scorecard
 
 NOTEBOOK = "notebooks/08_paper_scorecard.ipynb"
-EXPECTED, STEP, TREE = "expected_mat", "step_acceptance", "tree_decoded_mat"
+EXPECTED, STEP = "expected_mat", "step_acceptance"
 
 
 @cache
@@ -108,10 +108,6 @@ STATED = [
     ("whose gate is at .142 [.131, .153]", lambda: gate("hybrid_warm_31", "gate_after_a_tenth")),
     ("the paper's gate is at about .1.", lambda: paper("gate_at_the_end", "hybrid_warm")),
     ("Ours reopens, to .567 [.542, .589]", lambda: gate("hybrid_warm", "gate_at_the_end")),
-    (
-        "4.76 tokens a forward for `hidden`, 5.01 for `hidden` trained on, 5.04 for the warm hybrid",
-        lambda: paper(TREE, "hidden", "hidden_continued", "hybrid_warm"),
-    ),
     ("Of 32 differences 16 have the paper's sign, 14 the other", orderings),
     ("(1.84, 2.23, 2.34 < 2.37)", lambda: paper(EXPECTED, "kv_1", "kv_2", "kv_4", "hidden")),
 ]
