@@ -1,6 +1,6 @@
 """Numbers in the text of notebook 03, held against the recorded histories."""
 
-from recorded import minus, table
+from recorded import longer, minus, table
 from stated import checked
 
 from kvshot_lib.metrics.acceptance import training_table
@@ -40,6 +40,12 @@ def crossing():
     return tokens(1), tokens(2)
 
 
+def begun(variant):
+    """Acceptance at draft step 0 on validation texts at the first record, in the runs of notebook 12."""
+    rows = table("history", "sources").query("variant == @variant and split == 'validation' and draft_step == 0")
+    return rows[rows["step"] == rows["step"].min()]["acceptance"].mean()
+
+
 def most_gained():
     assert (curve("hidden_31", "first") >= [curve(v, "first") for v in SHOWN]).all()
     assert (curve("hidden_31", "last") >= [curve(v, "last") for v in SHOWN]).all()
@@ -56,7 +62,11 @@ STATED = [
     ),
     ("passes `hidden` between 7.6 and 11.5 million tokens; `kv_1` never", crossing),
     ("from .333 to .365 at this point (`kv_2_unrotate`)", lambda: first("kv_2", "kv_2_unrotate")),
-    ("normed hidden states reach .380 (`states_2`)", lambda: first("states_2")),
+    ("`kv_1` is at .342 at their first point, `none_1` at .305", lambda: [begun("kv_1"), begun("none_1")]),
+    (
+        "are .132 tokens behind hidden states, where they were .022",
+        lambda: [longer("states_4", "kv_4")[0], minus("states_4", "kv_4", profile="sources")[0]],
+    ),
     (
         "loses .108 from the first draft step to the last at 3.8 million tokens, and .102 at the end",
         lambda: (*lost("hidden", at=0), tokens(0), *lost("hidden", at=-1)),

@@ -50,6 +50,12 @@ def cosines(name: str) -> list[float]:
     return [own[1], own[6]]
 
 
+def carded():
+    """Measured MAT of the published drafter by its own record."""
+    kept = pd.read_csv(ROOT / "data/checkpoints/hidden_31_continued/acceptance.csv")
+    return kept.query("metric == 'measured_mat'")["value"].item()
+
+
 STATED = [
     ("on the target's answers to 28 prompts", lambda: [28]),
     (
@@ -70,10 +76,10 @@ STATED = [
         lambda: [value(BEGUN)[0], value("as it is")[0]],
     ),
     ("in 845 of 845 rounds", lambda: [rounds() * (1 - value(SAME, DIFFER)[0]), rounds()]),
-    ("shows 1.673 where training's figure was 1.808", lambda: [value(ENDS)[0], value("as it is")[0]]),
+    ("shows 1.673 where a count over all anchors gives 1.808", lambda: [value(ENDS)[0], value("as it is")[0]]),
     (
-        "1.3 tokens per forward of translations and 2.2 of arithmetic",
-        lambda: [value("translation")[0], value("math_reasoning")[0]],
+        "that count is 2.488, on held-out answers to requests that the target wrote itself. On these prompts it is 1.808: 1.3 for translations, 2.2",
+        lambda: [carded(), *(value(part)[0] for part in ("as it is", "translation", "math_reasoning"))],
     ),
     ("a cosine of .67 with the target's own state there; for the sixth time, .62", lambda: cosines(DRIFT)),
     ("kept as it is, would have .68 and .57", lambda: cosines(HELD)),
