@@ -53,6 +53,15 @@ def minus(
     return found.value, found.low, found.high
 
 
+def by_length(variant: str, profile: str = "full") -> pd.Series:
+    """The cost model's speedup of a chain by its number of guesses; maps of new tokens counted in proportion to them."""
+    counted = table("compute", profile).query("variant == @variant")
+    cost = counted["chain_bytes"].mean() / counted["target_bytes"].mean()
+    accepted = [value(variant, "chain_acceptance", k, profile) for k in range(7)]
+    tokens = 1 + np.cumprod(accepted).cumsum()
+    return pd.Series({n: tokens[n - 1] / (1 + n / 7 * cost) for n in range(1, 8)})
+
+
 def guesses(a: str, b: str, number: int) -> list[float]:
     """Tokens that chains of so many guesses yield, a's minus b's, with the interval over answers and seeds."""
     sides = []

@@ -6,7 +6,7 @@ down, that of one pass more. Batch size 1, greedy.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -55,7 +55,7 @@ def plans_of(drafter: Drafter, chains: Sequence[int], tree: Tree | None) -> list
     return [*map(Chain, sorted({min(length, most) for length in chains})), *([tree] if tree else [])]
 
 
-def take_turns(device: torch.device, ways: dict[tuple, Callable], repeats: int) -> dict[tuple, tuple[object, list]]:
+def take_turns(device: torch.device, ways: dict[Hashable, Callable], repeats: int) -> dict[Hashable, tuple]:
     """Run every way once, then every way again, ``repeats`` times -> what each returned last, and its seconds.
 
     On a GPU, once more before that: graphs are recorded for every new length of a sequence.
@@ -84,13 +84,13 @@ def turn_rows(
         with timed_parts(target.device) if clocked else nullcontext() as clock:
             return decode(target, drafter, turn.tokens, plan, max_new_tokens=new), clock
 
-    ways = {plan.label: partial(decoded, plan, not apart) for plan in (ALONE, *plans)}
-    rows, timed = [], take_turns(target.device, ways, repeats)
-    for plan in (ALONE, *plans):
-        (out, clock), seconds = timed[plan.label]
+    ways = {plan: partial(decoded, plan, not apart) for plan in (ALONE, *plans)}
+    timed = take_turns(target.device, ways, repeats)
+    rows, alone = [], timed[ALONE][0][0].tokens
+    for plan, ((out, clock), seconds) in timed.items():
         parts = (decoded(plan, True)[1] if apart else clock).seconds
         facts = {"forwards": out.target_forwards, "drafted": sum(out.drafted), "accepted": sum(out.accepted)}
-        row = _row(plan.label, turn, out.tokens, timed[ALONE.label][0][0].tokens, seconds)
+        row = _row(plan.label, turn, out.tokens, alone, seconds)
         rows.append(row | facts | {f"{part}_s": parts[part] for part in PARTS})
     return pd.DataFrame(rows)
 

@@ -47,7 +47,7 @@ def test_a_table_comes_back_as_it_was(tmp_path, name):
 
 
 def test_the_same_rows_are_the_same_bytes(tmp_path):
-    for name, table in (("run_lengths", LENGTHS), ("acceptance", tables.empty("acceptance"))):
+    for name, table in (("run_lengths", LENGTHS), ("compute", tables.empty("compute"))):
         first, second = (tables.write(tmp_path / folder, name, table) for folder in "ab")
         assert first.read_bytes() == second.read_bytes()
     assert not list((tmp_path / "a").glob(".*"))

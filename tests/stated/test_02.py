@@ -5,7 +5,8 @@ import re
 import nbformat
 import pytest
 from notebook_checks import ROOT
-from stated import unstated
+from recorded import minus, value
+from stated import text_of, unstated
 
 from kvshot_lib.files import read_json
 from kvshot_lib.study.notebooks import run_notebook
@@ -51,6 +52,13 @@ def test_the_published_drafters_are_what_the_text_says():
     )
     assert cache["config"]["kv_rope"] == "raw" and cache["config"]["kv_fusion"] == "linear"
     assert states["config"]["feedback"] == "post_norm" and states["config"]["hidden_norm"]
+
+
+def test_what_is_said_of_other_runs():
+    text = text_of(NOTEBOOK)
+    assert "at equal training they are 2.27 and 2.16" in text and "it gains `kv_2` .05 tokens" in text
+    assert [round(value(v, "measured_mat"), 2) for v in ("hidden_31", "kv_2")] == [2.27, 2.16]
+    assert round(minus("kv_2_unrotate", "kv_2")[0], 2) == 0.05
 
 
 @pytest.mark.pipeline

@@ -1,9 +1,7 @@
 """Numbers in the text of notebook 09, held against the recorded tables."""
 
-import numpy as np
-import pandas as pd
 import pytest
-from recorded import draws, longer, minus, predicted, table, turned, value
+from recorded import by_length, draws, longer, minus, predicted, table, turned, value
 from stated import checked
 
 from kvshot_lib.metrics.comparisons import family
@@ -35,13 +33,6 @@ def trained_on():
     kinds = ("hidden", "hidden_31", "states_2", "states_4", "both_4", "kv_4_unrotate_mlp")
     gains = [minus(f"{kind}_continued", kind)[0] for kind in kinds]
     return min(gains), max(gains)
-
-
-def by_length(variant):
-    """The cost model's speedup of a chain by its number of guesses, as the notebook counts it."""
-    accepted = [value(variant, "chain_acceptance", k) for k in range(7)]
-    tokens = 1 + np.cumprod(accepted).cumsum()
-    return pd.Series({n: tokens[n - 1] / (1 + n / 7 * cost(variant)) for n in range(1, 8)})
 
 
 def cures():
