@@ -1,8 +1,7 @@
 """The target with fixed shapes: a cache of fixed size, and a forward over it that a GPU can record once and replay.
 
-One forward of a small target is a thousand small kernels: a GPU runs them in a millisecond or two, Python launches them
-in twenty. With every shape and address fixed, a CUDA graph holds them all. Elsewhere the same code is called as it is,
-and tests hold it there to the growing cache.
+A small target's forward is a thousand small kernels: a GPU runs them in a millisecond or two, Python launches them in
+twenty. A CUDA graph holds them all. Elsewhere the same code is called; tests hold it there to the growing cache.
 """
 
 import logging
@@ -26,6 +25,7 @@ from .load import Target
 STATIC = ("cuda",)  # devices on which text is written and decoded with fixed shapes
 EMPTY = 2**31  # what a column without an entry holds: after every position
 _GROUPED = "kvshot_grouped_sdpa"
+repeatable = partial(torch.compile, options={"deterministic": True})  # else it times sums and takes the fastest order
 
 
 class PlacedLayer(StaticLayer):
@@ -131,7 +131,7 @@ def _fused(model: PreTrainedModel, rope: ModuleType) -> Iterator[None]:
     """Within it the model's norms and MLPs, and its module's RoPE, are few kernels on a GPU, by torch.compile."""
     with ExitStack() as undo:
         if next(model.parameters()).is_cuda and has_triton():
-            compiled = partial(torch.compile, dynamic=True)
+            compiled = partial(repeatable, dynamic=True)
             for part in model.modules():
                 if type(part).__name__.endswith(("RMSNorm", "MLP")):
                     undo.enter_context(patch.object(part, "forward", compiled(part.forward)))
