@@ -74,7 +74,6 @@ TABLES = {
     ),
     "acceptance": _table(
         RUN + "*metric:str *draft_step:int? value:float low:float high:float anchors documents", large=True,
-        optional=False,
     ),
     "compute": _table(
         RUN + "tokens anchors:float pairs:float training_flops:float chain_flops chain_bytes target_flops target_bytes "

