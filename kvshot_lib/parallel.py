@@ -1,14 +1,14 @@
 """Several processes, started by Hugging Face Accelerate, that train or extract together; alone, nothing happens here.
 
-Process r of P takes documents r, r + P, r + 2P, … of every batch. A training is the same whatever P is: a mean's
-denominator is summed over all processes before anything is divided by it, so gradients are summed, not averaged;
-and each process draws the random numbers of the *whole* batch and keeps its rows. Sums are in another order, so
-results agree up to rounding.
+Process r of P takes documents r, r + P, … of every batch. A training is the same whatever P is, up to rounding: a mean's
+denominator is summed over all processes before anything is divided by it, so gradients are summed, not averaged; and
+each process draws the random numbers of the *whole* batch and keeps its rows.
 """
 
 import datetime
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -79,11 +79,12 @@ def draw(make: Callable[[int, int], Tensor], rows: int, columns: int = 1) -> Ten
     """
     if count() == 1:
         return make(rows, columns)
-    whole = torch.tensor([rank() + (rows - 1) * count() + 1, columns], device=_where())
-    dist.all_reduce(whole, dist.ReduceOp.MAX)
+    whole = torch.tensor([rank() + (rows - 1) * count() + 1, columns])
+    dist.all_reduce(whole, dist.ReduceOp.MAX, _processors())
     return make(*whole.tolist())[rank() :: count()][:rows, :columns]
 
 
-def _where() -> str:
-    """Where tensors have to be for the processes to exchange them."""
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+@cache
+def _processors() -> dist.ProcessGroup:
+    """All processes, for numbers in a processor's memory: asking NCCL for them would wait for the GPU's work in hand."""
+    return dist.new_group(backend="gloo")

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -101,21 +102,18 @@ class Features:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Features":
         """Move to a device; floating-point fields also change their dtype."""
-        moved = {}
-        for f in fields(self):
-            tensor = getattr(self, f.name)
-            if tensor is not None:
-                moved[f.name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        moved = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in self._held().items()}
         return replace(self, **moved)
 
     def lengthened(self, multiple: int) -> "Features":
         """The same with zeros behind, up to a length that is a multiple of this."""
-        more, longer = -self.tokens.shape[1] % multiple, {}
-        for f in fields(self):
-            tensor = getattr(self, f.name)
-            if tensor is not None and f.name != "documents":
-                longer[f.name] = nn.functional.pad(tensor, (*[0] * (2 * tensor.dim() - 3), more))
+        more, given = -self.tokens.shape[1] % multiple, self._held()
+        del given["documents"]
+        longer = {name: nn.functional.pad(t, (*[0] * (2 * t.dim() - 3), more)) for name, t in given.items()}
         return replace(self, **longer)
+
+    def _held(self) -> dict[str, Tensor]:
+        return {f.name: tensor for f in fields(self) if (tensor := getattr(self, f.name)) is not None}
 
 
 class OfLayers:
@@ -158,10 +156,9 @@ def feature_spec(
 ) -> FeatureSpec:
     """Choose layers of ``target``: ``kv_layers`` is a list, or how many uniformly spaced ones."""
     config = target.config
-    full = full_attention_layers(target.model)
     kinds = int | tuple[int, ...]
     given = check_value("kv_layers", tuple(kv_layers) if isinstance(kv_layers, list | range) else kv_layers, kinds)
-    chosen = uniform_layers(full, given) if isinstance(given, int) else given
+    chosen = uniform_layers(full_attention_layers(target.model), given) if isinstance(given, int) else given
     fused = tuple(fused_layers or hidden_layers(config.num_hidden_layers))
     if not chosen or len(chosen) > len({*chosen}):
         told = "reuses nothing" if not chosen else "reuses a layer twice"
@@ -178,9 +175,12 @@ def feature_spec(
 
 def pad_documents(documents: Sequence[Document], indices: Sequence[int]) -> Features:
     """Tokens and masks of a batch, right-padded; no target state yet."""
-    tokens = padded([torch.from_numpy(documents[i].tokens.astype("int64")) for i in indices])
-    mask = padded([torch.from_numpy(documents[i].answer_mask) for i in indices])
-    return Features(tokens, mask, torch.tensor(list(indices)))
+    chosen = [documents[i] for i in indices]
+    shape = len(chosen), max(2, *(len(document.tokens) for document in chosen))  # as `padded`, in a tenth of its time
+    tokens, mask = np.zeros(shape, dtype="int64"), np.zeros(shape, dtype=bool)
+    for row, document in enumerate(chosen):
+        tokens[row, : len(document.tokens)], mask[row, : len(document.tokens)] = document.tokens, document.answer_mask
+    return Features(torch.from_numpy(tokens), torch.from_numpy(mask), torch.tensor(list(indices)))
 
 
 def padded(rows: list[Tensor]) -> Tensor:
