@@ -1,6 +1,6 @@
 """Several processes, started by Hugging Face Accelerate, that train or extract together; alone, nothing happens here.
 
-Process r of P takes documents r, r + P, … of every batch. A training is the same whatever P is, up to rounding: a mean's
+Process r of P takes documents r, r + P, … of every batch. A training is the same for any P, up to rounding: a mean's
 denominator is summed over all processes before anything is divided by it, so gradients are summed, not averaged; and
 each process draws the random numbers of the *whole* batch and keeps its rows.
 """
@@ -86,5 +86,5 @@ def draw(make: Callable[[int, int], Tensor], rows: int, columns: int = 1) -> Ten
 
 @cache
 def _processors() -> dist.ProcessGroup:
-    """All processes, for numbers in a processor's memory: asking NCCL for them would wait for the GPU's work in hand."""
+    """All processes, for numbers in a processor's memory: to exchange them by NCCL would wait for the GPU."""
     return dist.new_group(backend="gloo")
