@@ -260,13 +260,15 @@ STATED = [
     ),
     ("four drafters were trained on 15 million tokens of this text", lambda: [tokens("fresh")]),
     (
-        "where they ended in 12, to .009 tokens at most. None can be more than .029 better or worse",
-        lambda: [12, parted()[:4]["value"].abs().max(), parted()[:4][["low", "high"]].abs().max(axis=None)],
+        "end within .009 tokens of those of 12. By the widest interval, none is more than .029 better or worse",
+        lambda: [parted()[:4]["value"].abs().max(), 12, parted()[:4][["low", "high"]].abs().max(axis=None)],
     ),
-    ("is that of 12 to .003 tokens [−.024, +.031]", lambda: [12, *parted().loc["F7"][:3]]),
-    ("is, too: −.003 [−.010, +.004]", lambda: parted().loc["F9"][:3]),
-    ("the lead of states, .106 tokens [.073, .139] came with it", lambda: turned(parted().loc["F8"][:3])),
-    ("It took .030 [.021, .039] from what", lambda: parted().loc["F10"][:3]),
+    (
+        "from that of 12 by .003 tokens [−.024, +.031], what the cache adds at the last step by −.003 [−.010, +.004]",
+        lambda: [12, *parted().loc["F7"][:3], *parted().loc["F9"][:3]],
+    ),
+    ("With it came .106 tokens [.073, .139]", lambda: turned(parted().loc["F8"][:3])),
+    ("With it went .030 [.021, .039]", lambda: parted().loc["F10"][:3]),
     (
         "with five it is ahead, 2.15 against 2.09",
         lambda: [recorded.by_length("hidden_31", "long")[5], predicted("block_kv_4")],
