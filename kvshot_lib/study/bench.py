@@ -92,11 +92,11 @@ def bench(
         floor = bench.flops * work.tokens / training_flops(built, work)
         found = training_speed(model, resident, config, training, draft_ids, steps, card)
         bench.add(f"train {name}", found, "tokens/s", floor)
+        judged = partial(match_documents, resident, built, training.ttt_steps, device=model.device, dtype=model.dtype)
+        bench.add(f"judge {name}", len(resident) / seconds(judged, 1), "documents/s")
     own = {"target": target, "corpus": corpus, "documents": documents, "steps": steps, "vocabulary": vocabulary}
     for number in processes:
         bench.add(f"train kv_2 from live features, {number} processes", launched_speed(number, own), "tokens/s")
-    judged = lambda: match_documents(resident, built, training.ttt_steps, device=model.device, dtype=model.dtype)
-    bench.add(f"judge {BENCHED[-1]}", len(resident) / seconds(judged, 1), "documents/s")
     bench.generation(texts)
     prompts = [document.prompt for document in made.documents["evaluation"].documents[:8]]
     bench.decoding(prompts, None, ALONE)

@@ -29,9 +29,9 @@ def test_every_loop_has_a_row_and_other_machines_keep_theirs(tmp_path, capsys):
     for _ in range(2):  # the second time replaces its own rows only
         assert main(["bench", *WORDS.split(), "", "--out", str(out)]) == 0
     table = read_one(out, "bench")
-    names = ["capture", "train hidden_31", "train block_kv_2", "train kv_2 from live features, 1 processes"]
-    names += ["train kv_2 from live features, 2 processes", "judge block_kv_2", "write dialogues, 2 at a time"]
-    names += ["decode alone", "peak memory"]
+    names = ["capture", "train hidden_31", "judge hidden_31", "train block_kv_2", "judge block_kv_2"]
+    names += [f"train kv_2 from live features, {number} processes" for number in (1, 2)]
+    names += ["write dialogues, 2 at a time", "decode alone", "peak memory"]
     own = table[table["card"] != "another"]
     assert [*own["what"]] == [f"{name}, tiny" for name in names] and (own["value"] > 0).all()
     assert table[table["card"] == "another"]["value"].tolist() == [7.0]
