@@ -199,7 +199,7 @@ def _grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **_):
     """Fused attention, heads that share a KV head as rows of one: the cache is read in place, not repeated for each.
 
     query [B, H, T, D], key and value [B, G, C, D], mask [B, 1, H/G · T, C] -> [B, T, H, D]. For one token in many rows
-    cuDNN has a kernel that does the same in half the time; it knows half precision alone.
+    cuDNN takes half the time, in half precision alone; its results differ a little from call to call.
     """
     if query.is_cuda and query.shape[2] == 1 and query.dtype != torch.float32:
         mask = attention_mask[:, :, :1]

@@ -1,9 +1,8 @@
 """Texts written many at a time with fixed shapes, for GPUs: each row takes up the next text when its own has ended.
 
-All rows take one step together, over one new column of a cache that is written round and round. What a column holds for
-a row is told by the position there, so rows can be at different places of their texts: a prompt goes in token by token,
-its own next one instead of a chosen one. No text is longer than the cache, so none loses an entry. A step is one CUDA
-graph, and the host looks only at every sixteenth.
+All rows take one step together, over one new column of a cache that is written round and round. The position in a
+column tells a row what it holds, so rows can be at different places of their texts. A prompt goes in token by token. No
+text is longer than the cache, so none loses an entry. A step is a CUDA graph; the host looks at every sixteenth.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +34,8 @@ def write_rows(
 
     Notes
     -----
-    Which draw a token gets depends on its row and step: equal prompts, rows and seed give equal texts on one machine.
+    A token's draw is that of its row and step: equal prompts, rows and seed give equal texts on one machine, other than
+    in half precision on a GPU (`static._grouped_sdpa`).
     """
     if new < 1 or max(map(len, prompts), default=0) >= length:
         raise StudyError(f"no room for {new} tokens behind prompts in texts of {length}; give shorter prompts")
