@@ -221,8 +221,8 @@ def named_runs(profile: Profile, names: Sequence[str] = ()) -> list[tuple[str, i
 def option_words(options: Mapping[str, object]) -> list[str]:
     """Options as words of the command line.
 
-    >>> option_words({"new_tokens": 32, "chains": [2, 4], "thinking": False})
-    ['--new-tokens', '32', '--chains', '2,4', '--no-thinking']
+    >>> option_words({"chains": [2, 4], "tree": [], "thinking": False})
+    ['--chains', '2,4', '--tree', 'none', '--no-thinking']
     """
     words = []
     for name, value in options.items():
@@ -230,5 +230,5 @@ def option_words(options: Mapping[str, object]) -> list[str]:
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+            words += [f"--{flag}", ",".join(map(str, value)) or "none" if isinstance(value, list) else str(value)]
     return words
