@@ -1,5 +1,6 @@
 """Numbers of the recorded runs, for tests of what a person wrote about them: drawn once a process."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -76,19 +77,28 @@ def pooled(
 ) -> tuple[float, float, float, float]:
     """a's metric (minus b's), with the variance over seeds taken as that of all variants: (value, low, high, p).
 
-    All are those of ``drawn``, there and in ``beside``; ``which`` is a metric and its draft step. Satterthwaite's
-    degrees, documents as known.
+    All are those of ``drawn``, there and in ``beside``; ``which`` is a metric and its draft step.
     """
-    everywhere = [(part, v) for part in (drawn, beside) if part for v in drawn.variants if part.has(v, *which)]
-    trained = [part.rows(v, *which)[:, 0] for part, v in everywhere]
+    sides = [(sign, drawn, variant) for sign, variant in ((1, a), (-1, b)) if variant]
+    return summed(sides, which, drawn.variants, [part for part in (drawn, beside) if part])
+
+
+def summed(
+    terms: Sequence[tuple], which: tuple, variants: Sequence[str], pool: Sequence[resampling.Draws]
+) -> tuple[float, float, float, float]:
+    """Σ weight · metric of (weight, draws, variant): (value, low, high, p).
+
+    The variance over seeds is that of ``variants`` in ``pool``. Satterthwaite's degrees, documents as known.
+    """
+    trained = [part.rows(v, *which)[:, 0] for part in pool for v in variants if part.has(v, *which)]
     degrees = sum(len(seeds) - 1 for seeds in trained)
-    sides = [drawn.rows(variant, *which) for variant in (a, b) if variant]
+    sides = [weight * part.rows(variant, *which) for weight, part, variant in terms]
     over_seeds = sum(len(seeds) * seeds.var() for seeds in trained) / degrees * sum(1 / len(rows) for rows in sides)
-    difference = sides[0].mean(0) - (sides[1].mean(0) if b else 0)
-    whole = over_seeds + difference[1:].var(ddof=1)
+    found = sum(rows.mean(0) for rows in sides)
+    whole = over_seeds + found[1:].var(ddof=1)
     freedom = degrees * (whole / over_seeds) ** 2
     half = stdtrit(freedom, 0.975) * np.sqrt(whole)
-    return difference[0], difference[0] - half, difference[0] + half, p_value(difference[0], np.sqrt(whole), freedom)
+    return found[0], found[0] - half, found[0] + half, p_value(found[0], np.sqrt(whole), freedom)
 
 
 def longer(

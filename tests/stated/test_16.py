@@ -11,7 +11,6 @@ import yaml
 from notebook_checks import ROOT
 from recorded import turned
 from scipy.optimize import curve_fit
-from scipy.stats import t
 from stated import checked
 
 from kvshot_lib.metrics import resampling
@@ -56,28 +55,12 @@ def parted() -> pd.DataFrame:
     """The family of `fresh.yaml`: value, low, high, p and what came of it."""
     rows = []
     for q in APART:
-        which, less = (
-            (q["metric"], q["draft_step"]) if "metric" in q else MAT,
-            q.get("less", "" if "b" in q else "sources"),
-        )
-        sides = [
-            (w * sign, f, q[v])
-            for sign, f in ((1, "fresh"), (-1, less))
-            if f
-            for w, v in ((1, "a"), (-1, "b"))
-            if v in q
-        ]
-        pool = [recorded.draws(f) for f in {"fresh", "sources", less or "fresh"}]
-        trained = [d.rows(v, *which)[:, 0] for d in pool for v in recorded.draws("long").variants if d.has(v, *which)]
-        degrees = sum(map(len, trained)) - len(trained)
-        each = [w * recorded.draws(f).rows(v, *which) for w, f, v in sides]
-        seeds = sum(((own - own.mean()) ** 2).sum() for own in trained) / degrees * sum(1 / len(own) for own in each)
-        value, *resampled = np.sum([own.mean(0) for own in each], axis=0)
-        error = np.sqrt(seeds + np.var(resampled, ddof=1))
-        own = t(degrees * (error**2 / seeds) ** 2)
-        rows.append(
-            [value, value - own.ppf(0.975) * error, value + own.ppf(0.975) * error, 2 * own.sf(abs(value) / error)]
-        )
+        less = q.get("less", "" if "b" in q else "sources")
+        folders = [(1, recorded.draws("fresh")), *([(-1, recorded.draws(less))] if less else [])]
+        sides = [(w * sign, part, q[v]) for sign, part in folders for w, v in ((1, "a"), (-1, "b")) if v in q]
+        pool = [recorded.draws(name) for name in {"fresh", "sources", less or "fresh"}]
+        which = (q["metric"], q["draft_step"]) if "metric" in q else MAT
+        rows.append(recorded.summed(sides, which, recorded.draws("long").variants, pool))
     found = pd.DataFrame(rows, columns=["value", "low", "high", "p"], index=[q["id"] for q in APART])
     return found.assign(came=np.where(holm(found["p"]) < 0.05, np.where(found["value"] > 0, "above", "below"), "none"))
 
