@@ -1,10 +1,14 @@
 """Numbers in the text of notebook 17, held against the recorded tables."""
 
 from functools import cache, partial
+from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pandas as pd
+import pytest
 import recorded
+import torch
 import yaml
 from notebook_checks import ROOT
 from recorded import turned
@@ -117,6 +121,7 @@ STATED = [
     ),
     ("differ by .047 at most", lambda: [max(map(between_seeds, FIVE))]),
     ("3 to 13% of it varies", lambda: channels("varies")),
+    ("in place of that norm leaves 2 to 5% of the keys", lambda: channels("left of keys")),
     (
         "it is 30 to 56%, about as much as in SmolLM2 without them (36 to 49%)",
         lambda: [*channels("varies, gains"), *channels("varies", "smollm2")],
@@ -162,3 +167,18 @@ def test_what_starting_at_the_targets_gains_settles():
     assert 0.45 < sampled("states_2_gains", "states_2") / -sampled("states_2", "kv_2") < 0.5  # nearly half
     assert table("runs").groupby("variant")["corpus"].first().groupby(lambda v: "gains" in v).nunique().eq(1).all()
     assert table("runs")["corpus"].nunique() == 2
+
+
+def test_what_the_channels_cell_measures():
+    """Keys of sizes 5 and 10: the best constant leaves 1 - 7.5² / 62.5. Of states (3, ±4) only the second channel varies."""
+    cells = nbformat.read(ROOT / NOTEBOOK, as_version=4).cells
+    source = next(cell.source for cell in cells if "def left_of_keys" in cell.source)
+    names = {"torch": torch}
+    exec(source.partition("if measure_channels")[0], names)  # noqa: S102
+    attention = SimpleNamespace(k_proj=lambda x: x, head_dim=2)
+    layer = SimpleNamespace(self_attn=attention, input_layernorm=lambda x: x)
+    assert names["left_of_keys"](layer, torch.tensor([[3.0, 4.0], [0.0, 10.0]])) == 0.1
+    assert names["left_of_keys"](layer, torch.tensor([[3.0, 4.0, 6.0, 8.0], [5.0, 0.0, 0.0, 10.0]])) == 0  # two heads
+    found = names["look_into"](torch.tensor([[3.0, 4.0], [3.0, -4.0]]), torch.tensor([4.0, 3.0]))
+    assert found["varies"] == pytest.approx(2 * 16 / 25, abs=1e-3)  # an unbiased variance, of two tokens
+    assert found["varies, gains"] == pytest.approx(1, abs=1e-3)
