@@ -17,6 +17,7 @@ from stated import checked
 from kvshot_lib.metrics.acceptance import validation_mat
 from kvshot_lib.metrics.comparisons import family
 from kvshot_lib.study.profiles import load_profile
+from kvshot_lib.training.config import TrainConfig, learning_rate
 
 NOTEBOOK, GEMMA = "notebooks/17_change_the_target.ipynb", "gemma-3-270m"
 minus, smollm2 = (partial(recorded.minus, profile=profile) for profile in (GEMMA, "sources"))
@@ -25,9 +26,9 @@ LAST = ("step_acceptance", 6)
 FIVE = ("none_2", "kv_2", "states_2", "both_2", "hidden_31")
 
 
-def channels(column: str, target: str = GEMMA) -> list[float]:
+def channels(column: str, target: str = GEMMA, table: str = "channels") -> list[float]:
     """The least and the most of the layers, in per cent."""
-    found = pd.read_csv(ROOT / "data/recorded" / GEMMA / "channels.csv").query("target.str.startswith(@target)")[column]
+    found = pd.read_csv(ROOT / "data/recorded" / GEMMA / f"{table}.csv").query("target.str.startswith(@target)")[column]
     return [100 * found.min(), 100 * found.max()]
 
 
@@ -121,6 +122,11 @@ STATED = [
     ),
     ("differ by .047 at most", lambda: [max(map(between_seeds, FIVE))]),
     ("3 to 13% of it varies", lambda: channels("varies")),
+    (
+        "In Gemma 19 to 26% of the values is left, and 15 to 55% of the keys",
+        lambda: [x for kind in ("values left", "keys left") for x in channels(kind, table="maps")],
+    ),
+    ("and 3 to 6% of the keys", lambda: channels("keys left, gains", table="maps")),
     ("in place of that norm leaves 2 to 5% of the keys", lambda: channels("left of keys")),
     (
         "it is 30 to 56%, about as much as in SmolLM2 without them (36 to 49%)",
@@ -182,3 +188,19 @@ def test_what_the_channels_cell_measures():
     found = names["look_into"](torch.tensor([[3.0, 4.0], [3.0, -4.0]]), torch.tensor([4.0, 3.0]))
     assert found["varies"] == pytest.approx(2 * 16 / 25, abs=1e-3)  # an unbiased variance, of two tokens
     assert found["varies, gains"] == pytest.approx(1, abs=1e-3)
+
+
+def test_where_training_leaves_nothing():
+    assert channels("keys left", "smollm2", "maps") == channels("values left", "smollm2", "maps") == [0, 0]
+    assert channels("values left, gains", table="maps") == [0, 0]
+
+
+def test_training_finds_a_map_that_is_there_and_not_one_that_is_not():
+    """Of a second half that no map gives, all is left; a few steps are enough for four channels."""
+    cells = nbformat.read(ROOT / NOTEBOOK, as_version=4).cells
+    source = next(cell.source for cell in cells if "def left_by_training" in cell.source)
+    names = {"torch": torch, "TrainConfig": TrainConfig, "learning_rate": learning_rate}
+    exec(source.partition("if measure_channels")[0], names)  # noqa: S102
+    read, wanted = torch.randn(2, 2048, 4, generator=torch.Generator().manual_seed(0))
+    assert names["left_by_training"](read, read @ torch.rand(4, 3), 1024, 1500) < 0.1
+    assert names["left_by_training"](read, wanted, 1024, 200) > 0.95
