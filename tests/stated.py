@@ -27,6 +27,14 @@ def text_of(path: str) -> str:
     return " ".join(whole.split())
 
 
+def defined(path: str, name: str, until: str, **given) -> dict:
+    """What the notebook's cell that defines the function ``name`` defines before the text ``until``, among ``given``."""
+    cells = nbformat.read(ROOT / path, as_version=4).cells
+    source = next(cell.source for cell in cells if f"def {name}(" in cell.source)
+    exec(source.partition(until)[0], given)  # noqa: S102
+    return given
+
+
 def wrong(path: str, fragment: str, values) -> list[str]:
     """What is wrong with a statement: not in the text, or numbers that aren't the values as far as they are printed."""
     fragment = " ".join(fragment.split())

@@ -25,7 +25,6 @@ from .load import Target
 STATIC = ("cuda",)  # devices on which text is written and decoded with fixed shapes
 EMPTY = 2**31  # what a column without an entry holds: after every position
 _GROUPED = "kvshot_grouped_sdpa"
-repeatable = partial(torch.compile, options={"deterministic": True})  # else it times sums and takes the fastest order
 
 
 class PlacedLayer(StaticLayer):
@@ -131,7 +130,7 @@ def _fused(model: PreTrainedModel, rope: ModuleType) -> Iterator[None]:
     """Within it the model's norms and MLPs, and its module's RoPE, are few kernels on a GPU, by torch.compile."""
     with ExitStack() as undo:
         if next(model.parameters()).is_cuda and has_triton():
-            compiled = partial(repeatable, dynamic=True)
+            compiled = partial(torch.compile, dynamic=True)
             for part in model.modules():
                 if type(part).__name__.endswith(("RMSNorm", "MLP")):
                     undo.enter_context(patch.object(part, "forward", compiled(part.forward)))

@@ -15,7 +15,7 @@ from torch.utils._triton import has_triton
 
 from ..errors import StudyError
 from ..target.load import Target
-from ..target.static import EMPTY, PlacedCache, address, recorded, repeatable, static_forward
+from ..target.static import EMPTY, PlacedCache, address, recorded, static_forward
 
 ROWS = 1024  # at most, of one step
 STEPS = 16  # between two looks at what has ended
@@ -115,7 +115,7 @@ class Writer:
         self.ended = torch.ones(rows, dtype=torch.bool, device=device)
         self.noise = torch.ones(rows, target.vocab_size if temperature else 0, device=device)
         self.draws = torch.Generator(device)  # its own: what is recorded on the way can't move it
-        self.mass = repeatable(mass_from, dynamic=False) if device.type == "cuda" and has_triton() else mass_from
+        self.mass = torch.compile(mass_from, dynamic=False) if device.type == "cuda" and has_triton() else mass_from
         self.recorded = recorded(self.forward, device)
 
     def restart(self) -> None:

@@ -7,11 +7,10 @@ import numpy as np
 import pandas as pd
 from notebook_checks import ROOT
 from recorded import draws, longer, minus, table, turned
-from scipy.stats import t
 from stated import checked, text_of, wrong
 
 from kvshot_lib.metrics.claims import CLAIMS, LAST, in_favour
-from kvshot_lib.metrics.comparisons import holm
+from kvshot_lib.metrics.comparisons import MANY, holm, p_value
 from kvshot_lib.metrics.diagnostics import flow_draws, gate_draws
 from kvshot_lib.metrics.resampling import Interval
 from kvshot_lib.metrics.scorecard import all_draws, compare_with_paper, paper_value, read_paper, scorecard
@@ -39,9 +38,9 @@ def by_student():
         value, *resampled = sum(rows.mean(0) for rows in each.values())
         seeds = [(rows[:, 0].var(ddof=1) / len(rows), len(rows) - 1) for rows in each.values() if len(rows) > 1]
         variance = np.nanvar(resampled, ddof=1) + sum(own for own, _ in seeds)
-        freedom = variance**2 / sum(own**2 / degrees for own, degrees in seeds) if seeds else np.inf
+        freedom = variance**2 / sum(own**2 / degrees for own, degrees in seeds) if seeds else MANY
         favour = in_favour(Interval(value, value, value), claim.direction, claim.threshold).value
-        rows[claim.claim] = favour > 0, 2 * t.sf(abs(favour) / np.sqrt(variance), freedom)
+        rows[claim.claim] = favour > 0, p_value(favour, np.sqrt(variance), freedom)
     found = pd.DataFrame(rows, index=["favour", "p"]).T
     return found.assign(p=holm(found["p"]))
 

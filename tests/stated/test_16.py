@@ -2,7 +2,6 @@
 
 from functools import cache, partial
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +10,7 @@ import yaml
 from notebook_checks import ROOT
 from recorded import turned
 from scipy.optimize import curve_fit
-from stated import checked
+from stated import checked, defined
 
 from kvshot_lib.metrics import resampling
 from kvshot_lib.metrics.acceptance import validation_mat
@@ -344,13 +343,11 @@ test_numbers_are_those_of_the_tables, test_every_interval_is_checked = checked(N
 
 def test_the_overlap_cell_hashes_what_is_counted_here():
     """Its functions find the same in a few texts as a search through all of them."""
-    cell = next(cell for cell in nbformat.read(ROOT / NOTEBOOK, as_version=4).cells if "def ends_known" in cell.source)
     written, judged = (
         [Document(tokens := np.array(part, dtype=np.int32), np.arange(len(tokens)) >= 2) for part in parts]
         for parts in np.split(np.random.default_rng(0).integers(0, 2, (8, 40)), 2)
     )
-    names = {"np": np, "written": written, "judged": judged}
-    exec(cell.source.partition("if training_texts")[0], names)  # noqa: S102
+    names = defined(NOTEBOOK, "ends_known", "if training_texts", np=np, written=written, judged=judged)
     for length in (8, 16):
         known = {tuple(d.tokens[i : i + length]) for d in written for i in range(len(d.tokens) - length + 1)}
         ends = [[i for i in range(length, 41) if i > 2 and tuple(d.tokens[i - length : i]) in known] for d in judged]

@@ -3,7 +3,6 @@
 from functools import cache, partial
 from types import SimpleNamespace
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +11,7 @@ import torch
 import yaml
 from notebook_checks import ROOT
 from recorded import turned
-from stated import checked
+from stated import checked, defined
 
 from kvshot_lib.metrics.acceptance import validation_mat
 from kvshot_lib.metrics.comparisons import family
@@ -177,10 +176,7 @@ def test_what_starting_at_the_targets_gains_settles():
 
 def test_what_the_channels_cell_measures():
     """Keys of sizes 5 and 10: the best constant leaves 1 - 7.5² / 62.5. Of states (3, ±4) only the second channel varies."""
-    cells = nbformat.read(ROOT / NOTEBOOK, as_version=4).cells
-    source = next(cell.source for cell in cells if "def left_of_keys" in cell.source)
-    names = {"torch": torch}
-    exec(source.partition("if measure_channels")[0], names)  # noqa: S102
+    names = defined(NOTEBOOK, "left_of_keys", "if measure_channels", torch=torch)
     attention = SimpleNamespace(k_proj=lambda x: x, head_dim=2)
     layer = SimpleNamespace(self_attn=attention, input_layernorm=lambda x: x)
     assert names["left_of_keys"](layer, torch.tensor([[3.0, 4.0], [0.0, 10.0]])) == 0.1
@@ -197,10 +193,8 @@ def test_where_training_leaves_nothing():
 
 def test_training_finds_a_map_that_is_there_and_not_one_that_is_not():
     """Of a second half that no map gives, all is left; a few steps are enough for four channels."""
-    cells = nbformat.read(ROOT / NOTEBOOK, as_version=4).cells
-    source = next(cell.source for cell in cells if "def left_by_training" in cell.source)
-    names = {"torch": torch, "TrainConfig": TrainConfig, "learning_rate": learning_rate}
-    exec(source.partition("if measure_channels")[0], names)  # noqa: S102
+    given = {"torch": torch, "TrainConfig": TrainConfig, "learning_rate": learning_rate}
+    names = defined(NOTEBOOK, "left_by_training", "if measure_channels", **given)
     read, wanted = torch.randn(2, 2048, 4, generator=torch.Generator().manual_seed(0))
     assert names["left_by_training"](read, read @ torch.rand(4, 3), 1024, 1500) < 0.1
     assert names["left_by_training"](read, wanted, 1024, 200) > 0.95
