@@ -211,7 +211,7 @@ def write(tables_dir: str | Path, name: str, table: pd.DataFrame) -> Path:
             "use_dictionary": sorted(set(table) - set(whole)),
             "column_encoding": dict.fromkeys(whole, "BYTE_STREAM_SPLIT"),
         }
-        table.to_parquet(temporary, index=False, compression="zstd", compression_level=19, **encoding)
+        table.to_parquet(temporary, index=False, compression="brotli", compression_level=11, **encoding)
         list_file(path, temporary)  # a flipped bit of a Parquet page may be read as another number
 
     return write_atomically(path, pack)
