@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils._triton import has_triton
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
@@ -197,16 +198,24 @@ def _grouped_attention(model: PreTrainedModel) -> Iterator[None]:
 def _grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **_):
     """Fused attention, heads that share a KV head as rows of one: the cache is read in place, not repeated for each.
 
-    query [B, H, T, D], key and value [B, G, C, D], mask [B, 1, H/G · T, C] -> [B, T, H, D]. For one token in many rows
-    cuDNN takes half the time, in half precision alone; its results differ a little from call to call.
+    query [B, H, T, D], key and value [B, G, C, D], mask [B, 1, H/G · T, C] -> [B, T, H, D]. For a single token in half
+    precision other kernels take half the time: cuDNN's for one row (for many it differs from call to call), else flex.
     """
-    if query.is_cuda and query.shape[2] == 1 and query.dtype != torch.float32:
+    single = query.is_cuda and query.shape[2] == 1 and query.dtype != torch.float32
+    if single and len(query) == 1:
         mask = attention_mask[:, :, :1]
-        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+        out = scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None
     rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [B, G, H/G · T, D]
-    out = scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
+    attend = torch.compile(_flex_sdpa, dynamic=False) if single and has_triton() else scaled_dot_product_attention
+    out = attend(rows, key, value, attention_mask, scale=scaling)
     return out.unflatten(2, (-1, query.shape[2])).flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
+def _flex_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """`scaled_dot_product_attention` with a mask [B, 1, T, C] that is added."""
+    masked = lambda score, row, _head, token, column: score + mask[row, 0, token, column]
+    return flex_attention(query, key, value, masked, scale=scale)
 
 
 AttentionInterface.register(_GROUPED, _grouped_sdpa)

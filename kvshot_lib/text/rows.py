@@ -34,8 +34,7 @@ def write_rows(
 
     Notes
     -----
-    A token's draw is that of its row and step: equal prompts, rows and seed give equal texts on one machine, other than
-    in half precision on a GPU (`static._grouped_sdpa`).
+    A token's draw is that of its row and step: equal prompts, rows and seed give equal texts on one machine.
     """
     if new < 1 or max(map(len, prompts), default=0) >= length:
         raise StudyError(f"no room for {new} tokens behind prompts in texts of {length}; give shorter prompts")

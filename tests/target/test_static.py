@@ -3,9 +3,10 @@
 import pytest
 import torch
 from greedy import prompt
+from torch.nn.functional import scaled_dot_product_attention
 
 from kvshot_lib.target.load import load_target
-from kvshot_lib.target.static import EMPTY, PlacedCache, _joint_projections, recorded, static_forward
+from kvshot_lib.target.static import EMPTY, PlacedCache, _flex_sdpa, _joint_projections, recorded, static_forward
 
 COLUMNS, LENGTH, DELAYS = 18, 12, (0, 3, 9)
 
@@ -52,6 +53,20 @@ def test_logits_are_those_of_a_plain_forward_wherever_a_row_stands(name, width, 
                 torch.testing.assert_close(logits[row], wanted, atol=5e-5, rtol=1e-4)
                 seen += width
     assert seen == 3 * LENGTH
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_plain_attention_with_the_mask_added_and_repeats(device):
+    """As rows are written: three query heads on each KV head, another part of the cache seen in every row."""
+    dtype, least = (torch.bfloat16, 0.02) if device == "cuda" else (torch.float32, 1e-5)
+    query, key, value = (torch.randn(64, 3, n, 64, device=device, dtype=dtype) for n in (3, 40, 40))
+    seen = torch.arange(40, device=device) < torch.randint(1, 41, (64, 1, 1, 1), device=device)
+    mask = torch.zeros(64, 1, 3, 40, device=device, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    attend = torch.compile(_flex_sdpa, dynamic=False) if device == "cuda" else _flex_sdpa
+    found = attend(query, key, value, mask, scale=0.1)
+    wanted = scaled_dot_product_attention(query.float(), key.float(), value.float(), mask.float(), scale=0.1)
+    torch.testing.assert_close(found.float(), wanted, atol=least, rtol=0)
+    assert all(torch.equal(attend(query, key, value, mask, scale=0.1), found) for _ in range(20))
 
 
 def test_work_that_a_card_refuses_to_record_is_called_each_time(monkeypatch, caplog):
