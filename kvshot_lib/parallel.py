@@ -8,7 +8,6 @@ each process draws the random numbers of the *whole* batch and keeps its rows.
 import datetime
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -79,12 +78,7 @@ def draw(make: Callable[[int, int], Tensor], rows: int, columns: int = 1) -> Ten
     """
     if count() == 1:
         return make(rows, columns)
-    whole = torch.tensor([rank() + (rows - 1) * count() + 1, columns])
-    dist.all_reduce(whole, dist.ReduceOp.MAX, _processors())
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    whole = torch.tensor([rank() + (rows - 1) * count() + 1, columns], device=device)
+    dist.all_reduce(whole, dist.ReduceOp.MAX)
     return make(*whole.tolist())[rank() :: count()][:rows, :columns]
-
-
-@cache
-def _processors() -> dist.ProcessGroup:
-    """All processes, for numbers in a processor's memory: to exchange them by NCCL would wait for the GPU."""
-    return dist.new_group(backend="gloo")
