@@ -21,7 +21,6 @@ from kvshot_lib.text.corpus import Document, load_corpus
 NOTEBOOK = "notebooks/16_train_longer.ipynb"
 MAT, LAST = ("measured_mat",), ("step_acceptance", 6)
 PLAN = yaml.safe_load((ROOT / "data/experiments/long.yaml").read_text())["families"]["long"]
-APART = yaml.safe_load((ROOT / "data/experiments/fresh.yaml").read_text())["comparisons"]
 PASSES = 1300 * 32 / 9931  # of 12, over its text
 CHAINS = ("none_4", "kv_4", "states_4", "hidden_31", "hidden_31_2")
 table = partial(recorded.table, profile="long")
@@ -49,19 +48,27 @@ def judged(half: bool = False, own_seeds: bool = False) -> pd.DataFrame:
     return found.assign(came=np.where(found["holm"] < 0.05, np.where(found["value"] > 0, "above", "below"), "none"))
 
 
+def less(profile: str, other: str, a: str, b: str = "", which: tuple = MAT) -> tuple[float, float, float, float]:
+    """a's metric (minus b's) in a profile, less the same in another one: value, low, high, p."""
+    folders = [(1, recorded.draws(profile)), *([(-1, recorded.draws(other))] if other else [])]
+    sides = [(w * sign, part, v) for sign, part in folders for w, v in ((1, a), (-1, b)) if v]
+    pool = [recorded.draws(name) for name in {profile, "sources", other or profile}]
+    return recorded.summed(sides, which, recorded.draws("long").variants, pool)
+
+
 @cache
-def parted() -> pd.DataFrame:
-    """The family of `fresh.yaml`: value, low, high, p and what came of it."""
-    rows = []
-    for q in APART:
-        less = q.get("less", "" if "b" in q else "sources")
-        folders = [(1, recorded.draws("fresh")), *([(-1, recorded.draws(less))] if less else [])]
-        sides = [(w * sign, part, q[v]) for sign, part in folders for w, v in ((1, "a"), (-1, "b")) if v in q]
-        pool = [recorded.draws(name) for name in {"fresh", "sources", less or "fresh"}]
-        which = (q["metric"], q["draft_step"]) if "metric" in q else MAT
-        rows.append(recorded.summed(sides, which, recorded.draws("long").variants, pool))
-    found = pd.DataFrame(rows, columns=["value", "low", "high", "p"], index=[q["id"] for q in APART])
-    return found.assign(came=np.where(holm(found["p"]) < 0.05, np.where(found["value"] > 0, "above", "below"), "none"))
+def parted(profile: str = "fresh") -> pd.DataFrame:
+    """The family of `fresh.yaml` or `repeat.yaml`, as far as it was run: value, low, high, p and what came of it."""
+    plan = yaml.safe_load((ROOT / f"data/experiments/{profile}.yaml").read_text())["comparisons"]
+    rows = {}
+    for q in plan:
+        if {q["a"], q.get("b", q["a"])} <= {*recorded.draws(profile).variants}:
+            which = (q["metric"], q["draft_step"]) if "metric" in q else MAT
+            other = q.get("less", "" if "b" in q else "sources")
+            rows[q["id"]] = *less(profile, other, q["a"], q.get("b", ""), which), q["expected"]
+    found = pd.DataFrame(rows, index=["value", "low", "high", "p", "expected"]).T.infer_objects()
+    sure = holm([*found["p"], *[1.0] * (len(plan) - len(found))])[: len(found)] < 0.05
+    return found.assign(came=np.where(sure, np.where(found["value"] > 0, "above", "below"), "none"))
 
 
 def overlap() -> pd.DataFrame:
@@ -249,33 +256,56 @@ STATED = [
         lambda: [*minus("hidden_31_2", "hidden_31"), *before("hidden_31_2", "hidden_31")],
     ),
     (
-        "| 12 | 15 million | 3.7 million | 4 | | here | 15 million | 14.6 million | 1 | | above | 146 million | 14.6 million | 10 |",
+        "| 12 | 15 million | 3.7 million | 4 | | `fresh`, more text | 15 million | 14.6 million | 1 | | `repeat`, longer | 146 million | 3.7 million | 40 | | above, both | 146 million | 14.6 million | 10 |",
         lambda: [
             *(12, tokens("sources"), tokens("sources") / PASSES, PASSES),
             *(tokens("fresh"), tokens("long") / 10, 10 * tokens("fresh") / tokens("long")),
+            *(tokens("repeat"), tokens("sources") / PASSES, tokens("repeat") / tokens("sources") * PASSES),
             *(tokens("long"), tokens("long") / 10, 10),
         ],
     ),
     (
-        "be seen (F1 to F4)**: .028 tokens at most, by the widest interval. Longer training brought EAGLE-3.1 .80",
+        "be seen (F1 to F4)**: .028 tokens at most, by the widest interval. Longer training and more text brought EAGLE-3.1 .80",
         lambda: [parted()[:4]["high"].max(), 3.1, mat("hidden_31") - mat("hidden_31", "sources")],
     ),
-    ("States lead the cache by .026 tokens [.001, .050] here", lambda: parted().loc["F5"][:3]),
     (
-        "That is .003 [−.024, +.031] more than in 12. So more text alone explains at most .031 of the .109 by which",
+        "four layers over states gain .637 tokens [.605, .668] of .964, over the cache .569 [.540, .598] of .855",
         lambda: [
-            *parted().loc["F7"][:3],
-            12,
-            parted()["high"]["F7"],
-            minus("states_4", "kv_4")[0] - before("states_4", "kv_4")[0],
+            x for v in ("states_4", "kv_4") for x in (*less("repeat", "sources", v)[:3], mat(v) - mat(v, "sources"))
         ],
     ),
-    ("More text alone explains at most .031 of that", lambda: [parted()["high"]["F7"]]),
     (
-        "the cache adds −.003 [−.010, +.004] more than in 12. So more text alone takes at most .010 of the .033 that went",
+        "text pays (P1, P2)**: .327 tokens [.301, .353] over states, .285 [.255, .316] over the cache",
+        lambda: [x for name in ("P1", "P2") for x in turned(parted("repeat").loc[name][:3])],
+    ),
+    (
+        "There the gap at step 0 is .131, with both it is .033. In 12, where a dialogue is seen four times, it is .010",
         lambda: [
-            *parted().loc["F9"][:3],
+            0,
+            *(-np.diff(first_step("states_4", p))[0] for p in ("repeat", "long")),
             12,
+            -np.diff(first_step("states_4", "sources"))[0],
+        ],
+    ),
+    (
+        "On little text it is .090 tokens [.062, .118], which is .068 [.036, .099] more than in 12. More text alone adds .003 [−.024, .031] (F7). After long training it may add something, .042 [.007, .077], which",
+        lambda: [
+            *parted("repeat").loc["P4"][:3],
+            *parted("repeat").loc["P8"][:3],
+            12,
+            *parted().loc["F7"][:3],
+            *turned(parted("repeat").loc["P6"][:3]),
+        ],
+    ),
+    ("on the little text of 12 gives .090 [.062, .118]", lambda: [12, *parted("repeat").loc["P4"][:3]]),
+    (
+        "two thirds of the gain, .637 tokens [.605, .668] with four layers over states. Four times the text brings .327 [.301, .353] more",
+        lambda: [*less("repeat", "sources", "states_4")[:3], *turned(parted("repeat").loc["P1"][:3])],
+    ),
+    (
+        "With it went .030 [.021, .039]. More text alone takes at most .010 of the .033 that went",
+        lambda: [
+            *parted().loc["F10"][:3],
             -parted()["low"]["F9"],
             before("kv_4", "none_4", *LAST)[0] - minus("kv_4", "none_4", LAST)[0],
         ],
@@ -306,8 +336,6 @@ STATED = [
             for v, plan in (("block_states_4", "4"), ("block_kv_4", "4"), ("states_4", "2"), ("kv_4", "2"))
         ],
     ),
-    ("With it came .106 tokens [.073, .139]", lambda: turned(parted().loc["F8"][:3])),
-    ("With it went .030 [.021, .039]", lambda: parted().loc["F10"][:3]),
     (
         "with five it is ahead, 2.15 against 2.09",
         lambda: [recorded.by_length("hidden_31", "long")[5], predicted("block_kv_4")],
@@ -403,6 +431,23 @@ def test_more_text_alone_changes_nothing_and_longer_training_does():
         "F8": "below",
         "F10": "above",
     }
+
+
+def test_what_was_expected_of_long_training_on_little_text_held():
+    found = parted("repeat")
+    assert found["came"].tolist() == found["expected"].tolist() and [*found.index] == ["P1", "P2", "P4", "P6", "P8"]
+    shares = [less("repeat", "sources", v)[0] / less("long", "sources", v)[0] for v in ("states_4", "kv_4")]
+    assert shares == pytest.approx([2 / 3] * 2, abs=0.01)
+
+
+def test_only_the_length_of_the_runs_on_little_text_differs_from_12():
+    repeat, sources = (load_profile(name) for name in ("repeat", "sources"))
+    differing = {name for name in repeat.train | sources.train if repeat.train.get(name) != sources.train.get(name)}
+    assert differing == {"epochs", "max_steps", "validate_every"}
+    assert all(repeat.drafters[v] == sources.drafters[v] for v in repeat.drafters)
+    made = recorded.table("runs", "repeat")[["variant", "seed"]].itertuples(index=False, name=None)
+    missing = {(v, s) for v in repeat.drafters for s in repeat.seeds} - {*made}
+    assert missing == {("none_4", 0), ("none_4", 1)}
 
 
 def test_only_the_text_of_the_shorter_runs_differs_from_12():

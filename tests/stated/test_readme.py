@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from recorded import in_context, longer, minus, on_card, predicted, table, turned, value
+from recorded import draws, in_context, longer, minus, on_card, predicted, summed, table, turned, value
 from stated import checked
 
 from kvshot_lib.metrics import decoding
@@ -43,6 +43,15 @@ STATED = [
     (
         "draft .067 [.059, .076] tokens more than the cache's with one layer, .022 [.008, .036] with four, and .132 [.108, .155] with four after",
         lambda: (*equal("states_1", "kv_1"), *equal("states_4", "kv_4"), *longer("states_4", "kv_4")),
+    ),
+    (
+        "of the little text make it .090 [.062, .118]; more text alone",
+        lambda: summed(
+            [(sign, draws("repeat"), variant) for sign, variant in ((1, "states_4"), (-1, "kv_4"))],
+            ("measured_mat",),
+            draws("long").variants,
+            [draws("repeat"), draws("sources")],
+        )[:3],
     ),
     (
         "on its judged texts, which are easy, .769 [.657, .884], where it is .243 [.225, .262]",
