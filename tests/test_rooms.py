@@ -47,9 +47,10 @@ def test_files_are_short_and_lines_fit():
 
 def test_the_library_does_not_grow():
     """It is to come under 10,000 lines; until then this number only falls. (It rose for what was asked of it: by 400 for
-    inputs that don't fit, by 2,400 for decoding, writing and training on GPUs, text mode, long dialogues and contexts, serving and examining.)
+    inputs that don't fit, by 2,400 for decoding, writing and training on GPUs, text mode, long dialogues and contexts, serving and examining, by 80 for
+    trainings that one stream of the target feeds.)
     """
-    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 16_177
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 16_253
 
 
 def test_an_import_against_the_order_would_be_seen(tmp_path, monkeypatch):

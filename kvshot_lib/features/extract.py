@@ -22,7 +22,7 @@ from ..target.load import Target, load_target
 from ..text.corpus import SPLITS, answer_token_counts, load_corpus
 from .kept import keep_features
 from .live import LiveFeatures
-from .resident import ResidentFeatures
+from .resident import ResidentFeatures, StreamedFeatures
 from .spec import STATE, FeatureSpec, feature_spec
 
 COUNTS = "answer_token_counts.csv"
@@ -96,9 +96,14 @@ def keep(extraction: Extraction, values: Mapping, folder: str | Path) -> pd.Data
 
 def hold(
     extraction: Extraction, values: Mapping, folder: str | Path, state: Sequence[str] = STATE
-) -> dict[str, ResidentFeatures]:
-    """Features by split in the memory of the target's device; only the answer-token counts go to ``folder``."""
+) -> dict[str, ResidentFeatures | StreamedFeatures]:
+    """Features by split in the memory of the target's device; only the answer-token counts go to ``folder``.
+
+    With ``features="live"`` only the newest batch is there.
+    """
     write_counts(folder, extraction.answer_token_counts)
+    if values.get("features") == "live":
+        return {split: StreamedFeatures(live, state) for split, live in extraction.documents.items()}
     device, batch = extraction.target.device, values["batch_documents"]
     return {split: ResidentFeatures(live, device, state, batch) for split, live in extraction.documents.items()}
 

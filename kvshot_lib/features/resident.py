@@ -1,6 +1,9 @@
-"""Features held in a device's memory: trainings on a GPU, several side by side, must not wait for a disk."""
+"""Features held in a device's memory, all or a batch: several trainings on a GPU must not wait for a disk, or for one
+another's forwards of the target.
+"""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from tqdm import tqdm
@@ -38,11 +41,8 @@ class ResidentFeatures(OfLayers):
 
     def batch(self, indices: Sequence[int], state: Sequence[str] = STATE) -> Features:
         """The chosen documents, right-padded with zeros, on the device; ``state`` names the fields wanted."""
-        rows, fields = self._rows(indices), {}
-        for name in ("tokens", "answer_mask", *state):
-            fields[name] = self._fields[name][rows]
-            if name in self._chosen:
-                fields[name] = fields[name][:, :, self._chosen[name]]
+        rows = self._rows(indices)
+        fields = {name: self._read(name, self._fields[name][rows]) for name in ("tokens", "answer_mask", *state)}
         return Features(documents=torch.tensor(list(indices), device=self.device), **fields)
 
     def _rows(self, indices: Sequence[int]) -> torch.Tensor:
@@ -51,3 +51,25 @@ class ResidentFeatures(OfLayers):
         places = torch.arange(max(2, *(self.lengths[i] for i in indices)), device=self.device)
         real = places < self._lengths[chosen, None]
         return torch.where(real, self._starts[chosen, None] + places, sum(self.lengths))
+
+
+class StreamedFeatures(OfLayers):
+    """A source whose newest batches stay in memory, so that one forward of the target feeds all who ask by turns.
+
+    ``state`` : all that any of them reads.
+    """
+
+    def __init__(self, source, state: Sequence[str] = STATE):
+        super().__init__(source.spec)
+        self.source, self.target, self.lengths = source, source.target, source.lengths
+        self.documents_hash = source.documents_hash
+        self._newest = lru_cache(maxsize=2)(lambda indices: source.batch(indices, state))  # one more: of `ShuffledKV`
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, indices: Sequence[int], state: Sequence[str] = STATE) -> Features:
+        """The chosen documents, as from the source; ``state`` names the fields wanted."""
+        whole = self._newest(tuple(indices)) if state else self.source.batch(indices, ())
+        names = ("tokens", "answer_mask", "documents", *state)
+        return Features(**{name: self._read(name, getattr(whole, name)) for name in names})

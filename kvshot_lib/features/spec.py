@@ -132,6 +132,10 @@ class OfLayers:
         view._chosen = self._whole.places(view.spec)
         return view
 
+    def _read(self, name: str, field: Tensor) -> Tensor:
+        """A field [B, n, …] of all recorded layers, as this view reads it."""
+        return field[:, :, self._chosen[name]] if name in self._chosen else field
+
 
 def check_origin(origin: Mapping | FeatureSpec, target: Target | FeatureSpec, told: str) -> None:
     """Refuse what was made for another target or tokenizer than this; ``origin`` names both as a `FeatureSpec` does.

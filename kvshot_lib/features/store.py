@@ -135,11 +135,11 @@ class StoredFeatures(OfLayers):
 
     def batch(self, indices: Sequence[int], state: Sequence[str] = STATE) -> Features:
         """Read the chosen documents, right-padded with zeros; ``state`` names the fields wanted."""
-        fields = {name: padded([self._read(i, name) for i in indices]) for name in ("tokens", "answer_mask", *state)}
+        fields = {name: padded([self._rows(i, name) for i in indices]) for name in ("tokens", "answer_mask", *state)}
         fields |= {name: fields[name].long() for name in ("tokens", "target_argmax") if name in fields}
         return Features(documents=torch.tensor(list(indices)), **fields)
 
-    def _read(self, index: int, name: str) -> torch.Tensor:
+    def _rows(self, index: int, name: str) -> torch.Tensor:
         path, row = self._places[index]
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt")

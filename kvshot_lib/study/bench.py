@@ -34,7 +34,7 @@ from ..drafters.variants import parameters_of
 from ..errors import StudyError
 from ..features.extract import prepare
 from ..features.live import LiveFeatures, extraction_speed
-from ..features.resident import ResidentFeatures
+from ..features.resident import ResidentFeatures, StreamedFeatures
 from ..files import write_csv
 from ..metrics.tables import TABLES, read_one, rounded
 from ..provenance import provenance
@@ -76,7 +76,7 @@ def bench(
     live = LiveFeatures(model, longest, made.spec)
     draft_ids = draft_vocabulary(torch.from_numpy(made.answer_token_counts), min(vocabulary, model.vocab_size))
     if share:
-        found = training_speed(model, live, configurations(parameters_of("kv_2"))[0], training, draft_ids, steps, card)
+        found = training_speed(model, live, configs_of("kv_2"), training, draft_ids, steps, card)
         if parallel.is_main():
             print(f"data-parallel {found:.2f}", flush=True)
         return
@@ -85,15 +85,17 @@ def bench(
     extraction, bare = extraction_speed(live, range(training.batch_documents))
     bench.add("capture", extraction, "tokens/s", bare)
     resident = ResidentFeatures(live, model.device)
-    for name in BENCHED:
-        config = configurations(parameters_of(name))[0]
+    for name, config in zip(BENCHED, configs_of(*BENCHED)):
         built = build_drafter(config, model, live.spec, draft_ids)
         work = run_work(longest, replace(training, epochs=1), config.paradigm != "block")
         floor = bench.flops * work.tokens / training_flops(built, work)
-        found = training_speed(model, resident, config, training, draft_ids, steps, card)
+        found = training_speed(model, resident, [config], training, draft_ids, steps, card)
         bench.add(f"train {name}", found, "tokens/s", floor)
         judged = partial(match_documents, resident, built, training.ttt_steps, device=model.device, dtype=model.dtype)
         bench.add(f"judge {name}", len(resident) / seconds(judged, 1), "documents/s")
+    for whence, source in (("memory", resident), ("one stream", StreamedFeatures(live))):
+        found = training_speed(model, source, configs_of(*BENCHED), training, draft_ids, steps, card)
+        bench.add(f"train these by turns from {whence}", found, "tokens/s")
     own = {"target": target, "corpus": corpus, "documents": documents, "steps": steps, "vocabulary": vocabulary}
     for number in processes:
         bench.add(f"train kv_2 from live features, {number} processes", launched_speed(number, own), "tokens/s")
@@ -161,6 +163,11 @@ class Bench:
         self.add(what, tokens / took, "tokens/s", floor)
 
 
+def configs_of(*variants: str) -> list[DrafterConfig]:
+    """The configuration of each variant."""
+    return [configurations(parameters_of(variant))[0] for variant in variants]
+
+
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:
     """Of ``work``, the median, after first runs that aren't timed."""
     timer = Timer("work()", globals={"work": work})  # it waits for a GPU, and warms up
@@ -168,21 +175,21 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
 
 
 def training_speed(
-    target: Target, source, config: DrafterConfig, training: TrainConfig, draft_ids: torch.Tensor, steps: int,
-    compiled: bool = False,
+    target: Target, source, configs: Sequence[DrafterConfig], training: TrainConfig, draft_ids: torch.Tensor,
+    steps: int, compiled: bool = False,
 ) -> float:  # fmt: skip
-    """Tokens/s of so many steps, over however many processes there are, after two that warm up (and compile)."""
-    drafter = build_drafter(config, target, source.spec, draft_ids)
-    if compiled:
-        drafter.compile_steps()
+    """Tokens/s of so many steps of drafters by turns, over all processes, after two that warm up (and compile)."""
+    drafters = [build_drafter(config, target, source.spec, draft_ids) for config in configs]
+    drafters = [drafter.compile_steps() if compiled else drafter for drafter in drafters]
     short = replace(training, max_steps=2 + steps, epochs=3 + steps, branch_warmup_steps=0)
     with tempfile.TemporaryDirectory() as empty:
-        loop = Training(drafter, source, source, short, empty, target.dtype)
+        trainings = [Training(drafter, source, source, short, empty, target.dtype) for drafter in drafters]
     for number, indices in enumerate(batches(source.lengths, short, 0, 2 + steps)):
         if number == 2:
-            tokens, begun = loop.progress.trained_tokens, time.perf_counter()
-        loop.step(indices)
-    return (loop.progress.trained_tokens - tokens) / (time.perf_counter() - begun)
+            tokens, begun = trainings[0].progress.trained_tokens, time.perf_counter()
+        for one in trainings:
+            one.step(indices)
+    return (trainings[0].progress.trained_tokens - tokens) / (time.perf_counter() - begun)
 
 
 def launched_speed(processes: int, options: dict) -> float:

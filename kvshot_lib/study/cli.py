@@ -80,7 +80,10 @@ def fingerprint(step: str) -> None:
 @options("where they go (results/PROFILE by default)", results_dir="")
 @options("trainings side by side", workers=4)
 def sweep(**given) -> None:
-    """Train a profile's runs side by side with the features in memory, on one large GPU. Status 1: some are left."""
+    """Train a profile's runs side by side with the features in memory, on one large GPU. Status 1: some are left.
+
+    Of a profile with live features: by turns, fed by one stream of the target.
+    """
     from .sweep import sweep_profile
 
     left = sweep_profile(**given)
@@ -122,15 +125,6 @@ def collect(**given) -> None:
     from ..metrics.collect import collect
 
     tell(collect(**given).values())
-
-
-@cli.command()
-@tables
-def thin(tables_dir: str) -> None:
-    """Leave of the largest recorded tables what is drawn of them."""
-    from ..metrics.collect import thin
-
-    tell(thin(tables_dir))
 
 
 @cli.command()

@@ -59,7 +59,7 @@ def dry_run(
         draft_ids = torch.arange(min(given["draft_vocab_size"], target.vocab_size))
         try:
             compiled = given["compile_steps"] and target.device.type == "cuda"
-            found = training_speed(target, source, config, training, draft_ids, steps, compiled)
+            found = training_speed(target, source, [config], training, draft_ids, steps, compiled)
             tell(f"train {variant}", found, training.epochs)
         except torch.OutOfMemoryError:
             print(f"{variant}: out of memory with batch_documents={training.batch_documents}; set fewer in the profile")

@@ -1,9 +1,10 @@
 """A profile's trainings without the pipeline: side by side on one GPU, or each of them over several processes.
 
 The pipeline keeps features on disk and each training reads them from there. In a sweep the target writes them into the
-device's memory once and all trainings share them; a run that starts from another waits for it. Sweeps of one folder
-at the same time, one for each GPU, share its runs. Either way runs that are done are skipped, and runs that were begun
-go on from their last checkpoint.
+device's memory once and all trainings share them; a run that starts from another waits for it. Where there are more
+than fit (``features: live``), trainings go by turns in one process, and one stream of the target feeds them. Sweeps of
+one folder at the same time, one for each GPU, share its runs. Either way runs that are done are skipped, and runs that
+were begun go on from their last checkpoint.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from ..errors import StudyError
 from ..features.extract import hold, keep, prepare
 from ..metrics.collect import collect
 from ..training.config import configurations
-from ..training.run import train_run
+from ..training.run import train_run, train_runs
 from . import profiles
 from .notebooks import Taken, locked
 from .profiles import Profile, named_runs, train_values
@@ -80,6 +81,8 @@ def sweep(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], work
     if not waiting:
         return 0
     features = load_features(profile, results_dir, dict.fromkeys(variant for variant, _ in waiting))
+    if profile.extract.get("features") == "live":
+        return _stream(profile, results_dir, jobs, features)
     context = torch.multiprocessing.get_context("spawn")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     running: dict[Future, tuple[str, int]] = {}
@@ -105,6 +108,20 @@ def sweep(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], work
                 process.kill()
         pool.shutdown(wait=not running, cancel_futures=True)
     return sum(not _done(results_dir, *job) for job in jobs)
+
+
+def _stream(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], features: dict) -> int:
+    """Train ``jobs`` in this process, those of a seed by turns: they ask for the same batches; see :func:`sweep`."""
+    left = lambda: [job for job in jobs if not _done(results_dir, *job)]
+    while ready := [job for job in left() if _ready(profile, results_dir, *job)]:
+        own = [(variant, seed) for variant, seed in ready if seed == ready[0][1]]
+        named = [(variant, train_values(profile, variant, seed)) for variant, seed in own]
+        with contextlib.ExitStack() as held:
+            for variant, seed in own:
+                held.enter_context(locked(results_dir / "runs" / variant / f"seed{seed}" / ".lock", patience_s=2))
+            for job, facts in zip(own, train_runs(named, results_dir, features)):
+                print(_told(*job, facts), flush=True)
+    return len(left())
 
 
 def load_features(profile: Profile, results_dir: Path, variants: Iterable[str]) -> dict:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -54,28 +55,9 @@ def train(
     optimiser are the whole state.
     """
     training = Training(drafter, source, validation, config, run_dir, dtype)
-    progress, total, saved = training.progress, training.total, time.perf_counter()
-    hidden = None if parallel.is_main() else True  # one bar
-    with (
-        tqdm(total=total, initial=progress.step, unit="step", desc="train", mininterval=2, disable=hidden) as bar,
-        curves(log_to, run_dir, progress.step) as log,
-    ):
-        for indices in batches(source.lengths, config, progress.step, total):
-            started = time.perf_counter()
-            training.step(indices)
-            progress.seconds += time.perf_counter() - started
-            bar.update()
-            if recorded(progress.step, total):
-                progress.record(gate_rows(drafter, validation, config.ttt_steps, dtype))
-            if progress.step == total or (config.validate_every and progress.step % config.validate_every == 0):
-                rows = training.report()
-                bar.set_postfix_str(_headline(rows))
-                log(rows)
-            due = progress.step == total or time.perf_counter() - saved > config.checkpoint_every_s
-            if due and parallel.is_main():
-                training.save()
-                saved = time.perf_counter()
-    return pd.DataFrame(progress.history)
+    for _ in training.steps(log_to):
+        pass
+    return training.history()
 
 
 @dataclass
@@ -126,6 +108,35 @@ class Training:
         self.graphs = LossGraphs(drafter, config, dtype) if can_be_recorded(drafter) else None
         self.identity = {**identity(drafter, source, config, dtype), "padded_batches": self.graphs is not None}
         self.progress = self.load() if self.path.exists() else Progress()
+
+    def steps(self, log_to: str = "") -> Iterator[int]:
+        """Train to the end, with reports and checkpoints; gives after each optimiser step how many are done."""
+        drafter, config, progress, saved = self.drafter, self.config, self.progress, time.perf_counter()
+        run, hidden = "/".join(self.path.parts[-3:-1]), None if parallel.is_main() else True  # one bar
+        with (
+            tqdm(desc=run, total=self.total, initial=progress.step, unit="step", mininterval=2, disable=hidden) as bar,
+            curves(log_to, self.path.parent, progress.step) as log,
+        ):
+            for indices in batches(self.source.lengths, config, progress.step, self.total):
+                started = time.perf_counter()
+                self.step(indices)
+                progress.seconds += time.perf_counter() - started
+                bar.update()
+                last = progress.step == self.total
+                if recorded(progress.step, self.total):
+                    progress.record(gate_rows(drafter, self.validation, config.ttt_steps, self.dtype))
+                if last or (config.validate_every and progress.step % config.validate_every == 0):
+                    rows = self.report()
+                    bar.set_postfix_str(_headline(rows))
+                    log(rows)
+                if parallel.is_main() and (last or time.perf_counter() - saved > config.checkpoint_every_s):
+                    self.save()
+                    saved = time.perf_counter()
+                yield progress.step
+
+    def history(self) -> pd.DataFrame:
+        """Rows as :func:`train` gives them."""
+        return pd.DataFrame(self.progress.history)
 
     def step(self, indices: list[int]) -> None:
         """One optimiser step on one batch, of which each process takes its share."""

@@ -4,7 +4,7 @@
 processes call the whole. ``values`` are parameters of that notebook by name; what means something else is left alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from ..text.corpus import SPLITS, Document
 from .config import TrainConfig, configurations
 from .cost import prefix_cost, run_cost
 from .judging import anchor_places, match_documents, outside_vocabulary
-from .loop import train
+from .loop import Training
 from .record import recorded_gradients
 
 TOLD = ("ttt_steps", "anchor_fraction", "learning_rate", "epochs", "batch_documents")  # of the training, in its row
@@ -51,6 +51,11 @@ class Run:
     init_from: str = ""
     fresh: tuple[str, ...] = ()
 
+    def begun(self) -> Training:
+        """The training, where its checkpoint left it."""
+        splits = self.features["train"], self.features["validation"]
+        return Training(self.drafter, *splits, self.training, self.folder, self.dtype)
+
 
 def train_run(variant: str, values: Mapping, results_dir: str | Path, features: dict | None = None) -> dict:
     """Train and judge one drafter, going on from its checkpoint; gives its row of ``runs.csv``.
@@ -66,12 +71,22 @@ def train_run(variant: str, values: Mapping, results_dir: str | Path, features: 
     ------
     StudyError : see :func:`prepare_run` and :func:`~loop.train`.
     """
-    run = prepare_run(variant, values, results_dir, features)
-    splits = run.features["train"], run.features["validation"]
-    history = train(run.drafter, *splits, run.training, run.folder, dtype=run.dtype, log_to=values.get("log_to", ""))
-    facts = run_facts(run, history)
-    if parallel.is_main():
-        finish_run(run, history, facts, values["draft_length"])
+    return train_runs([(variant, values)], results_dir, features)[0]
+
+
+def train_runs(jobs: Sequence[tuple], results_dir: str | Path, features: dict | None = None) -> list[dict]:
+    """Several (variant, values) as by `train_run`, by turns: whichever is behind takes a step."""
+    runs, facts = [prepare_run(*job, results_dir, features) for job in jobs], []
+    trainings = [run.begun() for run in runs]
+    going = {one: one.steps(values.get("log_to", "")) for one, (_, values) in zip(trainings, jobs)}
+    while going:
+        behind = min(going, key=lambda training: training.progress.step)
+        if next(going[behind], None) is None:
+            del going[behind]
+    for run, training, (_, values) in zip(runs, trainings, jobs):
+        facts.append(run_facts(run, history := training.history()))
+        if parallel.is_main():
+            finish_run(run, history, facts[-1], values["draft_length"])
     return facts
 
 
@@ -94,7 +109,8 @@ def prepare_run(variant: str, values: Mapping, results_dir: str | Path, features
     folders = {split: results_dir / "features" / split for split in SPLITS}
     device, dtype = values.get("device", "auto"), values.get("dtype", "auto")
     spec = features["train"].spec if features else read_spec(folders["train"])
-    target = load_target(spec.target, device=device, dtype=dtype)
+    given = getattr(features and features["train"], "target", None)
+    target = given or load_target(spec.target, device=device, dtype=dtype)
     check_origin(spec, target, f"the features in {results_dir}/features were recorded")
     features = features or {split: open_features(folder, target) for split, folder in folders.items()}
     wanted = drafter_spec(config, target)

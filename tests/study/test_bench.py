@@ -30,6 +30,7 @@ def test_every_loop_has_a_row_and_other_machines_keep_theirs(tmp_path, capsys):
         assert main(["bench", *WORDS.split(), "", "--out", str(out)]) == 0
     table = read_one(out, "bench")
     names = ["capture", "train hidden_31", "judge hidden_31", "train block_kv_2", "judge block_kv_2"]
+    names += [f"train these by turns from {source}" for source in ("memory", "one stream")]
     names += [f"train kv_2 from live features, {number} processes" for number in (1, 2)]
     names += ["write dialogues, 2 at a time", "decode alone", "peak memory"]
     own = table[table["card"] != "another"]

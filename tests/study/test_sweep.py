@@ -67,6 +67,21 @@ def test_a_training_is_the_same_whatever_else_is_held(tmp_path):
 
 
 @pytest.mark.slow
+def test_one_stream_of_the_target_trains_what_workers_train(swept, tmp_path, monkeypatch):
+    """Of a profile with live features, starts before those that begin with them; and again, nothing."""
+    folder, _ = swept
+    profile, results = load_profile("smoke"), tmp_path / "smoke"
+    profile.extract["features"] = "live"
+    jobs = [(variant, 0) for variant in profile.drafters]
+    assert sweep.sweep(profile, results, jobs, 4) == 0
+    for variant in profile.drafters:
+        first, again = (pd.read_csv(at / f"runs/{variant}/seed0/history.csv") for at in (folder, results))
+        pd.testing.assert_frame_equal(first.drop(columns="seconds"), again.drop(columns="seconds"), rtol=1e-4)
+    monkeypatch.setattr(sweep, "train_runs", lambda *_: pytest.fail("trained again"))
+    assert sweep.sweep(profile, results, jobs, 4) == 0
+
+
+@pytest.mark.slow
 def test_the_features_in_memory_train_the_same_drafter_as_those_on_disk(swept, tmp_path):
     """Against prepare_run on a feature store, as notebook 02 calls it: the same history up to bfloat16's rounding of the store."""
     folder, _ = swept

@@ -13,7 +13,7 @@ from kvshot_lib.features.extract import hold, prepare
 from kvshot_lib.files import read_json, write_json
 from kvshot_lib.target.load import load_target
 from kvshot_lib.training.loop import train
-from kvshot_lib.training.run import finish_run, prepare_run, run_facts, train_run
+from kvshot_lib.training.run import finish_run, prepare_run, run_facts, train_run, train_runs
 
 VALUES = TRAIN | {"max_steps": 6, "ttt_steps": 3, "draft_length": 3, "seed": 1}
 
@@ -71,6 +71,30 @@ def test_features_in_memory_are_trained_on_alike(study):
         assert held[name] == stored[name]
     losses = [left_by(study / f"runs/{name}/seed1")["history.csv"]["loss"].dropna() for name in ("held", "stored")]
     assert losses[0].tolist() == pytest.approx(losses[1].tolist(), rel=1e-2)
+
+
+def test_drafters_that_one_stream_feeds_are_those_trained_alone(study, monkeypatch):
+    """By turns, one forward of the target a batch: also when one goes on from a checkpoint that the other doesn't have."""
+    live = EXTRACT | {"features": "live"}
+    features = hold(prepare(live), live, study / "features")
+    jobs = [
+        ("one", VALUES),
+        ("other", VALUES | {"paradigm": "hidden", "num_layers": 1}),
+        ("shuffled", VALUES | {"kv_control": "shuffled"}),
+    ]
+    for variant, values in jobs:
+        train_run(f"{variant}_alone", values, study, features)
+    asked, plain = [], features["train"].source.batch
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        die_before_step(patched, 4, 3)
+        train_run("other", jobs[1][1], study, features)
+    monkeypatch.setattr(features["train"].source, "batch", lambda *given: asked.append(given) or plain(*given))
+    rows = train_runs(jobs, study, features)
+    forwards = [indices for indices, state in asked if state]
+    assert len(forwards) == 2 * VALUES["max_steps"]  # of each batch, and of the documents whose cache is shuffled in
+    for row, (variant, _) in zip(rows, jobs, strict=True):
+        assert row["variant"] == variant
+        assert_same(study / f"runs/{variant}/seed1", study / f"runs/{variant}_alone/seed1")
 
 
 def test_a_warm_start_takes_what_fits_and_says_what_is_fresh(study):
