@@ -33,11 +33,13 @@ STATED = [
         lambda: [x for v in ("kv_4", "states_4") for x in equal(v, "none_4", *LAST)],
     ),
     (
-        "After 146 million tokens, on four times as much text, the cache adds .005 [−.001, .011] to the seventh guess, hidden states .015 [.009, .020]",
+        "After 146 million tokens, on four times as much text, the cache adds .005 [−.001, .011] to the seventh guess, hidden states .015 [.009, .020]; to the fifth the cache still adds .013 [.007, .019], and .240 [.208, .272] tokens",
         lambda: [
             table("runs", "long")["trained_tokens"].median() / 1e6,
             *longer("kv_4", "none_4", LAST),
             *longer("states_4", "none_4", LAST),
+            *longer("kv_4", "none_4", ("step_acceptance", 4)),
+            *longer("kv_4", "none_4"),
         ],
     ),
     (
@@ -45,7 +47,7 @@ STATED = [
         lambda: (*equal("states_1", "kv_1"), *equal("states_4", "kv_4"), *longer("states_4", "kv_4")),
     ),
     (
-        "of the little text make it .090 [.062, .118]; more text alone",
+        "tokens of a quarter of that text: .090 [.062, .118]. More text alone",
         lambda: summed(
             [(sign, draws("repeat"), variant) for sign, variant in ((1, "states_4"), (-1, "kv_4"))],
             ("measured_mat",),
