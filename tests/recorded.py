@@ -101,6 +101,26 @@ def summed(
     return found[0], found[0] - half, found[0] + half, p_value(found[0], np.sqrt(whole), freedom)
 
 
+class InARow:
+    """Draws of one metric: the share of anchors at which all seven guesses are right."""
+
+    def __init__(self, drawn: resampling.Draws):
+        self.drawn, self.variants = drawn, drawn.variants
+
+    def has(self, variant: str, *_) -> bool:
+        return self.drawn.has(variant, "measured_mat")
+
+    def rows(self, variant: str, *_) -> np.ndarray:
+        return np.prod([self.drawn.rows(variant, "chain_acceptance", k) for k in range(7)], axis=0)
+
+
+def in_a_row(a: str, b: str, profile: str) -> tuple[float, float, float]:
+    """a's share of anchors with all seven guesses right, minus b's, spread pooled as in notebook 16."""
+    sides = [(sign, InARow(draws(profile)), variant) for sign, variant in ((1, a), (-1, b))]
+    pool = [InARow(draws(name)) for name in {profile, "sources"}]
+    return summed(sides, ("all_right",), draws("long").variants, pool)[:3]
+
+
 def longer(
     a: str, b: str = "", which: tuple = ("measured_mat",), drawn: resampling.Draws | None = None
 ) -> tuple[float, float, float]:

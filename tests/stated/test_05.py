@@ -3,7 +3,7 @@
 from functools import cache, partial
 
 import numpy as np
-from recorded import minus, table
+from recorded import longer, minus, table
 from stated import checked
 
 from kvshot_lib.metrics import diagnostics, resampling
@@ -116,16 +116,33 @@ STATED = [
         ],
     ),
     (
-        "−.003 [−.007, +.002] and −.001 [−.004, +.002] against no target state",
+        "not ahead of no target state: −.003 [−.007, +.002] and −.001 [−.004, +.002]",
         lambda: [x for d in (1, 2) for x in trained_alike(f"kv_{d}_constant_query", f"none_{d}", *LAST)],
     ),
     (
-        "gets .011 [.007, .015] and .021 [.017, .026]",
+        "is ahead by .011 [.007, .015] and .021 [.017, .026]",
         lambda: [x for d in (1, 2) for x in trained_alike(f"kv_{d}", f"none_{d}", *LAST)],
     ),
     (
         ".017 [.012, .024] at step 0, −.002 [−.007, +.003] at step 6",
         lambda: [x for k in (0, 6) for x in (*trained_alike(KNOWING[0], "kv_1", "step_acceptance", k), k)],
+    ),
+    (
+        "over another text's cache `kv_1` has .060 [.056, .065] less",
+        lambda: trained_alike("kv_1_constant_query", "kv_1_shuffled", *LAST),
+    ),
+    (
+        "`kv_2` is .028 further off at step 0, .095 at step 6",
+        lambda: [
+            x
+            for k in (0, 6)
+            for x in (overlap("js_with_sink", "kv_2", k)[0] - overlap("js_with_sink", "other_document", k)[0], k)
+        ],
+    ),
+    ("`hybrid_warm` has .320", lambda: overlap("js", "hybrid_warm", 6)),
+    (
+        "after 146 million the cache adds .005 [−.001, .011] at step 6",
+        lambda: [table("runs", "long")["trained_tokens"].median() / 1e6, *longer("kv_4", "none_4", LAST), 6],
     ),
     ("drafts .023 tokens [.003, .042] more", lambda: minus("kv_2_grad50", "kv_2")),
     ("a floor alone +.001 [−.011, +.012]", lambda: minus("hybrid_warm_gate_floor", "hybrid_warm")),

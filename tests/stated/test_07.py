@@ -162,7 +162,7 @@ STATED = [
     ("A block gains least, .39 [.29, .56]", lambda: first(TREE, "7", "block_kv_2")),
     ("from four: −.024 [−.145, +.178]", lambda: first("4", "2", metric="speedup")),
     (
-        "it gets .063 [.047, .078] more with two guesses",
+        "the latter gets .063 [.047, .078] more with two guesses",
         lambda: guesses("both_4_continued", "hidden_31_continued", 2),
     ),
     (
@@ -191,7 +191,7 @@ STATED = [
     ("it is off by 3% on average", lambda: [100 * model()["whole"].abs().mean()]),
     ("take 1.9% to 4.0%", other_share),
     (
-        "costs .077 verifications, one of `both_4_continued` .195. On these prompts both get 1.8 tokens; on 508 answers",
+        "costs .077 verifications, one of `both_4_continued` .195. Both get 1.8 tokens here; on 508 answers",
         lambda: [
             costs("hidden_31_continued", "2"),
             costs("both_4_continued", "2"),

@@ -256,6 +256,19 @@ STATED = [
         "adds at step 6 has shrunk from .038 to .005",
         lambda: [6, before("kv_4", "none_4", *LAST)[0], minus("kv_4", "none_4", LAST)[0]],
     ),
+    (
+        "All seven are right at .034 of the anchors over the cache and at .020 without target state; after long training at .108 and .094. The difference is .014 [.011, .016] before and .014 [.010, .017] now",
+        lambda: [
+            *(
+                recorded.InARow(recorded.draws(p)).rows(v)[:, 0].mean()
+                for p in ("sources", "long")
+                for v in ("kv_4", "none_4")
+            ),
+            *recorded.in_a_row("kv_4", "none_4", "sources"),
+            *recorded.in_a_row("kv_4", "none_4", "long"),
+        ],
+    ),
+    ("are right at .014 [.010, .017] more anchors with", lambda: recorded.in_a_row("kv_4", "none_4", "long")),
     ("at step 6**, by .028 [.023, .034]", lambda: [6, *turned(minus("hidden_31", "none_4", LAST))]),
     (
         "tokens now**: .203 [.175, .231], where it brought .054 [.030, .078]",
