@@ -101,6 +101,14 @@ def summed(
     return found[0], found[0] - half, found[0] + half, p_value(found[0], np.sqrt(whole), freedom)
 
 
+def decoded_gap(metric, a, b, plan, *lots):
+    """a minus b with its interval, on the prompts that both answered."""
+    rows = pd.concat([table(name) for name in lots or ("decode_duel",)])
+    rows = rows[rows["variant"].isin([a, b])]
+    found = {key[0]: ratio[metric] for key, _, _, ratio in decoding.drawn(rows, 2000, 0) if key[-1] == plan}
+    return [*vars(resampling.interval(found[a] - found[b])).values()]
+
+
 class InARow:
     """Draws of one metric: the share of anchors at which all seven guesses are right."""
 

@@ -4,6 +4,7 @@ from functools import cache, partial
 
 import pandas as pd
 from recorded import benched, card_ratios, guesses, on_card, table
+from recorded import decoded_gap as gap
 from stated import checked
 
 from kvshot_lib.metrics import decoding
@@ -23,14 +24,6 @@ def drawn(*names):
 
 def told(metric, variant, plan, lot="decode_duel"):
     return [*vars(interval(drawn(lot)[variant, plan][metric])).values()]
-
-
-def gap(metric, a, b, plan, *lots):
-    """a minus b with its interval, on the prompts that both answered."""
-    rows = pd.concat([table(name) for name in lots or ("decode_duel",)])
-    rows = rows[rows["variant"].isin([a, b])]
-    found = {key[0]: ratio[metric] for key, _, _, ratio in decoding.drawn(rows, 2000, 0) if key[-1] == plan}
-    return [*vars(interval(found[a] - found[b])).values()]
 
 
 def first(plan, minus="", variant="hidden_31_continued", metric="decoded_mat"):
@@ -160,7 +153,7 @@ STATED = [
         ],
     ),
     ("A block gains least, .39 [.29, .56]", lambda: first(TREE, "7", "block_kv_2")),
-    ("from four: −.024 [−.145, +.178]", lambda: first("4", "2", metric="speedup")),
+    ("four less two −.024 [−.145, +.178]", lambda: first("4", "2", metric="speedup")),
     (
         "the latter gets .063 [.047, .078] more with two guesses",
         lambda: guesses("both_4_continued", "hidden_31_continued", 2),

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 from notebook_checks import ROOT
-from recorded import draws, longer, minus, table, turned
+from recorded import decoded_gap, draws, longer, minus, table, turned
 from stated import checked, text_of, wrong
 
 from kvshot_lib.metrics.claims import CLAIMS, LAST, in_favour
@@ -135,6 +135,14 @@ STATED = [
     ("cross-attention alone gains .120 [.107, .135]", lambda: statistic("C10b")),
     ("it *loses* .072 [.056, .087]", lambda: turned(statistic("C10a"))),
     ("It now says +.070 [.041, .103]", lambda: statistic("C14a")),
+    (
+        "on the 98 alone +.075 [.043, .108]",
+        lambda: [98, *decoded_gap("decoded_mat", "hybrid_warm", "hidden_continued", "8/10/60")],
+    ),
+    (
+        "By measured MAT the first of C2 was +.100, of C12c +.161",
+        lambda: [minus("kv_1", "none_1")[0], minus("states_2", "kv_2")[0]],
+    ),
     ("the values' share is .044 [.033, .054]", values_share),
     ("whose gate is at .271 [.257, .288] after a tenth", lambda: gate("hybrid_warm", "gate_after_a_tenth")),
     ("whose gate is at .142 [.131, .153]", lambda: gate("hybrid_warm_31", "gate_after_a_tenth")),
