@@ -136,6 +136,12 @@ def longer(
     return pooled(drawn or draws("long"), which, a, b, draws("sources"))[:3]
 
 
+def repeated(a: str, b: str, which: tuple = ("measured_mat",)) -> tuple[float, float, float]:
+    """a minus b after as long a training on little text: value and interval."""
+    sides = [(sign, draws("repeat"), variant) for sign, variant in ((1, a), (-1, b))]
+    return summed(sides, which, draws("long").variants, [draws("repeat"), draws("sources")])[:3]
+
+
 def turned(numbers: tuple[float, float, float]) -> tuple[float, float, float]:
     """A loss as a positive number, with its interval."""
     found, low, high = numbers

@@ -123,14 +123,38 @@ def bought(depth: int, after: int) -> float:
 
 STATED = [
     (
-        "at step 6 by .010 [.005, .014]. The cache still decays a little less: it keeps .011 [.007, .016] more",
+        "at step 6 by .010 [.005, .014]; after as long a training on this text by .005 [.000, .010]. The cache still decays a little less: it keeps .011 [.007, .016] more",
         lambda: [
             6,
             *recorded.longer("states_4", "kv_4", (STEP, 6)),
+            *recorded.repeated("states_4", "kv_4", (STEP, 6)),
             *recorded.longer("kv_4", "states_4", ("retention",)),
         ],
     ),
-    ("after ten times the training .132 [.108, .155] less", lambda: recorded.longer("states_4", "kv_4")),
+    (
+        "after ten times the training .090 [.062, .118] less, on four times as much text .132 [.108, .155] less",
+        lambda: [*recorded.repeated("states_4", "kv_4"), *recorded.longer("states_4", "kv_4")],
+    ),
+    (
+        "After 146 million, with four layers, nothing is seen at the last: .005 [−.001, .011]",
+        lambda: [
+            recorded.table("runs", "long")["trained_tokens"].median() / 1e6,
+            *recorded.longer("kv_4", "none_4", (STEP, 6)),
+        ],
+    ),
+    (
+        "with 21% more weights; by which",
+        lambda: [
+            100
+            * (
+                table("runs")
+                .groupby("variant")["parameters"]
+                .first()[["hidden_31", "states_1"]]
+                .agg(lambda x: x.iloc[0] / x.iloc[1])
+                - 1
+            )
+        ],
+    ),
     (
         "15.3 million training tokens for each of 106 drafters, judged on 2,000 sealed answers",
         lambda: [
@@ -221,7 +245,7 @@ STATED = [
         "drafts .050 tokens [.034, .064] less, two layers .103 [.088, .119]",
         lambda: [x for d in (1, 2) for x in minus(f"kv_{d}", f"kv_{d}_constant_query")],
     ),
-    ("it yields .128 tokens [.101, .151] more", lambda: minus("hidden_31", "kv_1_anchor_query")),
+    ("yields .128 tokens [.101, .151] more", lambda: minus("hidden_31", "kv_1_anchor_query")),
     ("gains 1.400 [1.337, 1.463]", lambda: minus("kv_1_oracle_query", "kv_1")),
     (
         "Asking is worth .050 tokens [.034, .064] with one layer and .103 [.088, .119] with two",
@@ -277,7 +301,7 @@ STATED = [
         lambda: [*layers_told("E1"), layers_judged()["smallest_visible"]["E1"]],
     ),
     (
-        "it beats `states_1` by .107 [.078, .135] and loses to `states_2` by .055 [.028, .083]",
+        "beats that of `states_1`, by .107 [.078, .135]; to the two of `states_2` it loses .055 [.028, .083]",
         lambda: (
             *by_layers(f"hidden_31{OWN}", f"states_1{OWN}"),
             *turned(by_layers(f"hidden_31{OWN}", f"states_2{OWN}")),

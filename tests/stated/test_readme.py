@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from recorded import draws, in_a_row, in_context, longer, minus, on_card, predicted, summed, table, turned, value
+from recorded import in_a_row, in_context, longer, minus, on_card, predicted, repeated, table, turned, value
 from stated import checked
 
 from kvshot_lib.metrics import decoding
@@ -52,12 +52,7 @@ STATED = [
     ),
     (
         "tokens of a quarter of that text: .090 [.062, .118]. More text alone",
-        lambda: summed(
-            [(sign, draws("repeat"), variant) for sign, variant in ((1, "states_4"), (-1, "kv_4"))],
-            ("measured_mat",),
-            draws("long").variants,
-            [draws("repeat"), draws("sources")],
-        )[:3],
+        lambda: repeated("states_4", "kv_4"),
     ),
     (
         "on its judged texts, which are easy, .769 [.657, .884], where it is .243 [.225, .262]",
