@@ -99,7 +99,7 @@ def hold(
 ) -> dict[str, ResidentFeatures | StreamedFeatures]:
     """Features by split in the memory of the target's device; only the answer-token counts go to ``folder``.
 
-    With ``features="live"`` only the newest batch is there.
+    With ``features="live"`` only the newest batches are there.
     """
     write_counts(folder, extraction.answer_token_counts)
     if values.get("features") == "live":

@@ -1,6 +1,4 @@
-"""Features held in a device's memory, all or a batch: several trainings on a GPU must not wait for a disk, or for one
-another's forwards of the target.
-"""
+"""Features held in a device's memory, all or the newest: trainings must not wait for a disk, or each for the target."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -54,10 +52,7 @@ class ResidentFeatures(OfLayers):
 
 
 class StreamedFeatures(OfLayers):
-    """A source whose newest batches stay in memory, so that one forward of the target feeds all who ask by turns.
-
-    ``state`` : all that any of them reads.
-    """
+    """A source whose newest batches stay, with all ``state`` that any reads: one forward feeds all who take turns."""
 
     def __init__(self, source, state: Sequence[str] = STATE):
         super().__init__(source.spec)

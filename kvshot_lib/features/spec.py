@@ -122,6 +122,8 @@ class OfLayers:
     ``_whole`` is all that was recorded, ``_chosen`` by field which of its target layers are read (absent: all).
     """
 
+    target: Target | None = None  # who computes them, where they aren't recorded
+
     def __init__(self, spec: FeatureSpec):
         self.spec, self._whole, self._chosen = spec, spec, {}
 

@@ -117,8 +117,8 @@ def _stream(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], fe
         own = [(variant, seed) for variant, seed in ready if seed == ready[0][1]]
         named = [(variant, train_values(profile, variant, seed)) for variant, seed in own]
         with contextlib.ExitStack() as held:
-            for variant, seed in own:
-                held.enter_context(locked(results_dir / "runs" / variant / f"seed{seed}" / ".lock", patience_s=2))
+            for job in own:
+                held.enter_context(locked(_folder(results_dir, *job) / ".lock", patience_s=2))
             for job, facts in zip(own, train_runs(named, results_dir, features)):
                 print(_told(*job, facts), flush=True)
     return len(left())
@@ -149,8 +149,12 @@ def checked_values(profile: Profile, results_dir: Path) -> dict:
     return profiles.extract_values(profile, results_dir)
 
 
+def _folder(results_dir: Path, variant: str, seed: int) -> Path:
+    return results_dir / "runs" / variant / f"seed{seed}"
+
+
 def _done(results_dir: Path, variant: str, seed: int) -> bool:
-    return (results_dir / "runs" / variant / f"seed{seed}" / "run.json").exists()
+    return (_folder(results_dir, variant, seed) / "run.json").exists()
 
 
 def _ready(profile: Profile, results_dir: Path, variant: str, seed: int) -> bool:
@@ -175,7 +179,7 @@ def _end_with(parent: int) -> None:
 def _train_here(variant: str, seed: int) -> dict | None:
     """One run in a worker; what it prints goes to ``log.txt`` in the run's folder. None if another sweep has it."""
     results_dir = _shared["results_dir"]
-    folder = results_dir / "runs" / variant / f"seed{seed}"
+    folder = _folder(results_dir, variant, seed)
     try:
         with (
             locked(folder / ".lock", patience_s=2),  # a worker of a killed sweep may have a moment left

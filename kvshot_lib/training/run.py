@@ -109,8 +109,7 @@ def prepare_run(variant: str, values: Mapping, results_dir: str | Path, features
     folders = {split: results_dir / "features" / split for split in SPLITS}
     device, dtype = values.get("device", "auto"), values.get("dtype", "auto")
     spec = features["train"].spec if features else read_spec(folders["train"])
-    given = getattr(features and features["train"], "target", None)
-    target = given or load_target(spec.target, device=device, dtype=dtype)
+    target = (features and features["train"].target) or load_target(spec.target, device=device, dtype=dtype)
     check_origin(spec, target, f"the features in {results_dir}/features were recorded")
     features = features or {split: open_features(folder, target) for split, folder in folders.items()}
     wanted = drafter_spec(config, target)
