@@ -1,6 +1,6 @@
 """Numbers of the recorded runs, for tests of what a person wrote about them: drawn once a process."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
@@ -101,7 +101,7 @@ def summed(
     return found[0], found[0] - half, found[0] + half, p_value(found[0], np.sqrt(whole), freedom)
 
 
-def decoded_gap(metric, a, b, plan, *lots):
+def decoded_gap(metric: str, a: str, b: str, plan: str, *lots: str) -> list[float]:
     """a minus b with its interval, on the prompts that both answered."""
     rows = pd.concat([table(name) for name in lots or ("decode_duel",)])
     rows = rows[rows["variant"].isin([a, b])]
@@ -122,13 +122,6 @@ class InARow:
         return np.prod([self.drawn.rows(variant, "chain_acceptance", k) for k in range(7)], axis=0)
 
 
-def in_a_row(a: str, b: str, profile: str) -> tuple[float, float, float]:
-    """a's share of anchors with all seven guesses right, minus b's, spread pooled as in notebook 16."""
-    sides = [(sign, InARow(draws(profile)), variant) for sign, variant in ((1, a), (-1, b))]
-    pool = [InARow(draws(name)) for name in {profile, "sources"}]
-    return summed(sides, ("all_right",), draws("long").variants, pool)[:3]
-
-
 def longer(
     a: str, b: str = "", which: tuple = ("measured_mat",), drawn: resampling.Draws | None = None
 ) -> tuple[float, float, float]:
@@ -136,10 +129,27 @@ def longer(
     return pooled(drawn or draws("long"), which, a, b, draws("sources"))[:3]
 
 
+def less(
+    profile: str, other: str, a: str, b: str = "", which: tuple = ("measured_mat",), drawn: Callable = draws
+) -> tuple[float, float, float, float]:
+    """a's metric (minus b's) in a profile, less the same in another one (""): value, low, high, p.
+
+    The spread over seeds is pooled as in notebook 16. ``drawn`` gives a profile's draws.
+    """
+    folders = [(1, drawn(profile)), *([(-1, drawn(other))] if other else [])]
+    sides = [(w * sign, part, v) for sign, part in folders for w, v in ((1, a), (-1, b)) if v]
+    pool = [drawn(name) for name in {profile, "sources", other or profile}]
+    return summed(sides, which, draws("long").variants, pool)
+
+
 def repeated(a: str, b: str, which: tuple = ("measured_mat",)) -> tuple[float, float, float]:
     """a minus b after as long a training on little text: value and interval."""
-    sides = [(sign, draws("repeat"), variant) for sign, variant in ((1, a), (-1, b))]
-    return summed(sides, which, draws("long").variants, [draws("repeat"), draws("sources")])[:3]
+    return less("repeat", "", a, b, which)[:3]
+
+
+def in_a_row(a: str, b: str, profile: str) -> tuple[float, float, float]:
+    """a's share of anchors with all seven guesses right, minus b's: value and interval."""
+    return less(profile, "", a, b, ("all_right",), lambda name: InARow(draws(name)))[:3]
 
 
 def turned(numbers: tuple[float, float, float]) -> tuple[float, float, float]:

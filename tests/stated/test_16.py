@@ -8,7 +8,7 @@ import pytest
 import recorded
 import yaml
 from notebook_checks import ROOT
-from recorded import turned
+from recorded import less, turned
 from scipy.optimize import curve_fit
 from stated import checked, defined
 
@@ -46,14 +46,6 @@ def judged(half: bool = False, own_seeds: bool = False) -> pd.DataFrame:
     found = pd.DataFrame(rows, columns=["value", "low", "high", "p"], index=[q["id"] for q in PLAN])
     found["holm"] = holm(found["p"])
     return found.assign(came=np.where(found["holm"] < 0.05, np.where(found["value"] > 0, "above", "below"), "none"))
-
-
-def less(profile: str, other: str, a: str, b: str = "", which: tuple = MAT) -> tuple[float, float, float, float]:
-    """a's metric (minus b's) in a profile, less the same in another one: value, low, high, p."""
-    folders = [(1, recorded.draws(profile)), *([(-1, recorded.draws(other))] if other else [])]
-    sides = [(w * sign, part, v) for sign, part in folders for w, v in ((1, a), (-1, b)) if v]
-    pool = [recorded.draws(name) for name in {profile, "sources", other or profile}]
-    return recorded.summed(sides, which, recorded.draws("long").variants, pool)
 
 
 @cache
@@ -426,6 +418,15 @@ def test_the_overlap_cell_hashes_what_is_counted_here():
         known = {tuple(d.tokens[i : i + length]) for d in written for i in range(len(d.tokens) - length + 1)}
         ends = [[i for i in range(length, 41) if i > 2 and tuple(d.tokens[i - length : i]) in known] for d in judged]
         assert names["ends_known"](length) == [len(own) for own in ends] and (length > 8 or sum(map(len, ends)) > 20)
+
+
+@pytest.mark.parametrize("profile", ["sources", "long"])
+@pytest.mark.parametrize("variant", ["kv_4", "none_4"])
+def test_seven_in_a_row_are_what_counting_them_gives(profile, variant):
+    """Of anchors that have all seven steps; the product of the steps' shares also counts those near an answer's end."""
+    counted = recorded.table("counts", profile).query("variant == @variant and draft_step == 6")
+    share = counted["chain_matches"].sum() / counted["anchors"].sum()
+    assert recorded.InARow(recorded.draws(profile)).rows(variant)[:, 0].mean() == pytest.approx(share, abs=5e-4)
 
 
 def test_what_was_recorded_of_the_overlap():
