@@ -51,7 +51,7 @@ GREEDY = Sampling()
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """[V] logits -> [V] float64 probabilities after temperature and top-p (temperature above 0)."""
-    probabilities = (logits.double() / sampling.temperature).softmax(-1)
+    probabilities = (logits.double() / float(sampling.temperature)).softmax(-1)
     if sampling.top_p < 1:
         ranked, order = probabilities.sort(descending=True)
         dropped = order[ranked.cumsum(-1) - ranked >= sampling.top_p]  # the mass before it is enough already

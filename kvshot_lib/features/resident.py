@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from tqdm import tqdm
 
-from .spec import STATE, Features, OfLayers
+from .spec import STATE, Features, OfLayers, moved
 
 
 class ResidentFeatures(OfLayers):
@@ -41,11 +41,11 @@ class ResidentFeatures(OfLayers):
         """The chosen documents, right-padded with zeros, on the device; ``state`` names the fields wanted."""
         rows = self._rows(indices)
         fields = {name: self._read(name, self._fields[name][rows]) for name in ("tokens", "answer_mask", *state)}
-        return Features(documents=torch.tensor(list(indices), device=self.device), **fields)
+        return Features(documents=moved(torch.tensor(list(indices)), self.device), **fields)
 
     def _rows(self, indices: Sequence[int]) -> torch.Tensor:
         """Row of every token of these documents [B, n]; the last row, of zeros, for padding."""
-        chosen = torch.tensor(list(indices), device=self.device)
+        chosen = moved(torch.tensor(list(indices)), self.device)
         places = torch.arange(max(2, *(self.lengths[i] for i in indices)), device=self.device)
         real = places < self._lengths[chosen, None]
         return torch.where(real, self._starts[chosen, None] + places, sum(self.lengths))

@@ -102,8 +102,8 @@ class Features:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Features":
         """Move to a device; floating-point fields also change their dtype."""
-        moved = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in self._held().items()}
-        return replace(self, **moved)
+        kinds = {name: dtype if t.is_floating_point() else None for name, t in self._held().items()}
+        return replace(self, **{name: moved(t, device, kinds[name]) for name, t in self._held().items()})
 
     def lengthened(self, multiple: int) -> "Features":
         """The same with zeros behind, up to a length that is a multiple of this."""
@@ -177,6 +177,12 @@ def feature_spec(
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,
     )  # fmt: skip
+
+
+def moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor on a device; the processor doesn't wait until a GPU, busy with earlier work, has fetched it."""
+    fetched = tensor.device.type == "cpu" and torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if fetched else tensor).to(device, dtype, non_blocking=fetched)
 
 
 def pad_documents(documents: Sequence[Document], indices: Sequence[int]) -> Features:

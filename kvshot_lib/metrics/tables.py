@@ -1,6 +1,6 @@
 """The study's tidy tables: their columns, and how they are written and read back.
 
-Small tables are CSV files, large ones Parquet (zstd). A folder of tables is all that figures and verdicts need.
+Small tables are CSV files, large ones Parquet (Brotli). A folder of tables is all that figures and verdicts need.
 """
 
 from dataclasses import dataclass
@@ -131,7 +131,6 @@ TABLES = {
     ),
 }  # fmt: skip
 SCHEMAS = {name: table.columns for name, table in TABLES.items()}
-OLD_FORMS = ("columns.xz", "csv.xz")  # of tables that earlier versions of the study wrote
 
 
 def path_of(tables_dir: str | Path, name: str) -> Path:
@@ -164,13 +163,11 @@ def read(tables_dir: str | Path, name: str) -> pd.DataFrame:
 
     Raises
     ------
-    StudyError : no such table, one of an earlier version (names the command that converts it), or one that is damaged.
+    StudyError : no such table, or one that is damaged.
     """
     path, remedy = path_of(tables_dir, name), "train drafters and collect them; `make study` does both"
     if path.is_file():
         check_listed(path, remedy)
-    elif any((old := path.with_name(f"{name}.{form}")).is_file() for form in OLD_FORMS):
-        raise StudyError(f"{old} has an earlier form: convert the folder once with `kvshot convert {tables_dir}`")
     return read_one(path, name, remedy)
 
 

@@ -51,6 +51,7 @@ from .profiles import NOTEBOOKS
 
 BENCHED = ("hidden_31", "kv_4", "hybrid", "block_kv_2")
 CHAIN = Chain(2)
+WARM_UP = 3  # steps: the first compiles, the second records graphs
 
 
 def bench(
@@ -178,18 +179,21 @@ def training_speed(
     target: Target, source, configs: Sequence[DrafterConfig], training: TrainConfig, draft_ids: torch.Tensor,
     steps: int, compiled: bool = False,
 ) -> float:  # fmt: skip
-    """Tokens/s of so many steps of drafters by turns, over all processes, after two that warm up (and compile)."""
+    """Tokens/s of so many steps of drafters by turns, over all processes, after some that warm up (and compile)."""
     drafters = [build_drafter(config, target, source.spec, draft_ids) for config in configs]
     drafters = [drafter.compile_steps() if compiled else drafter for drafter in drafters]
-    short = replace(training, max_steps=2 + steps, epochs=3 + steps, branch_warmup_steps=0)
+    short = replace(training, max_steps=WARM_UP + steps, epochs=WARM_UP + steps, branch_warmup_steps=0)
     with tempfile.TemporaryDirectory() as empty:
         trainings = [Training(drafter, source, source, short, empty, target.dtype) for drafter in drafters]
-    for number, indices in enumerate(batches(source.lengths, short, 0, 2 + steps)):
-        if number == 2:
-            tokens, begun = trainings[0].progress.trained_tokens, time.perf_counter()
+    found = []
+    for number, indices in enumerate(batches(source.lengths, short, 0, short.max_steps), 1):
         for one in trainings:
             one.step(indices)
-    return (trainings[0].progress.trained_tokens - tokens) / (time.perf_counter() - begun)
+        if number in (WARM_UP, short.max_steps):
+            trainings[-1].check()  # waits for the device
+            found.append((trainings[0].progress.trained_tokens, time.perf_counter()))
+    (before, begun), (after, ended) = found
+    return (after - before) / (ended - begun)
 
 
 def launched_speed(processes: int, options: dict) -> float:

@@ -15,7 +15,7 @@ from click import argument, option
 from ..errors import StudyError
 from ..files import disk_trouble
 from .measurements import decode, eagle3, examine_checkpoint, measure, serve_check
-from .options import device, dtype, keep, of_dialogues, of_runs, options, profile, runs, several, tables, target, tell
+from .options import device, dtype, keep, of_dialogues, of_runs, options, profile, runs, several, target, tell
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -134,15 +134,6 @@ def record(profile: str) -> None:
     from .recorded import record
 
     print(record(profile))
-
-
-@cli.command()
-@tables
-def convert(tables_dir: str) -> None:
-    """Bring tables of earlier versions into their present form, with present names."""
-    from .recorded import convert
-
-    tell(convert(tables_dir))
 
 
 @cli.command()

@@ -40,7 +40,7 @@ def together(*parts: Callable) -> Callable:
 
 
 runs = argument("runs", nargs=-1, metavar="[VARIANT/seedN]...")
-tables, profile = argument("tables_dir"), argument("profile")
+profile = argument("profile")
 of_runs = together(argument("results_dir"), runs)
 target = options("a name of the study, a hub id or a model folder", target="smollm2-135m-instruct")
 device, dtype = options(device="auto"), options("auto, float32 or bfloat16", dtype="auto")

@@ -187,6 +187,7 @@ def _train_here(variant: str, seed: int) -> dict | None:
             contextlib.redirect_stderr(log),
             contextlib.redirect_stdout(log),
         ):
+            log.isatty = lambda: True  # a progress bar hides from files
             if _done(results_dir, variant, seed):
                 return None
             values = train_values(_shared["profile"], variant, seed)

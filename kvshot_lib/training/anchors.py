@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import parallel
+from ..features.spec import moved
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def sample_anchors(
     number = used.sum(1)
     keep = torch.ceil(number * fraction).long()
     uniform = parallel.draw(lambda rows, columns: torch.rand(rows, columns, generator=generator), *used.shape)
-    rank = uniform.to(used.device).masked_fill(~used, 2.0).argsort(1).argsort(1)
+    rank = moved(uniform, used.device).masked_fill(~used, 2.0).argsort(1).argsort(1)
     chosen = rank < keep[:, None]
     place = torch.argsort(~chosen, dim=1, stable=True)[:, : columns or max(1, int(keep.max()))]
     real = chosen.gather(1, place)

@@ -26,6 +26,8 @@ from .judging import match_documents
 from .loss import Loss, training_loss, with_gradients
 from .record import gate_rows, gradient_norms, matrix_rows, recorded
 
+CHECKED_STEPS = 16  # a GPU is waited for so often; in between it always has work
+
 
 def train(
     drafter: Drafter, source, validation, config: TrainConfig, run_dir: str | Path, *,
@@ -108,6 +110,7 @@ class Training:
         self.graphs = LossGraphs(drafter, config, dtype) if can_be_recorded(drafter) else None
         self.identity = {**identity(drafter, source, config, dtype), "padded_batches": self.graphs is not None}
         self.progress = self.load() if self.path.exists() else Progress()
+        self.wrong = torch.zeros(1, dtype=torch.long, device=self.device)  # the first step that `counted` found so
 
     def steps(self, log_to: str = "") -> Iterator[int]:
         """Train to the end, with reports and checkpoints; gives after each optimiser step how many are done."""
@@ -120,12 +123,15 @@ class Training:
             for indices in batches(self.source.lengths, config, progress.step, self.total):
                 started = time.perf_counter()
                 self.step(indices)
+                last = progress.step == self.total
+                reports = last or (config.validate_every and progress.step % config.validate_every == 0)
+                if reports or progress.step % CHECKED_STEPS == 0:
+                    self.check()
                 progress.seconds += time.perf_counter() - started
                 bar.update()
-                last = progress.step == self.total
                 if recorded(progress.step, self.total):
                     progress.record(gate_rows(drafter, self.validation, config.ttt_steps, self.dtype))
-                if last or (config.validate_every and progress.step % config.validate_every == 0):
+                if reports:
                     rows = self.report()
                     bar.set_postfix_str(_headline(rows))
                     log(rows)
@@ -148,7 +154,7 @@ class Training:
         loss = self.loss(features, generator)
         parallel.sum_gradients(drafter)
         gradients = gradient_norms(drafter) if recorded(progress.step + 1, self.total) else {}
-        counted = self.read(loss, nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm))
+        counted = self.counted(loss, nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm))
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(config, progress.step, self.total) * group.get("scale", 1.0)
         self.optimiser.step()
@@ -164,19 +170,22 @@ class Training:
         work = partial(training_loss, self.drafter, features, self.config, self.progress.step, generator)
         return with_gradients(work, self.device, self.dtype)
 
-    def read(self, loss: Loss, gradient_norm: torch.Tensor) -> torch.Tensor:
-        """(loss, matches, pairs) [3, K] of the whole batch, read at once: the step's one wait for the device.
+    def counted(self, loss: Loss, gradient_norm: torch.Tensor) -> torch.Tensor:
+        """(loss, matches, pairs) [3, K] of the whole batch, on the device, which nothing here waits for.
 
-        Raises
-        ------
-        StudyError : loss or gradient are not finite; the optimiser has not seen them yet.
+        Where loss or gradient are not finite the optimiser changes nothing, then and later; `check` finds out.
         """
-        parts = [loss.step_loss, loss.matches, loss.pairs, loss.loss.detach()[None]]
-        summed = parallel.summed(torch.cat([part.double() for part in parts]))
-        *counted, total, norm = torch.cat([summed, gradient_norm.detach().double()[None]]).tolist()
-        self.check_finite("the loss is", math.isfinite(total), self.progress.step + 1)
-        self.check_finite("the gradient is", math.isfinite(norm), self.progress.step + 1)
-        return torch.tensor(counted, dtype=torch.float64).view(3, -1)
+        parts = [loss.step_loss, loss.matches, loss.pairs, loss.loss[None]]
+        *counted, total = parallel.summed(torch.cat([part.double() for part in parts])).split(len(loss.pairs))
+        self.wrong = torch.where(
+            self.wrong > 0, self.wrong, ~(total + gradient_norm).isfinite() * (self.progress.step + 1)
+        )
+        self.optimiser.found_inf = self.wrong.any().float()  # as torch's GradScaler tells it
+        return torch.stack(counted)
+
+    def check(self) -> None:
+        """Wait for the device, and stop a training whose loss or gradient was not finite."""
+        self.check_finite("loss or gradient are", not self.wrong.item(), self.wrong.item())
 
     def check_finite(self, what: str, right: bool, step: int) -> None:
         """Stop a training that has gone wrong."""
@@ -191,7 +200,7 @@ class Training:
         matched = match_documents(self.validation, self.drafter, steps, device=self.device, dtype=self.dtype)
         counts = sum(count_document(*document)[0] for document in matched)
         anchors, matches = (counts[:, COUNTS.index(name)] for name in ("anchors", "matches"))
-        loss, right, pairs = progress.window / torch.tensor([[progress.window_steps], [1], [1]])
+        loss, right, pairs = progress.window.cpu() / torch.tensor([[progress.window_steps], [1], [1]])
         now = {
             "step": progress.step,
             "trained_tokens": progress.trained_tokens,
@@ -209,6 +218,7 @@ class Training:
 
     def save(self) -> None:
         """Write everything that a resumed run needs, atomically."""
+        self.check()
         self.check_finite("weights are", finite(self.drafter), self.progress.step)
         state = {
             "identity": self.identity,
@@ -235,9 +245,7 @@ class Training:
         if not finite(self.drafter):
             raise StudyError(f"{path} holds weights that are not finite; delete it to train from the start")
         self.optimiser.load_state_dict(state["optimiser"])
-        progress = Progress(**state["progress"])
-        progress.window = None if progress.window is None else progress.window.cpu()
-        return progress
+        return Progress(**state["progress"])
 
 
 def finite(drafter: Drafter) -> bool:

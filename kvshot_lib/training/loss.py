@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import parallel
 from ..drafters.drafter import Drafter
-from ..features.spec import Features
+from ..features.spec import Features, moved
 from .anchors import Anchors, find_anchors, sample_anchors
 from .config import TrainConfig
 from .ttt import draft_steps
@@ -92,7 +92,7 @@ def draw_lags(documents: int, most: int, generator: torch.Generator, device) -> 
     if not most:
         return None
     draw = lambda rows, columns: torch.randint(most + 1, (rows, columns), generator=generator)
-    return parallel.draw(draw, documents)[:, 0].to(device)
+    return moved(parallel.draw(draw, documents)[:, 0], device)
 
 
 def ttt_loss(

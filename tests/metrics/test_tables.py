@@ -71,13 +71,6 @@ def test_a_missing_table_names_what_makes_it(tmp_path):
     assert tables.read(tmp_path, "axes").empty, "what not every study has reads as an empty table"
 
 
-@pytest.mark.parametrize("form", tables.OLD_FORMS)
-def test_an_earlier_form_names_what_converts_it(tmp_path, form):
-    (tmp_path / f"counts.{form}").touch()
-    with pytest.raises(StudyError, match=f"counts.{form} has an earlier form: .*`kvshot convert {tmp_path}`"):
-        tables.read(tmp_path, "counts")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

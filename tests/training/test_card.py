@@ -11,9 +11,10 @@ from examples import DOCUMENTS, DRAFT_IDS, VARIANTS, roughened
 from kvshot_lib.drafters.context import drafter_spec
 from kvshot_lib.drafters.drafter import build_drafter
 from kvshot_lib.features.live import LiveFeatures
+from kvshot_lib.features.resident import ResidentFeatures
 from kvshot_lib.target.load import load_target
-from kvshot_lib.training.config import TrainConfig
-from kvshot_lib.training.loop import train
+from kvshot_lib.training.config import TrainConfig, batches
+from kvshot_lib.training.loop import Training, train
 from kvshot_lib.training.loss import ttt_loss
 
 pytestmark = pytest.mark.gpu
@@ -73,6 +74,21 @@ def test_recorded_steps_learn_as_others_do(variant, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "CONFIG", replace(CONFIG, anchor_fraction=1.0))
     found, wanted = losses("cuda", variant, tmp_path / "graphs", compiled=True), losses("cuda", variant, tmp_path)
     assert found == pytest.approx(wanted, rel=5e-3)
+
+
+def test_recorded_steps_never_wait_for_the_card(tmp_path):
+    """The first compile, the second record."""
+    built, source = parts("cuda", "kv_2")
+    resident = ResidentFeatures(source, "cuda")
+    config = replace(CONFIG, batch_documents=8, epochs=40)  # step 3 is none of those that record gradients
+    one = Training(built.compile_steps(), resident, resident, config, tmp_path, torch.float32)
+    for number, indices in zip(range(3), batches(source.lengths, config, 0, one.total)):
+        torch.cuda.set_sync_debug_mode("error" if number == 2 else "default")
+        try:
+            one.step(indices)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    one.check()
 
 
 def test_bfloat16_trains_about_as_well(tmp_path):

@@ -163,6 +163,19 @@ def test_a_loss_that_is_not_finite_is_told_and_the_checkpoint_kept(tmp_path, und
         run(tmp_path / "first", source=Broken(examples.live(), 1))
 
 
+@pytest.mark.parametrize("call", [3, 4])
+def test_what_is_found_late_has_changed_no_weight(tmp_path, call):
+    """Nothing is saved or reported before the ninth step, so nobody looks; a later finite step changes none either."""
+    drafter, source = examples.drafter("hidden"), Broken(examples.live(), call)
+    with pytest.raises(StudyError, match=f"loss or gradient are not finite at optimiser step {call}; no checkpoint"):
+        train(drafter, source, source, replace(SHORT, validate_every=0), tmp_path)
+    assert source.left == call - 9 and not (tmp_path / "checkpoint.pt").exists()
+    right = Training(examples.drafter("hidden"), source, source, SHORT, tmp_path, torch.float32)
+    for indices in batches(source.lengths, SHORT, 0, call - 1):
+        right.step(indices)
+    assert len(same(weights_of(drafter), weights_of(right.drafter))) == len(weights_of(drafter))
+
+
 @pytest.mark.parametrize("variant", ["hidden", "kv_2", "hybrid"])
 def test_a_gradient_that_is_not_finite_stops_before_it_touches_a_weight_or_a_file(tmp_path, variant):
     """A finite loss, and one gradient that is NaN from the third step on."""
@@ -173,7 +186,9 @@ def test_a_gradient_that_is_not_finite_stops_before_it_touches_a_weight_or_a_fil
         return gradient * math.nan if len(seen) > 2 else gradient
 
     drafter.norm.weight.register_hook(broken)
-    with pytest.raises(StudyError, match="the gradient is not finite at optimiser step 3; the last good checkpoint is"):
+    with pytest.raises(
+        StudyError, match="loss or gradient are not finite at optimiser step 3; the last good checkpoint is"
+    ):
         train(drafter, examples.live(), examples.live(), OFTEN, tmp_path)
     kept = torch.load(tmp_path / "checkpoint.pt")
     assert kept["progress"]["step"] == 2 and len(seen) == 3
