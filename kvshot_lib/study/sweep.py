@@ -114,12 +114,13 @@ def _stream(profile: Profile, results_dir: Path, jobs: list[tuple[str, int]], fe
     """Train ``jobs`` in this process, those of a seed by turns: they ask for the same batches; see :func:`sweep`."""
     left = lambda: [job for job in jobs if not _done(results_dir, *job)]
     while ready := [job for job in left() if _ready(profile, results_dir, *job)]:
-        own = [(variant, seed) for variant, seed in ready if seed == ready[0][1]]
-        named = [(variant, train_values(profile, variant, seed)) for variant, seed in own]
+        own = sorted((variant, seed) for variant, seed in ready if seed == ready[0][1])
         with contextlib.ExitStack() as held:
             for job in own:
-                held.enter_context(locked(_folder(results_dir, *job) / ".lock", patience_s=2))
-            for job, facts in zip(own, train_runs(named, results_dir, features)):
+                held.enter_context(locked(_folder(results_dir, *job) / ".lock", wait=True))
+            own = [job for job in own if not _done(results_dir, *job)]  # another sweep may have trained it meanwhile
+            values = [(variant, train_values(profile, variant, seed)) for variant, seed in own]
+            for job, facts in zip(own, train_runs(values, results_dir, features)):
                 print(_told(*job, facts), flush=True)
     return len(left())
 
@@ -190,8 +191,7 @@ def _train_here(variant: str, seed: int) -> dict | None:
             log.isatty = lambda: True  # a progress bar hides from files
             if _done(results_dir, variant, seed):
                 return None
-            values = train_values(_shared["profile"], variant, seed)
-            return train_run(variant, values, results_dir, _shared["features"])
+            return train_run(variant, train_values(_shared["profile"], variant, seed), results_dir, _shared["features"])
     except Taken:
         return None
     finally:  # what this training held is for the next one, in whichever worker

@@ -3,8 +3,11 @@
 import contextlib
 import io
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pandas as pd
 import pytest
@@ -77,8 +80,22 @@ def test_one_stream_of_the_target_trains_what_workers_train(swept, tmp_path, mon
     for variant in profile.drafters:
         first, again = (pd.read_csv(at / f"runs/{variant}/seed0/history.csv") for at in (folder, results))
         pd.testing.assert_frame_equal(first.drop(columns="seconds"), again.drop(columns="seconds"), rtol=1e-4)
-    monkeypatch.setattr(sweep, "train_runs", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(sweep, "train_runs", lambda named, *_: pytest.fail("trained again") if named else [])
     assert sweep.sweep(profile, results, jobs, 4) == 0
+    done, away, begun = results / "runs/hidden/seed0/run.json", tmp_path / "run.json", Event()
+
+    def another_sweep():
+        with FileLock(done.with_name(".lock")):
+            done.rename(away)
+            begun.set()
+            time.sleep(1)
+            away.rename(done)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(another_sweep)
+        begun.wait()
+        assert sweep.sweep(profile, results, jobs, 4) == 0
+        other.result()
 
 
 @pytest.mark.slow
