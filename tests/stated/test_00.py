@@ -53,7 +53,7 @@ STATED = [
     ("make up 96.5% of what is judged", lambda: [covered(8192)]),
     ("3.5% of the judged tokens", lambda: [100 - covered(8192)]),
     ("it is 1.2%", lambda: [100 - covered(16_384)]),
-    ("cut at 512 tokens", lambda: [max(len(d.tokens) for split in SPLITS for d in documents(split))]),
+    ("their dialogue reached 512 tokens", lambda: [max(len(d.tokens) for split in SPLITS for d in documents(split))]),
     ("published runs use 8,192, the laptop run 4,096", lambda: [drafted("full"), drafted("laptop")]),
 ]
 

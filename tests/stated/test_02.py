@@ -56,7 +56,7 @@ def test_the_published_drafters_are_what_the_text_says():
 
 def test_what_is_said_of_other_runs():
     text = text_of(NOTEBOOK)
-    assert "at equal training they are 2.27 and 2.16" in text and "it gains `kv_2` .05 tokens" in text
+    assert "At equal training `kv_2` has 2.16 and `hidden_31` 2.27" in text and "it gains `kv_2` .05 tokens" in text
     assert [round(value(v, "measured_mat"), 2) for v in ("hidden_31", "kv_2")] == [2.27, 2.16]
     assert round(minus("kv_2_unrotate", "kv_2")[0], 2) == 0.05
 

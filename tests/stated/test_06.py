@@ -58,7 +58,7 @@ STATED = [
     ),
     ("`hybrid_warm` +.007 [−.025, .035]", lambda: minus("hybrid_warm")),
     ("their difference is +.019 [−.017, .056]", lambda: minus("kv_2", "none_1")),
-    ("than it does: +.133 [.090, .180]", lambda: minus("hybrid_warm_31")),
+    ("their slopes is +.006 [−.018, .032]", lambda: minus("hybrid_warm_31", "hidden_31")),
     (
         "nothing changes at step 0, +.006 [−.020, .031], before anything was fed back, and +.040 [.010, .072]",
         lambda: (0, *minus("hidden_post_norm", step=0), *minus("hidden_post_norm")),

@@ -25,7 +25,7 @@ def numbers(pattern: str) -> list[float]:
 STATED = [
     (
         "They differ in the forwards that it takes: 23, 29 and 37, where the target alone takes 59",
-        lambda: [*numbers(r"tokens, (\d+) forwards"), numbers(r"(\d+) tokens, ")[0] - 1],
+        lambda: [*numbers(r"first, (\d+) forwards"), numbers(r"(\d+) after the first")[0]],
     ),
     ("with up to 6% of the weight", lambda: [max(numbers(r"(\d+)% ' need',"))]),
     (

@@ -78,8 +78,8 @@ STATED = [
     ("in 845 of 845 rounds", lambda: [rounds() * (1 - value(SAME, DIFFER)[0]), rounds()]),
     ("shows 1.673 where a count over all anchors gives 1.808", lambda: [value(ENDS)[0], value("as it is")[0]]),
     (
-        "that count is 2.488, on held-out answers to requests that the target wrote itself. On these prompts it is 1.808: 1.3 for translations, 2.2",
-        lambda: [carded(), *(value(part)[0] for part in ("as it is", "translation", "math_reasoning"))],
+        "that count is 2.488, on held-out answers to requests that the target wrote itself. On these prompts it is 1.808: 1.3 [1.1, 1.6] for translations, 2.2 [1.9, 2.8]",
+        lambda: [carded(), value("as it is")[0], *value("translation"), *value("math_reasoning")],
     ),
     ("a cosine of .67 with the target's own state there; for the sixth time, .62", lambda: cosines(DRIFT)),
     ("kept as it is, would have .68 and .57", lambda: cosines(HELD)),
