@@ -95,7 +95,10 @@ publish: $(READY)  ## copy tables and figures of results/PROFILE to data/recorde
 	@$(BIN)/python -m kvshot_lib record $(PROFILE)
 
 execute: $(READY)  ## run the committed notebooks in place at their own parameters (NOTEBOOKS=... for some)
-	@$(BIN)/python -m kvshot_lib notebook execute $(NOTEBOOKS)
+	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace --coalesce-streams \
+		--ExecutePreprocessor.kernel_name=python3 $(NOTEBOOKS)
+	@$(BIN)/nbstripout --keep-output --keep-count \
+		--extra-keys "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution" $(NOTEBOOKS)
 
 clean:  ## remove results, caches and both environments
 	rm -rf results .snakemake .pytest_cache .ruff_cache .hypothesis *.egg-info $(VENV) $(SERVING)

@@ -136,7 +136,7 @@ _ENTRIES = (
             {**KV_2, "kv_init": "target"}, "kv_2", "training", *KV_LOOK),
     Variant("kv_2_lag_augment", "kv_2, trained with its cache ending up to four tokens early.",
             {**KV_2, "kv_lag_augment_tokens": 4}, "kv_2", "training", *KV_LOOK),
-    Variant("hybrid", "KVShot's hybrid: hidden with a cross-attention branch over the cache behind a gate.",
+    Variant("hybrid", "The paper's hybrid: hidden with a cross-attention branch over the cache behind a gate.",
             HYBRID, "", "paper", "#009E73", "D"),
     Variant("hybrid_warm", "hybrid that starts from a trained hidden.", WARM, "hybrid", "paper", "#005c43", "D"),
     Variant("cross_only_warm", "hybrid_warm without its self-attention branch and gate.",

@@ -217,12 +217,3 @@ def run(texts: Sequence[str], values: Sequence[tuple[str, str]], **given) -> Non
         parameters |= yaml.safe_load(text) or {}
     parameters |= {name: yaml.safe_load(value) for name, value in values}
     run_notebook(parameters=parameters, **given)
-
-
-@notebook.command()
-@argument("notebooks", nargs=-1)
-def execute(notebooks: Sequence[str]) -> None:
-    """Run notebooks in place at their own parameters, ready to be committed."""
-    from .notebooks import execute_in_place
-
-    execute_in_place(notebooks)

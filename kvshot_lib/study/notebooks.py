@@ -11,15 +11,13 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import StudyError
 from ..files import disk_trouble
 from ..parts import claim
-
-STRIPPED = ["metadata.papermill", "metadata.language_info", "cell.metadata.papermill", "cell.metadata.execution"]
 
 
 class CodeCell(NamedTuple):
@@ -202,25 +200,3 @@ def locked(path: Path, *, wait: bool = False, patience_s: float = 0) -> Iterator
         raise StudyError(told) from error
     with held:
         yield
-
-
-def execute_in_place(notebooks: Sequence[str]) -> None:
-    """Run notebooks in place at their own parameters, ready to be committed: without run times and machine details.
-
-    Raises
-    ------
-    StudyError : a cell failed; the notebook is left as it was.
-    """
-    import nbformat
-    from nbstripout import strip_output
-
-    for notebook in map(Path, notebooks):
-        fresh = notebook.with_name(f".fresh.{notebook.name}")
-        try:
-            run_notebook(notebook, fresh, {})
-            kept = {"keep_output": True, "keep_count": True, "keep_id": False, "extra_keys": STRIPPED}
-            nbformat.write(strip_output(nbformat.read(fresh, 4), **kept), fresh)
-            os.replace(fresh, notebook)
-        finally:
-            fresh.unlink(missing_ok=True)
-            fresh.with_name(f".{fresh.stem}.lock").unlink(missing_ok=True)

@@ -111,7 +111,7 @@ def folded(path: Path) -> nbformat.NotebookNode:
     """An executed notebook, its code folded away."""
     notebook = nbformat.read(path, as_version=4)
     if not any(cell.get("execution_count") for cell in notebook.cells):
-        raise StudyError(f"{path} was never run; run it with: python -m kvshot_lib notebook execute {path}")
+        raise StudyError(f"{path} was never run; run it with: make execute NOTEBOOKS={path}")
     for cell in notebook.cells:
         cell.metadata["tags"] = [*cell.metadata.get("tags", ()), "hide-input"]
     return notebook

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import nbclient
 import nbformat
 import pytest
 from nbstripout import strip_output
@@ -15,7 +16,6 @@ from kvshot_lib.study.cli import main
 from kvshot_lib.study.notebooks import (
     Progress,
     check_parameters,
-    execute_in_place,
     locked,
     parameter_defaults,
     run_notebook,
@@ -142,7 +142,7 @@ def test_nbval_sees_a_changed_number_and_a_changed_figure_and_the_checks_see_a_s
     good = write_notebook(
         tmp_path / "good.ipynb", "height = 1", "import sys\nprint('busy', file=sys.stderr)\nprint(height)", DRAW
     )
-    execute_in_place([good])
+    nbformat.write(nbclient.execute(nbformat.read(good, as_version=4)), good)
     assert faults(good) == []
     before = good.read_text()
     notebook = json.loads(before)
