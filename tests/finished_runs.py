@@ -12,7 +12,7 @@ from kvshot_lib.metrics import tables
 PLACES = np.stack([np.arange(10) + 10, np.arange(10) + 30], axis=1)  # of ten anchors: generated offset, context length
 
 
-def write_run(results_dir, variant, seed=0, documents=6, history_steps=3, **facts):
+def write_run(results_dir, variant, seed=0, documents=6, **facts):
     """One run of K = 3 with ten anchors a document; gives its folder."""
     folder = Path(results_dir) / "runs" / variant / f"seed{seed}"
     folder.mkdir(parents=True)
@@ -20,9 +20,7 @@ def write_run(results_dir, variant, seed=0, documents=6, history_steps=3, **fact
     judged = [(m, np.ones_like(m)) for m in match]
     counts, run_lengths = metrics.count_run(variant, seed, judged)
     axes = metrics.count_axes(variant, seed, judged, [PLACES] * documents)
-    rows = [
-        [variant, seed, n, 100 * n, n / 3, "train", k, 1 / 3, 0.5, 1e-3] for n in range(history_steps) for k in (0, 1)
-    ]
+    rows = [[variant, seed, n, 100 * n, n / 3, "train", k, 1 / 3, 0.5, 1e-3] for n in range(3) for k in (0, 1)]
     history = pd.DataFrame(rows, columns=list(tables.SCHEMAS["history"]))
     gradients = [variant, seed, 1, 100, 0, "cross", "k_proj", None, None, "grad_norm", 0.5]
     gradients = pd.DataFrame([gradients], columns=list(tables.SCHEMAS["gradients"]))

@@ -24,7 +24,7 @@ from ..settings import at_least
 from ..text.prompts import load_prompts
 from .decode import decode
 from .propose import Chain, Tree
-from .timing import load_runs, with_kept
+from .timing import as_table, load_runs
 from .turns import Turn, dialogue_turns
 
 PLANS = {"chain": Chain(7), "tree": Tree(8, 10, 60)}
@@ -32,8 +32,7 @@ PLANS = {"chain": Chain(7), "tree": Tree(8, 10, 60)}
 
 def verify_lossless(
     results_dir: str, runs: Sequence[str] = (), *, prompts: str = "study", count: int = 105, new_tokens: int = 320,
-    device: str = "auto", dtype: str = "float32", threads: int = 0, keep: str = "", out: str = "",
-    fingerprint: str = "",
+    device: str = "auto", dtype: str = "float32", threads: int = 0, out: str = "", fingerprint: str = "",
 ) -> int:  # fmt: skip
     """Decode greedily with trained drafters and compare every token with the target alone: lossless in OUT/tables.
 
@@ -70,7 +69,7 @@ def verify_lossless(
         return pd.DataFrame(made).assign(**provenance(target.device))
 
     found = trained.measured(folder / "lossless", turns, rows, fingerprint, new_tokens)
-    table = with_kept("lossless", found, keep)
+    table = as_table("lossless", found)
     told = {"new_tokens": "sum", "mismatches": "sum", "logit_gap": "max"}
     print(table.groupby(["variant", "mode", "dtype"], sort=False).agg(told).to_string())
     print(tables.write(folder / "tables", "lossless", table))

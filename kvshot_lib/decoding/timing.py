@@ -27,7 +27,7 @@ from ..drafters.variants import in_study_order
 from ..errors import StudyError
 from ..files import read_json
 from ..metrics import tables
-from ..metrics.decoding import PEERS, decoding_table, fastest, one_dtype
+from ..metrics.decoding import PEERS, decoding_table, fastest
 from ..parts import Parts
 from ..provenance import device_name
 from ..settings import at_least
@@ -93,8 +93,7 @@ def load_runs(results_dir: str | Path, runs: Sequence[str], device: str, dtype: 
 def measure_speed(
     results_dir: str, runs: Sequence[str] = (), *, new_tokens: int = 64, repeats: int = 3, prompts: str = "study",
     prompts_per_category: int = 2, chains: Sequence[int] = (2, 4, 6, 8), tree: Sequence[int] = (8, 10, 60),
-    lookup_tokens: int = 10, threads: int = 0, device: str = "auto", dtype: str = "auto", keep: str = "",
-    fingerprint: str = "",
+    lookup_tokens: int = 10, threads: int = 0, device: str = "auto", dtype: str = "auto", fingerprint: str = "",
 ) -> list[Path]:  # fmt: skip
     """Time decoding with trained drafters: decode_prompts and decoding in RESULTS_DIR/tables.
 
@@ -104,7 +103,6 @@ def measure_speed(
     prompts : study, human-eval or a .jsonl file; the first ``prompts_per_category`` of each category.
     chains, tree : lengths of chains; depth, top_k and total of EAGLE's tree, () for none.
     lookup_tokens : of transformers' prompt lookup, timed beside its plain `generate`; 0: neither.
-    keep : folder of tables recorded before; rows of theirs that are not measured here are taken over.
     fingerprint : of the code; what other code measured is measured again.
 
     Raises
@@ -133,8 +131,8 @@ def measure_speed(
         return turn_rows(trained.target, trained.drafters[run], plans[run], turn, new_tokens, repeats)
 
     answers = trained.measured(Path(results_dir) / "decode", turns, rows, *depends, peers=[peer] * (lookup_tokens > 0))
-    made = {"decode_prompts": with_kept("decode_prompts", answers, keep)}
-    made |= {"decoding": with_kept("decoding", decoding_table(made["decode_prompts"]))}
+    made = {"decode_prompts": as_table("decode_prompts", answers)}
+    made |= {"decoding": as_table("decoding", decoding_table(made["decode_prompts"]))}
     return [tables.write(Path(results_dir) / "tables", name, table) for name, table in made.items()]
 
 
@@ -165,7 +163,7 @@ def duel(
     warm_up(trained, plans, turns[0])
     rows = lambda run, turn: turn_rows(trained.target, trained.drafters[run], plans[run], turn, new_tokens, repeats)
     rows = trained.measured(Path(results_dir) / "duel", turns, rows, fingerprint, new_tokens, repeats, plans)
-    return tables.write(Path(results_dir) / "tables", "decode_duel", with_kept("decode_duel", rows))
+    return tables.write(Path(results_dir) / "tables", "decode_duel", as_table("decode_duel", rows))
 
 
 def pairs(known: pd.DataFrame) -> dict[str, list[Plan]]:
@@ -173,7 +171,7 @@ def pairs(known: pd.DataFrame) -> dict[str, list[Plan]]:
 
     C14's pair, if it is there, has the longest chain and the tree.
     """
-    best = fastest(decoding_table(one_dtype(known), 1))
+    best = fastest(decoding_table(known, 1))
     chains = best[best["mode"] == "chain"].sort_values("speedup", ascending=False, kind="stable")[:2]
     if len(chains) < 2:
         raise StudyError(
@@ -201,12 +199,10 @@ def warm_up(trained: Trained, plans: Mapping[str, Sequence[Plan]], turn: Turn) -
             decode(target, drafter, turn.tokens, plan, max_new_tokens=8, eos_token_ids=())
 
 
-def with_kept(name: str, rows: pd.DataFrame, keep: str | Path = "") -> pd.DataFrame:
-    """Rows as table ``name`` has them, in the study's order; other rows of that table in folder ``keep`` stay."""
-    schema, keys = tables.SCHEMAS[name], tables.TABLES[name].keys
+def as_table(name: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows as table ``name`` has them, in the study's order."""
+    schema = tables.SCHEMAS[name]
     found = rows.reindex(columns=[*schema]).astype(schema)
-    if keep:
-        found = pd.concat([tables.read(keep, name), found]).drop_duplicates(keys, keep="last")
     place = {variant: i for i, variant in enumerate(in_study_order(found["variant"]))}
     by_study = lambda names: names.map(place)
     return tables.rounded(found.sort_values("variant", key=by_study, kind="stable", ignore_index=True))

@@ -7,7 +7,6 @@ A run leaves ``run.json`` (its row of ``runs``) and a CSV file for each table of
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ..drafters.runs import find_runs
@@ -26,8 +25,7 @@ def collect(
 ) -> dict[str, Path]:
     """Merge finished runs, all or some, into RESULTS_DIR/tables.
 
-    ``acceptance`` is added: metrics with intervals. Floats keep 6 significant digits, and a training history at most
-    100 steps per run and split, so that recorded tables stay small.
+    ``acceptance`` is added: metrics with intervals. Floats keep 6 significant digits: recorded tables stay small.
 
     Parameters
     ----------
@@ -52,7 +50,6 @@ def collect(
     made = {name: pd.concat([run[name] for run in ordered], ignore_index=True) for name in ordered[0]}
     _check_one_target(made["runs"], results_dir)
     made["acceptance"] = acceptance_table(made["counts"], made["run_lengths"], samples, seed)
-    made["history"] = _thin_history(made["history"])
     return {name: write(results_dir / "tables", name, rounded(table)) for name, table in sorted(made.items())}
 
 
@@ -96,13 +93,3 @@ def _check_one_target(runs: pd.DataFrame, results_dir: Path) -> None:
     if len(first) > 1:
         named = " and ".join(f"{r.variant} seed {r.seed} ({r.target}, {r.target_hash[:8]})" for r in first.itertuples())
         raise StudyError(f"runs in {results_dir} have different targets: {named}; give each a results_dir of its own")
-
-
-def _thin_history(history: pd.DataFrame, most: int = 100) -> pd.DataFrame:
-    """Keep at most ``most`` evenly spaced steps of each run and split, the first and the last among them."""
-
-    def kept(steps: pd.Series) -> pd.Series:
-        different = np.unique(steps)
-        return steps.isin(different[np.linspace(0, len(different) - 1, min(most, len(different))).round().astype(int)])
-
-    return history[history.groupby(["variant", "seed", "split"])["step"].transform(kept).astype(bool)]

@@ -22,7 +22,6 @@ import numpy as np
 import pandas as pd
 
 from ..drafters.variants import in_study_order
-from ..errors import StudyError
 from .claims import stated
 from .resampling import Draws, drawn_as, interval, resample_weights
 from .tables import PARTS
@@ -97,19 +96,6 @@ def decoding_table(prompts: pd.DataFrame, samples: int = 2000, seed: int = 0) ->
             row |= {"other_s": row["bookkeeping_s"] + row["sampling_s"] + row["rest_s"]}
             found.append(row | {"dtype": dtype, "device": device})
     return pd.DataFrame(found)
-
-
-def one_dtype(table: pd.DataFrame, dtype: str = "") -> pd.DataFrame:
-    """Rows of one number format; by default of the first by name (bfloat16 before float32).
-
-    Raises
-    ------
-    StudyError : a format that was not measured.
-    """
-    there = sorted(table["dtype"].unique())
-    if dtype and dtype not in there and there:
-        raise StudyError(f"dtype={dtype!r} was not measured; measured: {', '.join(there)}")
-    return table[table["dtype"] == (dtype or (there or [""])[0])].reset_index(drop=True)
 
 
 def fastest(decoding: pd.DataFrame) -> pd.DataFrame:
@@ -201,7 +187,7 @@ def decode_draws(prompts: pd.DataFrame, duel: pd.DataFrame, samples: int = 2000,
     for claim in stated("C14", "B2"):
         metric = claim.terms[0][2]
         (wanted, name), rows = STATISTICS[metric], duel if metric == "speedup" else pd.concat([prompts, duel])
-        own = one_dtype(rows[rows["variant"].isin(claim.variants)])
+        own = rows[rows["variant"].isin(claim.variants)]
         answered = own.groupby("variant")["prompt"].agg(set)
         own = own[own["prompt"].isin(set.intersection(*answered) if len(answered) else ())]
         chains = own[own["mode"] == "chain"].groupby("variant")["plan"].agg(set)

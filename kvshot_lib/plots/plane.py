@@ -1,6 +1,4 @@
-"""Points in a plane: what a drafter costs against what it yields, or a prediction against what was measured."""
-
-from collections.abc import Callable
+"""Points in a plane: what a drafter costs against what it yields."""
 
 import matplotlib as mpl
 import numpy as np
@@ -17,58 +15,44 @@ MOST_NAMES = 10
 
 
 @mpl.rc_context(STYLE)
-def plane(
-    table: pd.DataFrame,
-    x: str,
-    y: str = "value",
-    *,
-    label: str = "variant",
-    reference: str = "speedup",
-    xlabel: str = "",
-    ylabel: str = "",
-    named: list[str] | None = None,
-    looks: Callable[[str], tuple[str, str]] = look,
-    height: float = 6.0,
-) -> Figure:
-    """A point for each row, with its name beside it (adjustText moves names apart) and its interval in ``y``.
+def plane(table: pd.DataFrame, x: str, *, xlabel: str = "", ylabel: str = "", named: list[str] | None = None) -> Figure:
+    """A point for each row, with its name beside it (adjustText moves names apart) and its interval.
+
+    Behind them lie lines of equal speedup = value / (1 + x).
 
     Parameters
     ----------
-    x, y : columns of the axes: drafting cost (in target forwards) and tokens per target forward, say.
-    reference : "speedup": lines of equal speedup = y / (1 + x); "equal": the line y = x; "": none.
-    named : values of ``label`` that are written, at most `MOST_NAMES`; all by default. Others are small and pale.
+    table : columns variant, ``x``, value (tokens per target forward) and, for intervals, low and high.
+    x : column of the drafting cost, in target forwards.
+    named : variants that are written, at most `MOST_NAMES`; all by default. Others are small and pale.
 
     Raises
     ------
     StudyError : nothing to draw, or too many points to be named.
     """
-    table = table.dropna(subset=[x, y])
-    named = list(dict.fromkeys(table[label])) if named is None else [n for n in named if n in set(table[label])]
+    table = table.dropna(subset=[x, "value"])
+    named = list(dict.fromkeys(table["variant"])) if named is None else [n for n in named if n in set(table["variant"])]
     if not len(table):
         raise StudyError("nothing to draw: the table is empty")
     if len(named) > MOST_NAMES:
         raise StudyError(f"{len(named)} names can't be read in one figure: choose at most {MOST_NAMES}")
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 6.0), layout="constrained")
     FigureCanvasAgg(figure)  # names are placed by their size in pixels
     axes = figure.subplots()
     for _, row in table.iterrows():
-        (colour, marker), pale = looks(row[label]), row[label] not in named
+        (colour, marker), pale = look(row["variant"]), row["variant"] not in named
         if "low" in row and np.isfinite(row["low"]):
             axes.vlines(row[x], row["low"], row["high"], color=colour, lw=1.6, alpha=0.2 if pale else 0.7)
-        axes.plot(row[x], row[y], color=colour, marker=marker, ms=4 if pale else 7, alpha=0.3 if pale else 1, zorder=3)
+        size, alpha = (4, 0.3) if pale else (7, 1)
+        axes.plot(row[x], row["value"], color=colour, marker=marker, ms=size, alpha=alpha, zorder=3)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(visible=False)
     axes.margins(0.12)
-    if reference == "speedup":
-        axes.set_xlim(0, None)
-        _equal_speedup(axes)
-    elif reference == "equal":
-        ends = [min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])]
-        axes.plot(ends, ends, color="#222222", lw=1, ls=(0, (4, 3)), zorder=1)
-        axes.set(xlim=ends, ylim=ends)
+    axes.set_xlim(0, None)
+    _equal_speedup(axes)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    name_points(axes, table, named, x, y, label, lambda name: looks(name)[0])
+    name_points(axes, table, named, x, "value", "variant", lambda name: look(name)[0])
     return figure
 
 

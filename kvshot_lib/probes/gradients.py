@@ -189,7 +189,7 @@ def anchors_before(answer_mask: Tensor, context: int, draft_length: int = DRAFT_
 
 def measure_gradients(
     results_dir: str | Path, runs: Sequence[str] = (), *, fingerprint: str, corpus: str = "", documents: int = 8,
-    contexts: Sequence[int] = CONTEXTS, device: str = "auto", keep: str | Path = "",
+    contexts: Sequence[int] = CONTEXTS, device: str = "auto",
 ) -> dict[str, Path]:  # fmt: skip
     """Measure runs (``variant/seedN``; all finished ones by default) and write the table.
 
@@ -198,7 +198,6 @@ def measure_gradients(
     fingerprint : of the code; parts that another one left are measured anew.
     corpus : whose evaluation documents are read; by default ``selfgen``, or ``tiny`` for a tiny target.
     documents : sequences a run, each of other documents.
-    keep : a folder of tables made before on the same sequences: their other runs stay.
 
     Raises
     ------
@@ -219,7 +218,7 @@ def measure_gradients(
 
     parts = [Part("gradient_flow", "flow", partial(of_run, folder), folder) for folder in folders.values()]
     depends = f"{fingerprint} {text.provenance} {documents} {list(contexts)} {resolve_device(device)}"
-    return write_tables(results_dir, measure_parts(Path(results_dir) / "gradient_flow", depends, parts), keep)
+    return write_tables(results_dir, measure_parts(Path(results_dir) / "gradient_flow", depends, parts))
 
 
 def long_features(

@@ -32,7 +32,7 @@ NO_CUT = 1 << 20
 
 def measure_context(
     results_dir: str | Path, runs: Sequence[str] = (), *, fingerprint: str, corpus: str = "selfgen",
-    documents: int = 64, windows: Sequence[int] = (0,), device: str = "auto", keep: str | Path = "",
+    documents: int = 64, windows: Sequence[int] = (0,), device: str = "auto",
 ) -> dict[str, Path]:  # fmt: skip
     """Judge trained drafters on the evaluation documents of ``corpus``, by context length: table ``context``.
 
@@ -40,7 +40,6 @@ def measure_context(
     ----------
     documents : the first so many. windows : tokens, 0 for none.
     fingerprint : of the code; what RESULTS_DIR/context has of it, of these documents and weights, stays.
-    keep : a folder of tables made before on the same documents: their other runs stay.
     """
     at_least(1, documents=documents, windows=len(windows))
     at_least(0, window=min(windows))
@@ -60,7 +59,7 @@ def measure_context(
     facts = facts_of(
         results, time.perf_counter() - started, corpus=str(corpus), dtype=str(target.dtype).removeprefix("torch.")
     )
-    return write_tables(results_dir, {**made, "context_facts": facts}, keep)
+    return write_tables(results_dir, {**made, "context_facts": facts})
 
 
 def measure_window(run: Path, source: LiveFeatures, window: int) -> pd.DataFrame:

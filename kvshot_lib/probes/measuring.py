@@ -121,26 +121,6 @@ def facts_of(results: Results, seconds: float, **more) -> pd.DataFrame:
     return pd.DataFrame([found])
 
 
-def write_tables(results_dir: str | Path, made: Mapping[str, pd.DataFrame], keep: str | Path = "") -> dict[str, Path]:
-    """Write tables into RESULTS_DIR/tables; of those in folder ``keep``, made before, the other runs stay.
-
-    Raises
-    ------
-    StudyError : tables to keep that are about other documents.
-    """
-    if keep:
-        merged = [name for name, new in made.items() if "variant" in new or "runs" in tables.SCHEMAS[name]]
-        made = {**made, **{name: _with_others(tables.read(keep, name), made[name]) for name in merged}}
+def write_tables(results_dir: str | Path, made: Mapping[str, pd.DataFrame]) -> dict[str, Path]:
+    """Write tables into RESULTS_DIR/tables."""
     return {name: tables.write(Path(results_dir) / "tables", name, table) for name, table in made.items()}
-
-
-def _with_others(before: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
-    """The rows measured now, and those of other runs measured before on the same documents."""
-    what = "documents_hash" if "runs" in new else "document"  # of facts, of counts
-    if len(new) and len(before) and set(before[what]) != set(new[what]):
-        raise StudyError("the tables to keep are about other documents: leave them out")
-    if "runs" in new:
-        return pd.concat([new, before[~before["runs"].isin(new["runs"])]], ignore_index=True)
-    labels = [name for name in ("variant", "seed", "window_tokens") if name in new]
-    others = ~before.set_index(labels).index.isin(new.set_index(labels).index)
-    return pd.concat([before[others], new], ignore_index=True)

@@ -9,13 +9,13 @@ Two measurements of each run over a linear map of the target's own KV (kv_1 … 
     query_probe.parquet          squared errors of the linear probe on a document, and those of its floor
     query_estimation_facts.csv   what was measured, and how
 
-Documents are taken one by one. The target's queries and keys are kept in RESULTS_DIR/target_state (3 MB a
-document of 370 tokens at three layers), each finished part of each run in RESULTS_DIR/query_estimation.
+Documents are taken one by one. The target's queries and keys stay in memory (3 MB a document of 370 tokens at three
+layers), each finished part of each run in RESULTS_DIR/query_estimation.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import pandas as pd
@@ -28,24 +28,36 @@ from ..drafters.variants import QUERY_VARIANTS
 from ..errors import StudyError
 from ..features.shuffled import ShuffledKV
 from ..metrics.acceptance import axis_steps
-from ..parts import claim
 from .attention import overlap_rows, reference_rows, watch
 from .measuring import Part, Results, described, facts_of, measure_parts, open_results, visit, write_tables
 from .probe import probe_data, probe_rows
-from .target_rows import check_rows, plain_queries, read_state
+from .target_rows import TargetState, check_rows, compute_state, plain_queries
 
 REFERENCE = "target"  # in place of a variant: rows of `attention_overlap` that are about the target alone
 
 
-class Run:
-    """One drafter beside the target: evaluation features and target state of its reused layers; loaded when needed."""
+def target_states(results: Results) -> Callable[[tuple[int, ...], int], TargetState]:
+    """(layers, document) -> the target's state in these layers, computed once and then kept on the CPU."""
 
-    def __init__(self, results: Results, folder: Path):
+    @cache
+    def kept(layers: tuple[int, ...], document: int) -> TargetState:
+        tokens = results.source.batch([document], ()).tokens[0, : results.source.lengths[document]]
+        return compute_state(results.target, tokens, layers).to("cpu")
+
+    return lambda layers, document: kept(layers, document).to(results.target.device)
+
+
+class Run:
+    """One drafter beside the target: evaluation features and target state of its reused layers; loaded when needed.
+
+    states : of `target_states`, shared by all runs of a measurement.
+    """
+
+    def __init__(self, results: Results, folder: Path, states: Callable[[tuple[int, ...], int], TargetState]):
         self.folder, self.target, self.steps = folder, results.target, axis_steps(results.draft_length)
-        self.draft_length, self.layers = results.draft_length, described(folder)["spec"]["kv_layers"]
-        kept = results.folder / "target_state" / "-".join(map(str, self.layers))
+        self.draft_length, self.layers = results.draft_length, tuple(described(folder)["spec"]["kv_layers"])
         self.source = results.source.with_layers(kv=self.layers)
-        self.state = partial(read_state, kept, self.target, self.source)
+        self.state = partial(states, self.layers)
 
     @cached_property
     def drafter(self) -> Drafter:
@@ -86,16 +98,13 @@ def measure_probe(run: Run) -> pd.DataFrame:
     return pd.DataFrame(probe_rows(data, run.layers))
 
 
-def measure_queries(
-    results_dir: str | Path, runs: Sequence[str] = (), *, fingerprint: str, keep: str | Path = ""
-) -> dict[str, Path]:
+def measure_queries(results_dir: str | Path, runs: Sequence[str] = (), *, fingerprint: str) -> dict[str, Path]:
     """Measure runs (``variant/seedN``; by default all finished ones of ``QUERY_VARIANTS``) and write the tables.
 
     Parameters
     ----------
     runs : the references are about the layers that the first of them reuses.
     fingerprint : of the code; parts that another one left are measured anew.
-    keep : a folder of tables made before, on the same documents: their other runs stay.
 
     Raises
     ------
@@ -103,8 +112,8 @@ def measure_queries(
     """
     started = time.perf_counter()
     results = open_results(results_dir, _chosen(results_dir, runs))
-    claim(results.folder / "target_state", f"{fingerprint} {results.target.hash}")
-    measured = [Run(results, folder) for folder in results.runs.values()]
+    states = target_states(results)
+    measured = [Run(results, folder, states) for folder in results.runs.values()]
     layers, evaluation = measured[0].layers, results.source
     check_rows(results.target, layers, evaluation.batch([0], ()).tokens[0, : evaluation.lengths[0]][:64])
     told = "-".join(map(str, layers))
@@ -115,7 +124,7 @@ def measure_queries(
     depends = f"{fingerprint} {results.hashes} {results.draft_length}"
     made = measure_parts(results.folder / "query_estimation", depends, parts)
     made["query_estimation_facts"] = facts_of(results, time.perf_counter() - started)
-    return write_tables(results_dir, made, keep)
+    return write_tables(results_dir, made)
 
 
 def _chosen(results_dir: str | Path, runs: Sequence[str]) -> list[str]:

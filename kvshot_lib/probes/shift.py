@@ -156,13 +156,10 @@ def check_counts(rows: pd.DataFrame, folder: Path, documents: int) -> None:
         raise StudyError(f"{folder}: {changed:.1%} of its matches are not those of its counts.csv; train it again")
 
 
-def measure_shift(
-    results_dir: str | Path, runs: Sequence[str] = (), *, fingerprint: str, keep: str | Path = ""
-) -> dict[str, Path]:
+def measure_shift(results_dir: str | Path, runs: Sequence[str] = (), *, fingerprint: str) -> dict[str, Path]:
     """Measure target and runs (``variant/seedN``; all finished ones by default) and write the tables.
 
     fingerprint : of the code; what RESULTS_DIR/attention_shift has of it, of these documents and weights, stays.
-    keep : a folder of tables made before on the same documents: their other runs stay.
     """
     started, results = time.perf_counter(), open_results(results_dir, runs)
     source, target, draft_length = results.source, results.target, results.draft_length
@@ -174,4 +171,4 @@ def measure_shift(
     depends = f"{fingerprint} {results.hashes} {layers} {draft_length}"
     made = measure_parts(results.folder / "attention_shift", depends, parts)
     facts = facts_of(results, time.perf_counter() - started, kv_layers=" ".join(map(str, layers)))
-    return write_tables(results_dir, {**made, "attention_shift_facts": facts}, keep)
+    return write_tables(results_dir, {**made, "attention_shift_facts": facts})

@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..drafters.attention import rotated
 from ..drafters.hooks import watching
 from ..errors import StudyError
-from ..files import write_atomically
 from ..target.capture import attention_rows, capture
 from ..target.load import Target
 
@@ -29,6 +26,10 @@ class TargetState:
         """Tokens n of the document."""
         return self.queries.shape[2]
 
+    def to(self, device) -> "TargetState":
+        """The same on ``device``."""
+        return TargetState(self.queries.to(device), self.keys.to(device))
+
     def rows(self, place: int, positions: Tensor) -> Tensor:
         """The target's attention in layer number ``place`` of the S at some positions [M]: [H, M, n]."""
         return attention_rows(self.queries[place][None], self.keys[place][None], positions)[0]
@@ -42,17 +43,6 @@ def compute_state(target: Target, tokens: Tensor, layers: Sequence[int]) -> Targ
     return TargetState(
         *(torch.stack([part[layer][0] for layer in layers]).float() for part in (taken.queries, taken.keys))
     )
-
-
-def read_state(folder: Path, target: Target, source, document: int) -> TargetState:
-    """The state of one document of ``source``: from ``folder`` if it is there, else from the target, and kept."""
-    path = folder / f"{source.documents_hash[:8]}.{document:05d}.safetensors"
-    if not path.exists():
-        tokens = source.batch([document], ()).tokens[0, : source.lengths[document]]
-        state = compute_state(target, tokens, source.spec.kv_layers)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in vars(state).items()}
-        write_atomically(path, lambda p: save_file(tensors, p))
-    return TargetState(**{name: tensor.to(target.device) for name, tensor in load_file(path).items()})
 
 
 def jensen_shannon(a: Tensor, b: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from click import argument, option
 from ..errors import StudyError
 from ..files import disk_trouble
 from .measurements import decode, eagle3, examine_checkpoint, measure, serve_check
-from .options import device, dtype, keep, of_dialogues, of_runs, options, profile, runs, several, target, tell
+from .options import device, dtype, of_dialogues, of_runs, options, profile, runs, several, target, tell
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -119,7 +119,7 @@ def generate(**given) -> None:
 @cli.command()
 @of_runs
 @options("of the bootstrap", samples=2000, seed=0)
-@keep
+@options("folder of tables made before; rows of theirs that are not measured here stay", keep="")
 def collect(**given) -> None:
     """Merge finished runs, all or some, into RESULTS_DIR/tables."""
     from ..metrics.collect import collect

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 from click import argument
 
-from .options import device, dtype, keep, of_runs, of_speed, options, prompts, several, target, tell, threads, timed
+from .options import device, dtype, of_runs, of_speed, options, prompts, several, target, tell, threads, timed
 
 
 def code(module: str) -> str:
@@ -23,7 +23,6 @@ def measure() -> None:
 
 @measure.command()
 @of_runs
-@keep
 def queries(**given) -> None:
     """Attention overlap and probe of drafters whose queries can be compared with the target's."""
     from ..probes.queries import measure_queries
@@ -37,7 +36,6 @@ def queries(**given) -> None:
 @options("sequences a run, each of other documents", documents=8)
 @several("contexts", "lengths in tokens", 128, 256, 512, 1024, 2048, kind=int)
 @device
-@keep
 def gradients(**given) -> None:
     """Gradient and attention on draft-side entries, by context length."""
     from ..probes.gradients import measure_gradients
@@ -47,7 +45,6 @@ def gradients(**given) -> None:
 
 @measure.command()
 @of_runs
-@keep
 def shift(**given) -> None:
     """How far the target's attention moves, and where each drafter was right."""
     from ..probes.shift import measure_shift
@@ -63,7 +60,6 @@ def shift(**given) -> None:
 @options("the first so many", documents=64)
 @several("windows", "tokens that an anchor sees of its prefix; 0: all", 0, kind=int)
 @device
-@keep
 def context(**given) -> None:
     """Acceptance by length of context, on long dialogues."""
     from ..probes.long_context import measure_context
@@ -81,7 +77,6 @@ def decode() -> None:
 @of_speed
 @device
 @dtype
-@keep
 def speed(**given) -> None:
     """Time decoding with trained drafters, or with those of a folder of checkpoints: RESULTS_DIR/tables."""
     from ..decoding.timing import measure_speed
@@ -110,7 +105,6 @@ def duel(**given) -> None:
 @device
 @options("of target and drafters: float32 or bfloat16", dtype="float32")
 @threads
-@keep
 @options("where rows and table go (RESULTS_DIR by default)", out="")
 def lossless(**given) -> None:
     """Decode greedily and compare every token with the target alone. Status 1: one differs in float32."""

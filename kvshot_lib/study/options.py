@@ -44,7 +44,6 @@ profile = argument("profile")
 of_runs = together(argument("results_dir"), runs)
 target = options("a name of the study, a hub id or a model folder", target="smollm2-135m-instruct")
 device, dtype = options(device="auto"), options("auto, float32 or bfloat16", dtype="auto")
-keep = options("folder of tables made before; rows of theirs that are not measured here stay", keep="")
 prompts = options("study, human-eval, a .jsonl file or a corpus folder", prompts="study")
 threads = options("of the CPU (0: PyTorch's own choice)", threads=0)
 timed = together(

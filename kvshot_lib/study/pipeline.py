@@ -27,9 +27,7 @@ def run_study(profile: str, words: Sequence[str]) -> int:
     results = loaded.results
     for step in loaded.notebooks:
         covered(step)  # what is wrong with its code is told here; in the Snakefile it would be lost in the quiet
-    if DRY & set(words):
-        print(overview(loaded, results), flush=True)
-    else:
+    if not DRY & set(words):
         check_foreign_runs(loaded, results)
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     with locked(results / ".lock"):
@@ -54,19 +52,6 @@ def snakemake_words(profile: Profile, given: str, words: Sequence[str]) -> list[
         *("--quiet", "rules" if DRY & set(words) else "all", "--cores", str(cores), "--resources", f"training={limit}"),
         *("--rerun-incomplete", "--nolock", "--keep-going"),
     ]
-
-
-def overview(profile: Profile, results: Path) -> str:
-    """The profile's trainings, a line a drafter: seeds with a finished run, up to date or not, and those without."""
-    lines = [f"{profile.name}: {len(profile.drafters)} drafters, seeds {', '.join(map(str, profile.seeds))}"]
-    for variant in profile.drafters:
-        seeds = {True: [], False: []}
-        for seed in profile.seeds:
-            seeds[(results / f"runs/{variant}/seed{seed}/run.json").exists()].append(str(seed))
-        words = {"finished": seeds[True], "not yet": seeds[False]}
-        told = [" ".join([word, *found]) for word, found in words.items() if found]
-        lines.append(f"  {variant:20} {', '.join(told)}")
-    return "\n".join(lines)
 
 
 def check_foreign_runs(profile: Profile, results: Path) -> None:

@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..decoding.decode import decode, until
 from ..decoding.propose import Chain
-from ..decoding.timing import Trained, load_runs, with_kept
+from ..decoding.timing import Trained, as_table, load_runs
 from ..decoding.turns import Turn, dialogue_turns
 from ..drafters.eagle3 import CONFIG, TRAINED_TOKENS, WEIGHTS, export_eagle3
 from ..errors import StudyError
@@ -87,7 +87,7 @@ def serve_check(
         table = compare(own, alone, ask(drafter.parent, theirs))
         compared.append(table.assign(variant=variant, seed=seed))
     labels = {"engine": f"vLLM {version}", "dtype": "float32", "target": target.name, **provenance(target.device)}
-    table = with_kept("serving", pd.concat(compared, ignore_index=True).assign(**labels))
+    table = as_table("serving", pd.concat(compared, ignore_index=True).assign(**labels))
     print(table.drop(columns=[*labels]).to_string(index=False))
     print(tables.write(folder / "tables", "serving", table))
     wrong = differing(table)

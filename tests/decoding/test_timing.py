@@ -88,15 +88,6 @@ def test_a_killed_run_goes_on_and_a_retrained_drafter_starts_anew(results, measu
     assert len(measured) == 15
 
 
-def test_rows_recorded_before_stay(results, tmp_path):
-    timing.measure_speed(results, ["hidden/seed0"], **QUICK)
-    kept = tmp_path / "kept"
-    (results / "tables").rename(kept)
-    timing.measure_speed(results, ["kv_1/seed0"], **QUICK | {"chains": [3]}, keep=str(kept))
-    assert set(tables.read(results / "tables", "decode_prompts")["variant"]) == {"hidden", "kv_1", "transformers"}
-    assert set(tables.read(results / "tables", "decoding")["variant"]) == {"hidden", "kv_1", "transformers"}
-
-
 @pytest.mark.parametrize(
     "given, told",
     [

@@ -1,6 +1,5 @@
 """Runs collected into tables, and runs that are refused."""
 
-import numpy as np
 import pandas as pd
 import pytest
 from finished_runs import write_run
@@ -69,15 +68,6 @@ def test_written_acceptance_is_that_of_the_written_counts(tmp_path):
     counts, lengths = (tables.read(tmp_path / "tables", name) for name in ("counts", "run_lengths"))
     written = tables.read(tmp_path / "tables", "acceptance")
     pd.testing.assert_frame_equal(written, acceptance_table(counts, lengths, samples=50), rtol=1e-5)
-
-
-def test_long_histories_are_thinned_to_their_ends_and_even_steps_between(tmp_path):
-    write_run(tmp_path, "hidden", history_steps=991)
-    collect(tmp_path, samples=5)
-    history = tables.read(tmp_path / "tables", "history")
-    steps = history["step"].unique()
-    assert len(steps) == 100 and len(history) == 200
-    assert (np.diff(steps) == 10).all() and (steps[0], steps[-1]) == (0, 990)
 
 
 def test_floats_have_six_digits(tmp_path):

@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 from decoded import PARTS, alone, answer, answers, latency_rows
 
-from kvshot_lib.errors import StudyError
 from kvshot_lib.metrics import tables
 from kvshot_lib.metrics.claims import stated
 from kvshot_lib.metrics.decoding import (
@@ -17,7 +16,6 @@ from kvshot_lib.metrics.decoding import (
     decoding_table,
     drawn,
     fastest,
-    one_dtype,
     paper_scale,
     parts_table,
 )  # fmt: skip
@@ -116,13 +114,7 @@ def test_the_fastest_chain_is_chosen_and_peers_are_no_drafters():
     assert row["milliseconds"] == pytest.approx(1000 * 1.5 / 41) and row["share"] == pytest.approx(1.5 / 1.6)
 
 
-def test_one_dtype_and_one_seed():
-    rows = [answer(), answer(dtype="bfloat16"), answer(dtype="bfloat16", seed=1)]
-    table = one_dtype(tables.check(pd.DataFrame(rows), "decode_prompts", "here"))
-    assert table["dtype"].tolist() == ["bfloat16"] * 2
-    with pytest.raises(StudyError, match="dtype='float16' was not measured; measured: bfloat16"):
-        one_dtype(table, "float16")
-    assert one_dtype(tables.empty("decoding"), "bfloat16").empty
+def test_of_several_seeds_the_first_counts():
     seeds = [alone(), answer(), alone(seed=1), answer(seed=1)]
     decoding = decoding_table(tables.check(pd.DataFrame(seeds), "decode_prompts", "here"), samples=50)
     assert fastest(decoding)["seed"].tolist() == [0, 0]

@@ -118,6 +118,6 @@ def test_names_in_the_plane_do_not_lie_on_one_another():
     points = pd.DataFrame(
         {"variant": ["kv_1", "kv_2", "hidden"], "cost": [0.5, 0.51, 0.52], "value": [2.0, 2.001, 2.002]}
     )
-    figure = plane(points, "cost", reference="")
+    figure = plane(points, "cost")
     boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text() in set(points["variant"])]
     assert len(boxes) == 3 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])

@@ -1,4 +1,4 @@
-"""Measuring of queries: tables of tiny runs, resumed and kept; refusals by name; target and drafters left as they were."""
+"""Measuring of queries: tables of tiny runs, resumed; refusals by name; target and drafters left as they were."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def written(results):
     return {path.name: path.read_bytes() for path in (results / "tables").glob("*.parquet")}
 
 
-def test_tables_are_made_resumed_and_kept(results, monkeypatch):
+def test_tables_are_made_and_resumed(results, monkeypatch):
     before = left_behind(target().model), [p.clone() for p in target().model.parameters()]
     weights = load_drafter(results / "runs/kv_2/seed0", target()).state_dict()
     measure_queries(results, **MEASURED)
@@ -53,12 +53,13 @@ def test_tables_are_made_resumed_and_kept(results, monkeypatch):
         assert len(first) == 2 and written(results) == first
         with pytest.raises(ZeroDivisionError):  # by other code
             measure_queries(results, **MEASURED | {"fingerprint": "other"})
-    measure_queries(results, ["kv_1/seed0"], **MEASURED, keep=results / "tables")
-    for name in ("query_probe", "attention_overlap"):
-        assert {"kv_1", "kv_2"} <= set(tables.read(results / "tables", name)["variant"])
-    assert "target" in set(tables.read(results / "tables", "attention_overlap")["variant"])
-    facts = pd.read_csv(results / "tables/query_estimation_facts.csv")
-    assert facts["runs"].tolist() == ["kv_1/seed0", "kv_1/seed0 kv_2/seed0"]
+
+
+def test_a_documents_state_is_computed_once_for_all_runs_over_the_same_layers(results, monkeypatch):
+    computed, own = [], queries.compute_state
+    monkeypatch.setattr(queries, "compute_state", lambda *given: computed.append(given[2]) or own(*given))
+    measure_queries(results, **MEASURED)
+    assert computed == [(0, 2, 3)] * len(live())
 
 
 def test_what_cannot_be_measured_is_refused_by_name(results, monkeypatch):

@@ -4,17 +4,15 @@ import math
 
 import pytest
 import torch
-from examples import DOCUMENTS, live, target
+from examples import DOCUMENTS, target
 from test_capture import left_behind
 
 from kvshot_lib.errors import StudyError
 from kvshot_lib.probes.shift import shift_document
 from kvshot_lib.probes.target_rows import (
-    TargetState,
     check_rows,
     compute_state,
     jensen_shannon,
-    read_state,
     row_error,
 )
 from kvshot_lib.target.load import load_target
@@ -56,16 +54,6 @@ def test_rows_are_the_targets_own_attention():
         rows = state.rows(layers.index(layer), torch.arange(len(tokens)))
         values = cache.layers[layer].values[0].repeat_interleave(2, 0)
         assert torch.allclose((rows @ values).transpose(0, 1).flatten(1), entering[layer][0], atol=1e-4)
-
-
-def test_state_is_kept_and_read_back_and_the_target_stays_as_it_was(tmp_path):
-    loaded = load_target("tiny-llama", device="cpu", dtype="float32")
-    first = read_state(tmp_path, loaded, live(), 1)
-    assert loaded.model.config._attn_implementation == target().model.config._attn_implementation
-    assert loaded.hash == load_target("tiny-llama", device="cpu", dtype="float32").hash
-    again = read_state(tmp_path, loaded, live(), 1)
-    assert isinstance(again, TargetState) and torch.equal(first.queries, again.queries)
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_target_without_comparable_rows_is_refused_by_name():

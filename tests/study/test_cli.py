@@ -83,7 +83,7 @@ def test_options_and_their_defaults_are_those_of_the_function(verb):
             "there a/seed0 b/seed1 --documents 4 --contexts 5",
             {"runs": ("a/seed0", "b/seed1"), "documents": 4, "contexts": [5]},
         ),
-        ("--contexts none there --keep x", {"runs": (), "contexts": [], "keep": "x"}),
+        ("--contexts none there", {"runs": (), "contexts": []}),
     ],
 )
 def test_what_is_given_reaches_the_function_and_what_it_wrote_is_printed(monkeypatch, capsys, words, told):

@@ -292,14 +292,6 @@ def test_published_drafters_are_judged_beside_the_trained_ones(tmp_path, monkeyp
     ), output
 
 
-def test_a_dry_run_lists_the_trainings(tmp_path):
-    profile = Profile("mine", drafters={"hidden": {}, "kv_1": {}}, seeds=[0, 1, 2])
-    (tmp_path / "runs/kv_1/seed1").mkdir(parents=True)
-    (tmp_path / "runs/kv_1/seed1/run.json").touch()
-    lines = [line.split() for line in pipeline.overview(profile, tmp_path).splitlines()[1:]]
-    assert lines == [["hidden", "not", "yet", "0", "1", "2"], ["kv_1", "finished", "1,", "not", "yet", "0", "2"]]
-
-
 def test_runs_made_elsewhere_are_not_replaced(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(small_study(tmp_path))
     run = tmp_path / "results/small/runs/kv_1/seed0"
