@@ -17,7 +17,7 @@ VARYING = ["seconds", "train_s", "date", "profile"]  # the last is the name of t
 DOCUMENTS = {"train": 24, "validation": 4, "evaluation": 8}
 EXTRACT = {
     "target": "tiny", "corpus": "tiny", "kv_layers": 3, "max_length_tokens": 512, "device": "cpu", "dtype": "float32",
-    "features": "stored", "replace_store": False, "batch_documents": 4, "shard_documents": 4,
+    "features": "stored", "batch_documents": 4, "shard_documents": 4,
     **{f"{name}_documents": n for name, n in DOCUMENTS.items()},
 }  # fmt: skip
 TRAIN = {

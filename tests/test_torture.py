@@ -35,7 +35,7 @@ def test_a_killed_and_damaged_study_comes_to_the_same_end():
 
 
 def test_torture_notices_a_checksum_that_is_not_looked_at(tmp_path, monkeypatch):
-    """Without the seal a changed weight of a checkpoint is read as good."""
+    """Without the CRC of its record a changed weight of a checkpoint is read as good."""
     study_jobs.extract(tmp_path)
     damage.make_checkpoint(tmp_path)
     path = tmp_path / "checkpoint/checkpoint.pt"
@@ -43,9 +43,9 @@ def test_torture_notices_a_checksum_that_is_not_looked_at(tmp_path, monkeypatch)
     weight = next(iter(good[0].values())).contiguous().numpy().tobytes()
     place = data.index(weight) + 3
     path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-    with pytest.raises(StudyError, match="checkpoint.pt is damaged: .*; delete it to train from the start"):
+    with pytest.raises(StudyError, match="checkpoint.pt can't be read .*; delete it to train from the start"):
         damage.read_checkpoint(tmp_path)
-    monkeypatch.setattr("kvshot_lib.training.loop.check_seal", lambda *_: None)
+    monkeypatch.setattr("kvshot_lib.training.loop.check_records", lambda *_: None)
     assert not damage.equal(damage.read_checkpoint(tmp_path), good)
 
 

@@ -26,7 +26,7 @@ from ..files import read_json, sha256, write_atomically, write_json
 from ..settings import check_settings
 from ..target.load import Target
 from .drafter import Drafter, DrafterConfig, build_drafter
-from .runs import DESCRIPTION, how_to_train
+from .runs import DESCRIPTION, NOTEBOOK
 
 WEIGHTS = "drafter.safetensors"
 STEP = 0.5
@@ -78,11 +78,10 @@ def warm_start(drafter: Drafter, folder: str | Path) -> list[str]:
 
     Raises
     ------
-    StudyError : no drafter there (names the command that makes it), or another target or draft
-        vocabulary.
+    StudyError : no drafter there, or another target or draft vocabulary.
     """
     draft_ids = drafter.draft_ids.cpu()
-    kept = _read(Path(folder), draft_vocab_size=len(draft_ids))
+    kept = _read(Path(folder))
     check_origin(kept.spec, drafter.spec, f"can't start from {folder}: it was trained")
     if not torch.equal(kept.draft_ids, draft_ids):
         raise StudyError(
@@ -130,10 +129,11 @@ class _Kept:
     tensors: dict[str, torch.Tensor]
 
 
-def _read(folder: Path, **parameters) -> _Kept:
-    """A trained drafter, checked; ``parameters`` are those of `how_to_train`."""
+def _read(folder: Path) -> _Kept:
+    """A trained drafter, checked."""
     if not (folder / DESCRIPTION).exists():
-        raise StudyError(how_to_train(folder, **parameters))
+        made = "which leaves it in results_dir/runs/<variant>/seed<seed>"
+        raise StudyError(f"no trained drafter in {folder}; train it with {NOTEBOOK}, {made}")
     remedy = "delete that folder and train the drafter again"
     description = read_json(folder / DESCRIPTION, remedy)
     if not {"weights_sha256", "spec", "config"} <= set(description):

@@ -1,13 +1,12 @@
-"""Where trainings leave their drafters, `results_dir/runs/<variant>/seed<k>`: found, or told how to be made."""
+"""Where trainings leave their drafters, `results_dir/runs/<variant>/seed<k>`: found, or told what makes them."""
 
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import StudyError
 from ..files import read_json
-from .variants import VARIANTS, check_current, in_study_order, parameters_of
+from .variants import in_study_order
 
 DESCRIPTION, FINISHED = "drafter.json", "run.json"
 NOTEBOOK = "notebooks/03_train_drafter.ipynb"
@@ -26,7 +25,6 @@ def find_runs(results_dir: str | Path, runs: Sequence[str] = (), finished: bool 
     ------
     StudyError : there is none, or one of ``runs`` is not there.
     """
-    check_current(name.partition("/")[0] for name in runs)
     folder, mark, found = Path(results_dir), FINISHED if finished else DESCRIPTION, {}
     for path in folder.glob(f"runs/*/seed*/{mark}"):
         if re.fullmatch(r"seed\d+", path.parent.name):
@@ -48,31 +46,3 @@ def run_name(folder: Path) -> str:
     if re.fullmatch(r"seed\d+", folder.name):
         return f"{folder.parent.name}/{folder.name}"
     return f"{folder.name}/seed{read_json(folder / DESCRIPTION, 'restore it with git').get('seed', 0)}"
-
-
-def training_command(folder: Path, **parameters) -> str:
-    """The command, for the repository's root, that trains the drafter of ``results_dir/runs/<variant>/seed<k>``.
-
-    ``results_dir`` may be absolute, or relative to the root or to notebooks/; the study's variants bring
-    their parameters.
-    """
-    results_dir, variant, seed = folder.parents[2], folder.parent.name, folder.name.removeprefix("seed")
-    inside = Path(*(part for part in results_dir.parts if part != ".."))
-    seen = inside if inside.is_absolute() else Path("..") / inside  # from notebooks/, where notebooks run
-    output = inside / f"notebooks/03_train_drafter.{variant}.seed{seed}.ipynb"
-    values = {"variant": variant, **parameters_of(variant), "seed": seed, **parameters}
-    values |= {"results_dir": seen, "figures_dir": seen / "figures"}
-    given = [word for name, value in values.items() for word in ("-p", name, str(value))]
-    return shlex.join(["python", "-m", "kvshot_lib", "notebook", "run", NOTEBOOK, str(output), *given])
-
-
-def how_to_train(folder: Path, **parameters) -> str:
-    """What to do about a drafter that isn't there; ``parameters`` are known of how it is to be trained."""
-    if not (re.fullmatch(r"seed\d+", folder.name) and folder.parent.parent.name == "runs"):
-        made = "that notebook 03_train_drafter made: .../runs/<variant>/seed<k>"
-        return f"no trained drafter in {folder}; give a folder {made}"
-    known = "" if folder.parent.name in VARIANTS else ", what makes it this variant"
-    return (
-        f"no trained drafter in {folder}; train it first, from the repository's root (add your budget{known}): "
-        f"{training_command(folder, **parameters)}"
-    )

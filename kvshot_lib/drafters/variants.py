@@ -8,8 +8,6 @@ is one entry more.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..errors import StudyError
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -227,8 +225,8 @@ MAIN_VARIANTS = ("hidden", "kv_1", "kv_2", "kv_4", "hybrid", "hybrid_warm", "non
 # Those whose queries are compared with the target's: plain reuse of the cache at every depth, and with hidden states.
 QUERY_VARIANTS = ("kv_1", "kv_2", "kv_3", "kv_4", "hybrid", "hybrid_warm")
 
-_RENAMED = {
-    old + end: new + end
+_FIRST = {
+    new + end: old + end
     for old, new in (
         ("kv_1_none", "none_1"), ("kv_2_from_hidden", "states_2"), ("kv_4_from_hidden", "states_4"),
         ("kv_2_with_hidden", "both_2"), ("kv_4_with_hidden", "both_4"), ("hidden_normed_post_norm", "hidden_31"),
@@ -237,7 +235,6 @@ _RENAMED = {
     )
     for end in ("", "_continued", "_combined")
 }  # fmt: skip
-_FIRST = {new: old for old, new in _RENAMED.items()}
 
 
 def parameters_of(name: str) -> dict:
@@ -251,16 +248,6 @@ def in_study_order(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (known.get(name, len(known)), name))
 
 
-def current_name(name: str) -> str:
-    """The present name of a variant that tables and checkpoints may carry under another one.
-
-    >>> current_name("hidden_normed_post_norm_continued"), current_name("kv_2")
-    ('hidden_31_continued', 'kv_2')
-    """
-    stem = name.removesuffix("_checkpoint")
-    return _RENAMED.get(stem, stem) + name[len(stem) :]
-
-
 def first_name(name: str) -> str:
     """The name under which a variant was first recorded: what is drawn by name stays the same when it is renamed.
 
@@ -268,15 +255,3 @@ def first_name(name: str) -> str:
     ('hidden_normed_post_norm_continued', 'kv_2')
     """
     return _FIRST.get(name, name)
-
-
-def check_current(names: Iterable[str]) -> None:
-    """Answer an old name of a variant with the one that it has.
-
-    Raises
-    ------
-    StudyError : "'kv_1_none' is called 'none_1' now; …".
-    """
-    for name in names:
-        if (new := current_name(name)) != name:
-            raise StudyError(f"'{name}' is called '{new}' now; write that name")

@@ -29,7 +29,7 @@ COUNTS = "answer_token_counts.csv"
 SIZES = ("max_length_tokens", "batch_documents", "shard_documents")
 COUNTED = tuple(f"{split}_documents" for split in SPLITS)  # None: all
 KINDS = {
-    **dict.fromkeys(SIZES, int), **dict.fromkeys(COUNTED, int | None), "replace_store": bool,
+    **dict.fromkeys(SIZES, int), **dict.fromkeys(COUNTED, int | None),
     "state_layers": Literal["eagle", "kv"], "features": Literal["stored", "live"],
 }  # fmt: skip
 
@@ -86,8 +86,7 @@ def keep(extraction: Extraction, values: Mapping, folder: str | Path) -> pd.Data
     Several processes share the work; each of them gets the table.
     """
     sizes = {name: values[name] for name in ("batch_documents", "shard_documents")}
-    corpus, mode, replace = values["corpus"], values["features"], values["replace_store"]
-    table = keep_features(folder, extraction.documents, str(corpus), mode, replace=replace, **sizes)
+    table = keep_features(folder, extraction.documents, str(values["corpus"]), values["features"], **sizes)
     if parallel.is_main():
         write_counts(folder, extraction.answer_token_counts)
     parallel.wait()

@@ -4,7 +4,6 @@ At the paper's scale a store takes terabytes. ``features="live"`` keeps only a r
 (`live.json`: corpus, documents, layers); each training then runs the target over every batch once more.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,26 +24,30 @@ AGAIN = "run notebook 01_extract_kv_cache again"
 
 
 def keep_features(
-    folder: str | Path, sources: Mapping[str, LiveFeatures], corpus: str, mode: str = "stored",
-    *, replace: bool = False, **sizes: int,
+    folder: str | Path, sources: Mapping[str, LiveFeatures], corpus: str, mode: str = "stored", **sizes: int
 ) -> pd.DataFrame:  # fmt: skip
     """Write every split's store (the training split's recipe, if ``mode`` is ``live``); ``sizes`` as in `write_store`.
 
     Returns
     -------
     One row a split: documents, tokens, answer tokens, shards, megabytes.
+
+    Raises
+    ------
+    StudyError : features of another set-up are there; no space left on the disk.
     """
     folder, rows = Path(folder), []
     for split, source in sources.items():
         answer_tokens = sum(int(document.answer_mask.sum()) for document in source.documents)
         shards, live = [], mode == "live" and split == "train"
-        if parallel.is_main() and replace and (folder / split / (MANIFEST if live else RECIPE)).exists():
-            shutil.rmtree(folder / split)
+        if (folder / split / (MANIFEST if live else RECIPE)).exists():
+            other = f"{folder / split} holds a {'store' if live else 'recipe'}, made with another value of features"
+            raise StudyError(f"{other}; delete it or choose another results_dir")
         if live:
             if parallel.is_main():
                 write_recipe(folder / split, source, corpus, split)
         else:
-            shards = write_store(folder / split, source, replace=replace, **sizes)["shards"]
+            shards = write_store(folder / split, source, **sizes)["shards"]
         megabytes = sum(shard["bytes"] for shard in shards) / 1e6
         rows.append((split, len(source), sum(source.lengths), answer_tokens, len(shards), round(megabytes, 1)))
     return pd.DataFrame(rows, columns=["split", "documents", "tokens", "answer tokens", "shards", "MB"])

@@ -1,7 +1,6 @@
 """Target state on disk: safetensors shards with a manifest, resumable, checked on reading, read memory-mapped."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,14 +16,13 @@ from ..files import read_json, sha256, write_atomically, write_json
 from .live import LiveFeatures
 from .spec import STATE, Features, FeatureSpec, OfLayers, padded
 
-SCHEMA = 1
 MANIFEST = "manifest.json"
 AGAIN = "run notebook 01_extract_kv_cache again, it makes that shard anew"
 
 
 def write_store(
     folder: str | Path, live: LiveFeatures, *, batch_documents: int = 8, shard_documents: int = 32,
-    dtype: torch.dtype = torch.bfloat16, replace: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict:  # fmt: skip
     """Run the target over every document of ``live`` and keep its features in ``folder``.
 
@@ -35,7 +33,6 @@ def write_store(
     Parameters
     ----------
     dtype : of the stored hidden states, keys and values; bfloat16 is what targets of this kind compute in.
-    replace : start anew if the folder holds features of something else, instead of refusing.
 
     Returns
     -------
@@ -44,21 +41,19 @@ def write_store(
     Raises
     ------
     StudyError : the folder holds features of another target (or the same in another number format), layer choice or
-        documents; or too little disk space.
+        documents; or no space left on the disk.
     """
     folder = Path(folder)
     places = range(0, len(live), shard_documents)  # first document of each shard
     paths = {first: folder / f"shard-{first // shard_documents:05d}.safetensors" for first in places}
     tokens = {first: sum(live.lengths[first : first + shard_documents]) for first in places}
     manifest = {
-        "schema": SCHEMA, "spec": asdict(live.spec), "target_dtype": str(live.target.dtype).removeprefix("torch."),
+        "spec": asdict(live.spec), "target_dtype": str(live.target.dtype).removeprefix("torch."),
         "dtype": str(dtype).removeprefix("torch."), "lengths": live.lengths, "documents_hash": live.documents_hash,
         "shard_documents": shard_documents, "shards": [], "complete": False,
     }  # fmt: skip
     if parallel.is_main():
-        _take_over(folder, json.loads(json.dumps(manifest)), replace)
-        missing = sum(tokens[first] for first, path in paths.items() if not _record(path).exists())
-        _check_space(folder, missing * sum(live.spec.bytes_per_token.values()) * dtype.itemsize // 2)
+        _take_over(folder, json.loads(json.dumps(manifest)))
         write_json(folder / MANIFEST, manifest)
     parallel.wait()
     _make_shards(live, paths, tokens, batch_documents, dtype)
@@ -90,20 +85,16 @@ def _make_shards(
             write_json(_record(path), {"file": path.name, **facts})
 
 
-def _take_over(folder: Path, wanted: dict, replace: bool) -> None:
+def _take_over(folder: Path, wanted: dict) -> None:
     """Give the shards of a store of the same in ``folder`` their records back; one of something else is refused."""
     if not (folder / MANIFEST).exists():
         return
     found = read_manifest(folder)
-    differs = _differences({k: wanted[k] for k in wanted if k not in ("shards", "complete")}, found)
-    if differs and not replace:
-        raise StudyError(
-            f"{folder} holds features made with another {differs}; delete it, or set replace_store=True, "
-            "or choose another results_dir"
-        )
-    if differs:
-        shutil.rmtree(folder)
-        return
+    ours, theirs = ({**manifest, **manifest["spec"]} for manifest in (wanted, found))
+    names = [name for name in ours if name not in ("spec", "shards", "complete")]
+    if differs := [name for name in names if ours[name] != theirs.get(name)]:
+        other = f"{folder} holds features of another set-up (differs in {', '.join(differs)})"
+        raise StudyError(f"{other}; delete it or choose another results_dir")
     for shard in found["shards"]:
         write_json(_record(folder / shard["file"]), shard)
 
@@ -171,10 +162,8 @@ def read_manifest(folder: Path) -> dict:
     """What a store says of itself."""
     remedy = "delete that folder and run notebook 01_extract_kv_cache"
     manifest = read_json(folder / MANIFEST, remedy)
-    if "schema" not in manifest:
+    if "spec" not in manifest:
         raise StudyError(f"{folder / MANIFEST} is damaged; {remedy}")
-    if manifest["schema"] != SCHEMA:
-        raise StudyError(f"{folder} has schema {manifest['schema']}, this code reads {SCHEMA}; {remedy}")
     return manifest
 
 
@@ -206,17 +195,3 @@ def _trouble(path: Path, record: dict) -> str:
     if (size := path.stat().st_size) != record["bytes"]:
         return f"has {size} bytes, its manifest says {record['bytes']}"
     return "was altered: its SHA-256 is not the manifest's" if sha256(path) != record["sha256"] else ""
-
-
-def _differences(wanted: dict, found: dict) -> str:
-    names = [name for name in wanted if wanted[name] != found.get(name)]
-    return _differences(wanted["spec"], found["spec"]) if names == ["spec"] else ", ".join(names)
-
-
-def _check_space(folder: Path, needed_bytes: int) -> None:
-    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    if (free := shutil.disk_usage(existing).free) < needed_bytes * 1.05:
-        raise StudyError(
-            f"the features need {needed_bytes / 1e9:.3g} GB, {existing} has {free / 1e9:.3g} GB free; "
-            "free some space or use fewer documents"
-        )

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import yaml
 
-from ..drafters.variants import VARIANTS, check_current, parameters_of
+from ..drafters.variants import VARIANTS, parameters_of
 from ..errors import StudyError
 from ..training.config import configurations
-from .notebooks import check_names, check_no_number_as_text, check_parameters, parameter_defaults
+from .notebooks import check_names, check_parameters, parameter_defaults
 from .options import of_dialogues, of_speed, option_names
 
 NOTEBOOKS = {
@@ -107,10 +107,9 @@ def load_profile(name_or_path: str | Path) -> Profile:
             raise StudyError(f"{where}: '{key}' must be a {kind.__name__}, not {value!r}")
     own = {f"drafters.{variant}": parameters for variant, parameters in drafters.items()}
     for section, parameters in (notebooks | own).items():
-        for name, value in parameters.items():
+        for name in parameters:
             if name in SET_BY_PIPELINE:
                 raise StudyError(f"{where}, {section}: '{name}' is set by the pipeline; take it out")
-            check_no_number_as_text(f"{where}, {section}, {name}", value)
     for section, part in (("dialogues", of_dialogues), ("speed", of_speed)):
         check_names(content.get(section, {}), option_names(part), f"{where}, {section}")
     if "dialogues" in content and "corpus" in notebooks["extract"]:
@@ -131,7 +130,6 @@ def resolve_drafters(given: list | dict, where: str) -> dict[str, dict]:
         parameters = (given[name] if isinstance(given, dict) else None) or {}
         if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
             raise StudyError(f"{where}: {name!r} is no name for a drafter; use letters, digits, _ and -")
-        check_current([name])
         if not isinstance(parameters, dict):
             raise StudyError(f"{where}, drafters.{name} must be a mapping of parameters, not {parameters!r}")
         if not parameters:

@@ -14,7 +14,7 @@ from ..drafters.checkpoint import STEP, WEIGHTS, load_drafter, read_description,
 from ..drafters.config import READS
 from ..drafters.context import read_by
 from ..drafters.drafter import Drafter
-from ..drafters.runs import DESCRIPTION, training_command
+from ..drafters.runs import DESCRIPTION, NOTEBOOK
 from ..drafters.variants import VARIANTS
 from ..errors import StudyError
 from ..features.store import StoredFeatures
@@ -60,7 +60,7 @@ def publish(folder: Path, to: Path, target: Target, evaluation: StoredFeatures, 
     StudyError : an unfinished run, or features of another target.
     """
     if not (folder / "run.json").exists():
-        raise StudyError(f"{folder} has no finished run: train it first ({training_command(folder)})")
+        raise StudyError(f"{folder} has no finished run; train it to the end with {NOTEBOOK}")
     record, drafter = read_json(folder / "run.json", f"delete {folder} and train again"), load_drafter(folder, target)
     record.pop("files", None)
     tensors = {name: tensor.detach().cpu() for name, tensor in drafter.state_dict().items()}
@@ -124,8 +124,8 @@ drafter = load_drafter("data/checkpoints/{variant}", load_target("{target}"))
 def card(record: dict, described: dict, draws: Draws, size_bytes: int, longest: int) -> str:
     """The card, from what was recorded and measured."""
     config, run, profile = described["config"], f"{record['variant']}/seed{record['seed']}", record["profile"]
-    again = f"To train it again, with the budget of the profile `{profile}` added"
-    command = training_command(Path("results") / profile / "runs" / run)
+    again = f"To train it again (`drafter.json` has its parameters, the profile `{profile}` its budget)"
+    command = f"kvshot notebook run {NOTEBOOK} OUT.ipynb -p variant {record['variant']} -p seed {record['seed']}"
     if (path := FOLDER / f"{profile}.yaml").exists():
         again = f"To train it again (`{path}` says on which text, with which layers and how long)"
         command = f"kvshot sweep {profile} {run}"

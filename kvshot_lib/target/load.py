@@ -110,7 +110,7 @@ def capped(logits: torch.Tensor, cap: float) -> torch.Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def load_target(name: str = DEFAULT_TARGET, *, device: str = "auto", dtype: str = "auto", seed: int = 0) -> Target:
+def load_target(name: str = DEFAULT_TARGET, *, device: str = "auto", dtype: str = "auto") -> Target:
     """Load a target, frozen and in evaluation mode.
 
     Parameters
@@ -119,7 +119,6 @@ def load_target(name: str = DEFAULT_TARGET, *, device: str = "auto", dtype: str 
         (random weights, for tests); anything else is a Hugging Face hub id or a local folder.
     device : ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, …
     dtype : ``auto`` (bfloat16 where the machine computes it natively, else float32), ``bfloat16`` or ``float32``.
-    seed : of the random weights of a tiny target; others ignore it.
 
     Raises
     ------
@@ -128,7 +127,7 @@ def load_target(name: str = DEFAULT_TARGET, *, device: str = "auto", dtype: str 
     """
     where, kind = resolve_device(device), resolve_dtype(dtype, resolve_device(device))
     if name in TINY:
-        model, tokenizer = tiny_model(TINY[name], seed), tiny_tokenizer()
+        model, tokenizer = tiny_model(TINY[name]), tiny_tokenizer()
     else:
         model, tokenizer = from_pretrained(packed_folder(name) if name in PACKED else name, kind)
     model = model.to(device=where, dtype=kind).eval().requires_grad_(False)

@@ -63,14 +63,13 @@ class Corpus:
     provenance: dict
 
 
-def load_corpus(name: str | Path, split: str, *, seed: int = 0, whole_answers: bool = False) -> Corpus:
+def load_corpus(name: str | Path, split: str, *, whole_answers: bool = False) -> Corpus:
     """Read one split.
 
     Parameters
     ----------
     name : ``selfgen`` (tracked in ``data/corpus``), ``tiny`` (made up on the spot, for tests) or a corpus folder.
     split : one of ``SPLITS``. Documents come in a random order, so the first N are a fair sample.
-    seed : of the ``tiny`` corpus; the others are files.
     whole_answers : give every document as stored. By default a greedy answer ends where it starts to repeat itself
         (`repetition_start`), and documents left with fewer than 16 answer tokens are dropped: 16 tokens hold nine
         chains of seven draft steps (a chain needs x_{t+1} … x_{t+8} in the answer).
@@ -86,8 +85,8 @@ def load_corpus(name: str | Path, split: str, *, seed: int = 0, whole_answers: b
     if split not in SPLITS:
         raise StudyError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     if name == "tiny":
-        made_up = {"name": "tiny", "seed": seed, "vocab_size": 512}
-        return Corpus("tiny", split, [replace(d, origin=made_up) for d in _tiny_documents(seed)[split]], made_up)
+        made_up = {"name": "tiny", "vocab_size": 512}
+        return Corpus("tiny", split, [replace(d, origin=made_up) for d in _tiny_documents()[split]], made_up)
     folder = CORPORA.get(str(name), Path(name))
     facts = folder / "provenance.json"
     if not facts.is_file():
@@ -248,13 +247,13 @@ def cut_repetition(document: Document, repeat_tokens: int = REPEAT_TOKENS) -> Do
     return document.until(len(document.tokens) - len(answer) + repetition_start(answer, repeat_tokens))
 
 
-def _tiny_documents(seed: int) -> dict[str, list[Document]]:
+def _tiny_documents() -> dict[str, list[Document]]:
     """Small made-up dialogues over ids below 512: 1, user turn, 2, answer, 2.
 
     Words are ids 3 to 511. Each word has one usual successor (four times in five) and one other, so there is
     something to learn. Usual successors form one cycle through all words, so that documents don't fall into loops.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     successors = np.zeros((512, 2), dtype=np.int32)
     for column in range(2):
         cycle = 3 + rng.permutation(509)

@@ -1,8 +1,5 @@
 """Acceptance under teacher forcing: which drafts equal the target's argmax, document by document."""
 
-from collections.abc import Callable
-from functools import partial
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,9 +8,6 @@ from ..drafters.drafter import Drafter
 from ..features.spec import Features
 from .anchors import Anchors, find_anchors
 from .ttt import draft_steps
-
-Predictor = Callable[[Features, Anchors, int], Tensor]
-"""(features, anchors, K) -> drafted token ids [B, M, K]"""
 
 
 @torch.no_grad()
@@ -43,7 +37,7 @@ def judge(predictions: Tensor, features: Features, anchors: Anchors) -> Tensor:
 
 @torch.no_grad()
 def match_documents(
-    source, predictor: Drafter | Predictor, ttt_steps: int, *, batch_documents: int = 0,
+    source, drafter: Drafter, ttt_steps: int, *, batch_documents: int = 0,
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """Match and validity of every anchor of every document.
@@ -51,7 +45,6 @@ def match_documents(
     Parameters
     ----------
     source : `StoredFeatures` or `LiveFeatures`.
-    predictor : a drafter, or any function that drafts tokens.
     batch_documents : 8 at a time, or 64 on a GPU; it changes nothing but the speed.
     dtype : bfloat16 computes under autocast.
 
@@ -59,9 +52,7 @@ def match_documents(
     -------
     Per document ``match`` and ``valid``, bool [anchors, K].
     """
-    kind, state = torch.device(device).type, ("target_argmax", "final_hidden")
-    if isinstance(predictor, Drafter):
-        state, predictor = ("target_argmax", *predictor.reads), partial(predict, predictor)
+    kind, state = torch.device(device).type, ("target_argmax", *drafter.reads)
     batch_documents = batch_documents or (8 if kind == "cpu" else 64)
     order, found = sorted(range(len(source)), key=lambda i: source.lengths[i]), {}
     with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
@@ -69,7 +60,7 @@ def match_documents(
             indices = order[start : start + batch_documents]
             features = source.batch(indices, state).to(device, dtype)
             anchors = find_anchors(features.answer_mask, ttt_steps)
-            match = judge(predictor(features, anchors, ttt_steps), features, anchors).cpu().numpy()
+            match = judge(predict(drafter, features, anchors, ttt_steps), features, anchors).cpu().numpy()
             valid = anchors.valid.cpu().numpy()
             for row, index in enumerate(indices):
                 used = valid[row, :, 0]

@@ -17,7 +17,7 @@ from .. import parallel
 from ..drafters.drafter import Drafter
 from ..errors import StudyError
 from ..features.spec import Features
-from ..files import check_seal, write_sealed
+from ..files import check_records, write_handle
 from ..metrics.acceptance import COUNTS, count_document
 from .config import TrainConfig, batches, check_training, learning_rate, total_steps
 from .curves import curves
@@ -226,13 +226,13 @@ class Training:
             "optimiser": self.optimiser.state_dict(),
             "progress": vars(self.progress),
         }
-        write_sealed(self.path, lambda handle: torch.save(state, handle))
+        write_handle(self.path, lambda handle: torch.save(state, handle))
 
     def load(self) -> Progress:
         """Restore drafter and optimiser; a checkpoint of another set-up is refused by name of what differs."""
         path = self.path
-        check_seal(path, "delete it to train from the start")
         try:
+            check_records(path)
             state = torch.load(path, map_location=self.device, weights_only=True)
             found = state["identity"]
         except Exception as error:  # torch raises half a dozen kinds for a damaged file

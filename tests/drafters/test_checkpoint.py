@@ -57,7 +57,7 @@ def test_a_description_from_before_a_parameter_existed_is_read(tmp_path):
 
 
 def test_a_missing_altered_or_foreign_drafter_is_refused(tmp_path):
-    with pytest.raises(StudyError, match="no trained drafter in .*; give a folder that notebook 03_train_drafter made"):
+    with pytest.raises(StudyError, match="no trained drafter in .*; train it with notebooks/03_train_drafter.ipynb"):
         load_drafter(tmp_path, examples.target())
     save_drafter(examples.drafter("hidden"), tmp_path)
     with pytest.raises(
@@ -185,7 +185,7 @@ def test_a_warm_start_takes_what_is_shared(tmp_path):
 
 def test_a_warm_start_from_elsewhere_is_refused(tmp_path):
     hybrid = examples.drafter("hybrid")
-    with pytest.raises(StudyError, match="no trained drafter in .*; give a folder"):
+    with pytest.raises(StudyError, match="no trained drafter in .*; train it with"):
         warm_start(hybrid, tmp_path)
     save_drafter(examples.drafter("hidden", "tiny-qwen3"), tmp_path)
     with pytest.raises(

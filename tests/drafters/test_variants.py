@@ -3,19 +3,14 @@
 import subprocess
 import sys
 
-import pytest
-
 from kvshot_lib.drafters.variants import (
     MAIN_VARIANTS,
     QUERY_VARIANTS,
     VARIANTS,
     Variant,
-    check_current,
-    current_name,
     in_study_order,
     parameters_of,
 )
-from kvshot_lib.errors import StudyError
 from kvshot_lib.metrics.comparisons import registered_pairs
 from kvshot_lib.plots.style import look
 from kvshot_lib.study.profiles import resolve_drafters
@@ -52,17 +47,6 @@ def test_a_new_variant_needs_no_other_file(monkeypatch):
     assert ("kv_5", "kv_4") in registered_pairs(["kv_4", "kv_5"])
     assert resolve_drafters(["kv_5"], "mine") == {"kv_5": new.parameters}
     assert resolve_drafters({"kv_5": {"epochs": 2}}, "mine") == {"kv_5": new.parameters | {"epochs": 2}}
-
-
-def test_old_names_are_answered_with_new_ones():
-    assert [current_name(name) for name in ("kv_1_none", "kv_4_with_hidden_continued", "block_hidden_2", "kv_2")] == [
-        "none_1", "both_4_continued", "block_states_2", "kv_2",
-    ]  # fmt: skip
-    with pytest.raises(StudyError, match="'kv_1_none' is called 'none_1' now"):
-        check_current(["kv_2", "kv_1_none"])
-    with pytest.raises(StudyError, match="'kv_2_from_hidden' is called 'states_2' now"):
-        resolve_drafters(["kv_2_from_hidden"], "mine")
-    check_current([*VARIANTS, "mine"])
 
 
 def test_the_registry_loads_no_torch():

@@ -11,7 +11,7 @@ from kvshot_lib.text.corpus import SPLITS, load_corpus, save_corpus
 VALUES = {
     "target": "tiny", "corpus": "tiny", "device": "cpu", "dtype": "float32", "kv_layers": 2, "max_length_tokens": 40,
     "train_documents": 6, "validation_documents": 2, "evaluation_documents": 3,
-    "batch_documents": 4, "shard_documents": 4, "features": "stored", "replace_store": False, "figures_dir": "not looked at",
+    "batch_documents": 4, "shard_documents": 4, "features": "stored", "figures_dir": "not looked at",
 }  # fmt: skip
 
 
@@ -85,7 +85,6 @@ def test_a_corpus_that_another_tokenizer_wrote_is_refused_by_name(extraction, tm
         ({"max_length_tokens": -1}, "max_length_tokens=-1 must be 1 or more"),
         ({"batch_documents": None}, "batch_documents=None must be a whole number"),
         ({"shard_documents": 0}, "shard_documents=0 must be 1 or more"),
-        ({"replace_store": "False"}, "replace_store='False' must be True or False"),
         ({"features": "disk"}, "features='disk' must be one of 'stored', 'live'"),
         ({"state_layers": "all"}, "state_layers='all' must be one of 'eagle', 'kv'"),
         ({"kv_layers": True}, "kv_layers=True must be a whole number or a list"),

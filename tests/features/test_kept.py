@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvshot_lib.errors import StudyError
-from kvshot_lib.features.kept import RECIPE, keep_features, open_features, read_spec
+from kvshot_lib.features.kept import RECIPE, keep_features, open_features, read_spec, write_recipe
 from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.features.spec import feature_spec
 from kvshot_lib.features.store import MANIFEST, StoredFeatures
@@ -39,15 +39,21 @@ def test_a_recipe_gives_the_features_of_its_documents(tmp_path):
         again.with_layers([4])
 
 
-def test_store_and_recipe_replace_one_another_only_when_asked(tmp_path):
-    keep_features(tmp_path, sources(), "tiny")
-    assert (tmp_path / "train" / MANIFEST).exists()
-    keep_features(tmp_path, sources(), "tiny", "live")
+@pytest.mark.parametrize(("first", "then", "found"), [("stored", "live", "store"), ("live", "stored", "recipe")])
+def test_a_store_and_a_recipe_do_not_replace_one_another(tmp_path, first, then, found):
+    keep_features(tmp_path, sources(), "tiny", first)
+    before = sorted((tmp_path / "train").iterdir())
+    with pytest.raises(StudyError, match=f"train holds a {found}, made with .*; delete it or choose another") as error:
+        keep_features(tmp_path, sources(), "tiny", then)
+    assert "\n" not in str(error.value) and sorted((tmp_path / "train").iterdir()) == before
+
+
+def test_a_store_and_a_recipe_in_one_folder_are_refused(tmp_path):
+    live = sources()
+    keep_features(tmp_path, live, "tiny")
+    write_recipe(tmp_path / "train", live["train"], "tiny", "train")
     with pytest.raises(StudyError, match=f"holds a store and a recipe; delete one of {MANIFEST} and {RECIPE}"):
         open_features(tmp_path / "train", examples.target())
-    for mode, kept in (("live", RECIPE), ("stored", MANIFEST)):
-        keep_features(tmp_path, sources(), "tiny", mode, replace=True)
-        assert {RECIPE, MANIFEST} & {path.name for path in (tmp_path / "train").iterdir()} == {kept}
 
 
 def test_features_of_another_target_are_refused_on_opening(tmp_path):
@@ -70,7 +76,7 @@ def test_a_corpus_rewritten_in_its_place_is_noticed(tmp_path):
     save_corpus(corpus, {"train": documents["train"][1:]}, {"target": "tiny"}, greedy=[])
     with pytest.raises(StudyError, match="corpus is not the one that .*live.json was made from"):
         open_features(tmp_path / "recipe" / "train", target)
-    with pytest.raises(StudyError, match="features made with another lengths, documents_hash"):
+    with pytest.raises(StudyError, match=r"another set-up \(differs in lengths, documents_hash\)"):
         keep_features(tmp_path / "store", live(), str(corpus))
 
 

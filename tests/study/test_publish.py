@@ -71,7 +71,10 @@ def test_the_card_says_what_was_measured(study):
         in card
     )
     assert str(lost) in card and described["weights_sha256"] in card and described["run"]["variant"] == VARIANT
-    assert "with the budget of the profile `mine` added" in card and "-p variant kv_2 -p paradigm kv" in card
+    assert (
+        "the profile `mine` its budget" in card
+        and "03_train_drafter.ipynb OUT.ipynb -p variant kv_2 -p seed 3\n" in card
+    )
     of_profile = publish.card(described["run"] | {"profile": "long"}, described, draws, 1, 64)
     assert "(`notebooks/profiles/long.yaml` says" in of_profile and "kvshot sweep long kv_2/seed3\n" in of_profile
     kept = pd.read_csv(to / "acceptance.csv").set_index("metric")

@@ -15,7 +15,6 @@ from kvshot_lib.drafters.drafter import DrafterConfig, build_drafter
 from kvshot_lib.errors import StudyError
 from kvshot_lib.features.live import LiveFeatures
 from kvshot_lib.features.resident import ResidentFeatures
-from kvshot_lib.files import write_sealed
 from kvshot_lib.metrics.acceptance import count_document
 from kvshot_lib.text.corpus import load_corpus
 from kvshot_lib.training import loop as training
@@ -218,7 +217,7 @@ def test_a_checkpoint_that_holds_a_nan_is_refused(tmp_path):
     run(tmp_path)
     state = torch.load(path := tmp_path / "checkpoint.pt")
     state["drafter"]["norm.weight"][0] = math.nan
-    write_sealed(path, lambda handle: torch.save(state, handle))
+    torch.save(state, path)
     with pytest.raises(StudyError, match="holds weights that are not finite; delete it to train from the start"):
         run(tmp_path)
 

@@ -11,7 +11,6 @@ import torch
 from examples import STEPS
 from killed import Killed, die_before_step
 
-from kvshot_lib.files import write_sealed
 from kvshot_lib.training import loop
 from kvshot_lib.training.anchors import find_anchors
 from kvshot_lib.training.config import TrainConfig
@@ -75,7 +74,7 @@ def test_a_checkpoint_from_before_there_was_a_record_goes_on(tmp_path):
     path = tmp_path / "checkpoint.pt"
     state = torch.load(path)
     del state["progress"]["gradients"]
-    write_sealed(path, lambda handle: torch.save(state, handle))
+    torch.save(state, path)
     assert recorded_gradients(path, "hidden", 1) is None
     history = train(examples.drafter("hidden"), examples.live(), examples.live(), SHORT, tmp_path)
     assert history.equals(pd.DataFrame(state["progress"]["history"]))
