@@ -124,7 +124,7 @@ def _card(config: dict) -> str:
 | reads | inputs of the target's layers {config[LAYERS]}, counted from 0; normed: {config["fc_norm"]} |
 | layers | {config["num_hidden_layers"]}; state fed back after the final norm: {config["norm_output"]} |
 | drafts | {config["draft_vocab_size"]:,} of {config["vocab_size"]:,} tokens |
-| trained on | texts of up to {length} tokens; what it accepts beyond them is not known (`max_position_embeddings`) |
+| trained on | texts of up to {length} tokens (`max_position_embeddings`); at longer contexts it accepts less |
 
 vLLM: `speculative_config={{"method": "eagle3", "model": FOLDER, "num_speculative_tokens": 3}}`.
 """
