@@ -204,5 +204,4 @@ def as_table(name: str, rows: pd.DataFrame) -> pd.DataFrame:
     schema = tables.SCHEMAS[name]
     found = rows.reindex(columns=[*schema]).astype(schema)
     place = {variant: i for i, variant in enumerate(in_study_order(found["variant"]))}
-    by_study = lambda names: names.map(place)
-    return tables.rounded(found.sort_values("variant", key=by_study, kind="stable", ignore_index=True))
+    return tables.rounded(found.sort_values("variant", key=lambda v: v.map(place), kind="stable", ignore_index=True))

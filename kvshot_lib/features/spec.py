@@ -102,8 +102,8 @@ class Features:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Features":
         """Move to a device; floating-point fields also change their dtype."""
-        kinds = {name: dtype if t.is_floating_point() else None for name, t in self._held().items()}
-        return replace(self, **{name: moved(t, device, kinds[name]) for name, t in self._held().items()})
+        held = self._held().items()
+        return replace(self, **{name: moved(t, device, dtype if t.is_floating_point() else None) for name, t in held})
 
     def lengthened(self, multiple: int) -> "Features":
         """The same with zeros behind, up to a length that is a multiple of this."""

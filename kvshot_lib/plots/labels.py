@@ -1,11 +1,13 @@
 """Names beside what they name: at the ends of lines, and beside points."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
+
+from .style import look
 
 HOW = {"fontsize": 9.5, "weight": "bold", "va": "center", "zorder": 5}
 LINE = 0.2  # inches from one name to the next
@@ -51,30 +53,28 @@ def _slots(group: list[float], gap: float) -> list[float]:
     return [float(np.mean(group) + gap * (i - (len(group) - 1) / 2)) for i in range(len(group))]
 
 
-def name_points(
-    axes: Axes, table: pd.DataFrame, named: Sequence[str], x: str, y: str, label: str, colour: Callable[[str], str]
-) -> None:
-    """Write names beside their points, on the side with more room; adjustText moves what still covers something.
+def name_points(axes: Axes, table: pd.DataFrame, named: Sequence[str], x: str) -> None:
+    """Write variants' names beside their points, on the side with more room; adjustText moves what covers something.
 
     The panel must have its final place: names are measured in pixels.
     """
     from adjustText import adjust_text  # with all of scipy, for the one shape that needs it
 
-    spots = axes.transData.transform(table[[x, y]].to_numpy(float))
+    spots = axes.transData.transform(table[[x, "value"]].to_numpy(float))
     points, frame = [Bbox.from_extents(*spot, *spot).padded(5) for spot in spots], axes.get_window_extent()
     texts, targets = [], []
     for spot, (_, row) in zip(spots, table.iterrows()):
-        if row[label] not in named:
+        if row["variant"] not in named:
             continue
         right, left = (
-            axes.text(*axes.transData.inverted().transform(spot + (gap, 0)), row[label], ha=side, **HOW)
+            axes.text(*axes.transData.inverted().transform(spot + (gap, 0)), row["variant"], ha=side, **HOW)
             for gap, side in ((9, "left"), (-9, "right"))
         )
         less = min((right, left), key=lambda text: _covered(text.get_window_extent(), points, frame))
         (left if less is right else right).remove()
-        less.set_color(colour(row[label]))
+        less.set_color(look(row["variant"])[0])
         texts.append(less)
-        targets.append((row[x], row[y]))
+        targets.append((row[x], row["value"]))
     if texts:
         (across, up), thread = zip(*targets), {"arrowstyle": "-", "color": "#999999", "lw": 0.7}
         how = {"expand": (1.0, 1.1), "force_pull": (0, 0), "avoid_self": False, "min_arrow_len": 12}

@@ -16,9 +16,7 @@ MOST_NAMES = 10
 
 @mpl.rc_context(STYLE)
 def plane(table: pd.DataFrame, x: str, *, xlabel: str = "", ylabel: str = "", named: list[str] | None = None) -> Figure:
-    """A point for each row, with its name beside it (adjustText moves names apart) and its interval.
-
-    Behind them lie lines of equal speedup = value / (1 + x).
+    """A point for each row, its interval, its name (adjustText moves them apart); lines of speedup = value / (1 + x).
 
     Parameters
     ----------
@@ -43,8 +41,9 @@ def plane(table: pd.DataFrame, x: str, *, xlabel: str = "", ylabel: str = "", na
         (colour, marker), pale = look(row["variant"]), row["variant"] not in named
         if "low" in row and np.isfinite(row["low"]):
             axes.vlines(row[x], row["low"], row["high"], color=colour, lw=1.6, alpha=0.2 if pale else 0.7)
-        size, alpha = (4, 0.3) if pale else (7, 1)
-        axes.plot(row[x], row["value"], color=colour, marker=marker, ms=size, alpha=alpha, zorder=3)
+        axes.plot(
+            row[x], row["value"], c=colour, marker=marker, ms=4 if pale else 7, alpha=0.3 if pale else 1, zorder=3
+        )
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(visible=False)
     axes.margins(0.12)
@@ -52,7 +51,7 @@ def plane(table: pd.DataFrame, x: str, *, xlabel: str = "", ylabel: str = "", na
     _equal_speedup(axes)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    name_points(axes, table, named, x, "value", "variant", lambda name: look(name)[0])
+    name_points(axes, table, named, x)
     return figure
 
 

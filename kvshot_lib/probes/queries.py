@@ -37,21 +37,13 @@ REFERENCE = "target"  # in place of a variant: rows of `attention_overlap` that 
 
 
 def target_states(results: Results) -> Callable[[tuple[int, ...], int], TargetState]:
-    """(layers, document) -> the target's state in these layers, computed once and then kept on the CPU."""
-
-    @cache
-    def kept(layers: tuple[int, ...], document: int) -> TargetState:
-        tokens = results.source.batch([document], ()).tokens[0, : results.source.lengths[document]]
-        return compute_state(results.target, tokens, layers).to("cpu")
-
-    return lambda layers, document: kept(layers, document).to(results.target.device)
+    """(layers, document) -> the target's state in these layers, computed once."""
+    tokens = lambda document: results.source.batch([document], ()).tokens[0, : results.source.lengths[document]]
+    return cache(lambda layers, document: compute_state(results.target, tokens(document), layers))
 
 
 class Run:
-    """One drafter beside the target: evaluation features and target state of its reused layers; loaded when needed.
-
-    states : of `target_states`, shared by all runs of a measurement.
-    """
+    """One drafter beside the target: features and state (of `target_states`) of its reused layers, when needed."""
 
     def __init__(self, results: Results, folder: Path, states: Callable[[tuple[int, ...], int], TargetState]):
         self.folder, self.target, self.steps = folder, results.target, axis_steps(results.draft_length)

@@ -26,10 +26,6 @@ class TargetState:
         """Tokens n of the document."""
         return self.queries.shape[2]
 
-    def to(self, device) -> "TargetState":
-        """The same on ``device``."""
-        return TargetState(self.queries.to(device), self.keys.to(device))
-
     def rows(self, place: int, positions: Tensor) -> Tensor:
         """The target's attention in layer number ``place`` of the S at some positions [M]: [H, M, n]."""
         return attention_rows(self.queries[place][None], self.keys[place][None], positions)[0]

@@ -185,15 +185,14 @@ def training_speed(
     short = replace(training, max_steps=WARM_UP + steps, epochs=WARM_UP + steps, branch_warmup_steps=0)
     with tempfile.TemporaryDirectory() as empty:
         trainings = [Training(drafter, source, source, short, empty, target.dtype) for drafter in drafters]
-    found = []
-    for number, indices in enumerate(batches(source.lengths, short, 0, short.max_steps), 1):
+    for number, indices in enumerate(batches(source.lengths, short, 0, short.max_steps)):
+        if number == WARM_UP:
+            trainings[-1].check()  # waits for the device
+            tokens, begun = trainings[0].progress.trained_tokens, time.perf_counter()
         for one in trainings:
             one.step(indices)
-        if number in (WARM_UP, short.max_steps):
-            trainings[-1].check()  # waits for the device
-            found.append((trainings[0].progress.trained_tokens, time.perf_counter()))
-    (before, begun), (after, ended) = found
-    return (after - before) / (ended - begun)
+    trainings[-1].check()
+    return (trainings[0].progress.trained_tokens - tokens) / (time.perf_counter() - begun)
 
 
 def launched_speed(processes: int, options: dict) -> float:

@@ -71,13 +71,25 @@ def check_names(given: Iterable[str], valid: Iterable[str], what: str) -> None:
 
 
 def check_parameters(notebook: str | Path, parameters: dict) -> None:
-    """Refuse parameters that the notebook doesn't have.
+    """Refuse parameters that the notebook doesn't have, and numbers that YAML read as text.
 
     Raises
     ------
-    StudyError : no ``parameters`` cell, or an unknown name (the message lists the valid ones).
+    StudyError : no ``parameters`` cell, an unknown name (the message lists the valid ones), or a number as text.
     """
     check_names(parameters, parameter_defaults(notebook), f"notebook {Path(notebook).name}")
+    for name, value in parameters.items():
+        check_no_number_as_text(name, value)
+
+
+def check_no_number_as_text(name: str, value: object) -> None:
+    """Refuse text such as ``1e-3``: YAML reads a number only with a point in it, as in ``1.0e-3``."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str):
+            with contextlib.suppress(ValueError):
+                float(item)
+                told = f"{name}: '{item}' is text, not a number; YAML wants a point and no quotes, as in 1.0e-3"
+                raise StudyError(told)
 
 
 def run_notebook(

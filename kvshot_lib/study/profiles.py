@@ -10,7 +10,7 @@ import yaml
 from ..drafters.variants import VARIANTS, parameters_of
 from ..errors import StudyError
 from ..training.config import configurations
-from .notebooks import check_names, check_parameters, parameter_defaults
+from .notebooks import check_names, check_no_number_as_text, check_parameters, parameter_defaults
 from .options import of_dialogues, of_speed, option_names
 
 NOTEBOOKS = {
@@ -107,9 +107,10 @@ def load_profile(name_or_path: str | Path) -> Profile:
             raise StudyError(f"{where}: '{key}' must be a {kind.__name__}, not {value!r}")
     own = {f"drafters.{variant}": parameters for variant, parameters in drafters.items()}
     for section, parameters in (notebooks | own).items():
-        for name in parameters:
+        for name, value in parameters.items():
             if name in SET_BY_PIPELINE:
                 raise StudyError(f"{where}, {section}: '{name}' is set by the pipeline; take it out")
+            check_no_number_as_text(f"{where}, {section}, {name}", value)
     for section, part in (("dialogues", of_dialogues), ("speed", of_speed)):
         check_names(content.get(section, {}), option_names(part), f"{where}, {section}")
     if "dialogues" in content and "corpus" in notebooks["extract"]:

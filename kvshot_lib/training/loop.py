@@ -177,15 +177,15 @@ class Training:
         """
         parts = [loss.step_loss, loss.matches, loss.pairs, loss.loss[None]]
         *counted, total = parallel.summed(torch.cat([part.double() for part in parts])).split(len(loss.pairs))
-        self.wrong = torch.where(
-            self.wrong > 0, self.wrong, ~(total + gradient_norm).isfinite() * (self.progress.step + 1)
-        )
+        now = ~(total + gradient_norm).isfinite() * (self.progress.step + 1)
+        self.wrong = torch.where(self.wrong > 0, self.wrong, now)
         self.optimiser.found_inf = self.wrong.any().float()  # as torch's GradScaler tells it
         return torch.stack(counted)
 
     def check(self) -> None:
         """Wait for the device, and stop a training whose loss or gradient was not finite."""
-        self.check_finite("loss or gradient are", not self.wrong.item(), self.wrong.item())
+        step = self.wrong.item()
+        self.check_finite("loss or gradient are", not step, step)
 
     def check_finite(self, what: str, right: bool, step: int) -> None:
         """Stop a training that has gone wrong."""

@@ -44,6 +44,12 @@ def test_misspelt_parameter_is_refused_with_the_valid_names(small, name, near):
         check_parameters(small, {name: 1})
 
 
+def test_number_read_as_text_is_refused(small):
+    with pytest.raises(StudyError, match="'1e-3' is text, not a number"):
+        check_parameters(small, {"learning_rate": "1e-3"})
+    check_parameters(small, {"learning_rate": 1.0e-3, "steps": 2})
+
+
 def test_notebook_without_a_parameters_cell_is_refused(tmp_path):
     path = tmp_path / "plain.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("a = 1")]), path)

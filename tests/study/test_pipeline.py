@@ -184,7 +184,7 @@ def test_killed_run_is_resumed_and_changed_parameters_start_afresh(tmp_path, mon
     [
         ("extract:", "extrac:", r"has no 'extrac' \(did you mean 'extract'\?\)"),
         ("target: tiny", "targt: tiny", r"has no 'targt' \(did you mean 'target'\?\); valid names: .*train_documents"),
-        ("wait_s: 0", "learning_rate: 1e-3", "drafter 'hidden': learning_rate='1e-3' must be a finite number"),
+        ("wait_s: 0", "learning_rate: 1e-3", "train, learning_rate: '1e-3' is text"),
         ("paradigm: kv}", "paradgm: kv}", r"has no 'paradgm' \(did you mean 'paradigm'\?\)"),
         ("init_from: hidden", "init_from: hiden", "'warm' starts from 'hiden', which is not among its drafters"),
         ("wait_s: 0", "seed: 1", "'seed' is set by the pipeline"),
