@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from ..drafters.drafter import Drafter, joined
-from ..drafters.layers import View
+from ..drafters.layers import View, compiled
 from ..features.spec import Features
 from ..target.capture import Captured
 from ..target.load import Target
@@ -49,7 +49,7 @@ class StaticRun(TargetRun):
             self.cache.place(torch.arange(count, device=self.device))
             return super().prefill(tokens)
         width = min(rounded_up(count), len(verifier.columns))
-        prefill = _prefill(verifier.target, verifier.layers, width, self.cache, address(verifier.target.model))
+        prefill = _prefill(verifier.target, verifier.layers, width, self.cache)
         logits = prefill.run(tokens)
         self.taken.hidden_states.update(zip(prefill.layers, prefill.states.unbind(2)))
         self.kept, self.end = slice(0, count), count
@@ -85,8 +85,7 @@ class Redrafter:
         slots = drafter.config.block_size if drafter.config.paradigm == "block" else len(verifier.row)
         self.drafts = min(slots, len(verifier.row)) - 1
         if self.tokens.is_cuda and has_triton():  # else a layer of its own has as many kernels as six of the target
-            torch._dynamo.config.recompile_limit = 64  # drafters and plans
-            self.forward = torch.compile(self.forward, dynamic=True)
+            self.forward = compiled(self.forward)
         self.recorded = recorded(self.forward, self.tokens.device)
 
     def run(self, tokens: list[int], start: int) -> Tensor:
@@ -198,8 +197,8 @@ def static_parts(
     """Target and drafter with fixed shapes, for ``capacity`` positions at most; ``ahead``: a `Round`, if greedy."""
     width = max(1, plan.total if isinstance(plan, Tree) else plan.length + 1)
     most = max(capacity, 4 * width) + 2 * width  # recording a round runs four, one after the other
-    layers, kv_layers, place = tuple(drafting.hidden_layers), tuple(drafting.kv_layers), address(target.model)
-    verifier = _verifier(target, layers, width, _cache(target, rounded_up(most), place), place)
+    layers, kv_layers = tuple(drafting.hidden_layers), tuple(drafting.kv_layers)
+    verifier = _verifier(target, layers, width, _cache(target, rounded_up(most), address(target.model)))
     if isinstance(plan, Tree):  # is drafted with growing shapes
         return StaticRun(target, taken, kv_layers, verifier), drafting
     if isinstance(drafting, NoDrafting):
@@ -221,21 +220,11 @@ def _cache(target: Target, capacity: int, _address: int) -> PlacedCache:
     return PlacedCache(target, capacity)
 
 
-@lru_cache(maxsize=32)
-def _prefill(target: Target, layers: tuple[int, ...], width: int, cache: PlacedCache, _address: int) -> Prefill:
-    return Prefill(target, layers, width, cache)
-
-
-@lru_cache(maxsize=64)
-def _verifier(target: Target, layers: tuple[int, ...], width: int, cache: PlacedCache, _address: int) -> Verifier:
-    return Verifier(target, layers, width, cache)
-
-
 @lru_cache(maxsize=64)
 def _redrafter(drafter: Drafter, verifier: Verifier, kv_layers: tuple[int, ...], _address: int) -> Redrafter:
     return Redrafter(drafter, verifier, kv_layers)
 
 
-@lru_cache(maxsize=64)
-def _round(verifier: Verifier, redrafter: Redrafter | None) -> Round:
-    return Round(verifier, redrafter)
+_prefill = lru_cache(maxsize=32)(Prefill)  # where the target's weights have moved, its cache is another one
+_verifier = lru_cache(maxsize=64)(Verifier)
+_round = lru_cache(maxsize=64)(Round)

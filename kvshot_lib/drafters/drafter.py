@@ -26,7 +26,7 @@ from ..target.shared import capped, rope_parameters, shared_parts
 from .attention import Entries, prefix_mask
 from .config import DrafterConfig
 from .context import PrefixSource, start_from_target, start_gains
-from .layers import COMPILED, View, make_layers
+from .layers import COMPILED, View, compiled, make_layers
 
 
 class Drafter(nn.Module):
@@ -67,9 +67,8 @@ class Drafter(nn.Module):
         for module in self.layers.modules():
             for name in COMPILED:
                 if hasattr(module, name):
-                    setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
+                    setattr(module, name, compiled(getattr(module, name)))
         self.compiled = True  # and so will the loss be
-        torch._dynamo.config.recompile_limit = 64  # shapes differ between training, validation and evaluation
         return self
 
     @property

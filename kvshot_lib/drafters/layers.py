@@ -5,6 +5,7 @@ A layer has two entry points: ``prefix`` makes the keys and values that all anch
 of its own: ``self`` over entries made from hidden states, ``cross`` over the target's mapped KV.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -229,6 +230,12 @@ LAYERS = {
     "hidden": (HiddenLayer, PlainLayer), "kv": (PlainLayer, PlainLayer), "hybrid": (HybridLayer, HybridLayer),
     "block": (BlockLayer, BlockLayer),
 }  # fmt: skip
+
+
+def compiled(function: Callable) -> Callable:
+    """The same by torch.compile, for any shapes: training, validation, evaluation, drafters and plans have others."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, dynamic=True)
 
 
 def make_layers(sizes: LlamaConfig, spec: FeatureSpec, config: DrafterConfig) -> nn.ModuleList:

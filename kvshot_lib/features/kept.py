@@ -34,7 +34,7 @@ def keep_features(
 
     Raises
     ------
-    StudyError : features of another set-up are there; no space left on the disk.
+    StudyError : features of another set-up are there; too little space on the disk.
     """
     folder, rows = Path(folder), []
     for split, source in sources.items():

@@ -1,6 +1,7 @@
 """Target state on disk: safetensors shards with a manifest, resumable, checked on reading, read memory-mapped."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +42,7 @@ def write_store(
     Raises
     ------
     StudyError : the folder holds features of another target (or the same in another number format), layer choice or
-        documents; or no space left on the disk.
+        documents; or too little space on the disk.
     """
     folder = Path(folder)
     places = range(0, len(live), shard_documents)  # first document of each shard
@@ -54,6 +55,8 @@ def write_store(
     }  # fmt: skip
     if parallel.is_main():
         _take_over(folder, json.loads(json.dumps(manifest)))
+        missing = sum(tokens[first] for first, path in paths.items() if not _record(path).exists())
+        _check_space(folder, missing * sum(live.spec.bytes_per_token.values()) * dtype.itemsize / 2)
         write_json(folder / MANIFEST, manifest)
     parallel.wait()
     _make_shards(live, paths, tokens, batch_documents, dtype)
@@ -97,6 +100,14 @@ def _take_over(folder: Path, wanted: dict) -> None:
         raise StudyError(f"{other}; delete it or choose another results_dir")
     for shard in found["shards"]:
         write_json(_record(folder / shard["file"]), shard)
+
+
+def _check_space(folder: Path, needed: float) -> None:
+    """Refuse what the disk has no room for: features of so many bytes, and a little more for tokens and masks."""
+    place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if (free := shutil.disk_usage(place).free) < 1.05 * needed:
+        told = f"the features need {needed / 1e9:.3g} GB, {place} has {free / 1e9:.3g} GB free"
+        raise StudyError(f"{told}; free some space or use fewer documents")
 
 
 class StoredFeatures(OfLayers):

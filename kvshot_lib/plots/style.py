@@ -91,12 +91,7 @@ def _in_256_colours(picture: Image.Image) -> Image.Image:
     colours = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], axis=-1)
     apart = picture.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).getpalette()
     palette = np.concatenate([colours[np.argsort(-pixels, kind="stable")[:128]], np.reshape(apart, (-1, 3))])
-    nearest = np.concatenate(
-        [
-            ((part[:, None] - palette) ** 2).sum(-1).argmin(1)
-            for part in np.array_split(colours, 1 + len(colours) // 4096)
-        ]
-    )
-    found = Image.fromarray(nearest[place].astype(np.uint8).reshape(packed.shape), "P")
+    nearest = np.array([((palette - colour) ** 2).sum(-1).argmin() for colour in colours], np.uint8)
+    found = Image.fromarray(nearest[place].reshape(packed.shape), "P")
     found.putpalette(palette.astype(np.uint8).tobytes())
     return found

@@ -53,12 +53,9 @@ def measure_context(
         for run in found.values()
         for window in dict.fromkeys(windows)
     ]
-    made = measure_parts(
-        results.folder / "context", f"{fingerprint} {results.hashes} {target.dtype} {target.device}", parts
-    )
-    facts = facts_of(
-        results, time.perf_counter() - started, corpus=str(corpus), dtype=str(target.dtype).removeprefix("torch.")
-    )
+    depends = f"{fingerprint} {results.hashes} {target.dtype} {target.device}"
+    made = measure_parts(results.folder / "context", depends, parts)
+    facts = facts_of(results, time.perf_counter() - started, corpus=str(corpus))
     return write_tables(results_dir, {**made, "context_facts": facts})
 
 

@@ -115,10 +115,11 @@ def table_of(name: str, rows: pd.DataFrame, folder: Path | None = None) -> pd.Da
 
 def facts_of(results: Results, seconds: float, **more) -> pd.DataFrame:
     """One row: what was measured, on what, by which code."""
-    found, source = {"target": results.target.name, "target_hash": results.target.hash}, results.source
-    found |= {"runs": " ".join(results.runs), "documents": len(source), "documents_hash": source.documents_hash}
-    found |= {"dtype": "float32", "seconds": round(seconds, 1), **provenance(results.target.device), **more}
-    return pd.DataFrame([found])
+    target, source = results.target, results.source
+    found = {"target": target.name, "target_hash": target.hash, "runs": " ".join(results.runs)}
+    found |= {"documents": len(source), "documents_hash": source.documents_hash}
+    found |= {"dtype": str(target.dtype).removeprefix("torch."), "seconds": round(seconds, 1)}
+    return pd.DataFrame([{**found, **provenance(target.device), **more}])
 
 
 def write_tables(results_dir: str | Path, made: Mapping[str, pd.DataFrame]) -> dict[str, Path]:

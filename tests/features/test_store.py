@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from types import SimpleNamespace
 
 import examples
 import pytest
@@ -160,6 +161,14 @@ def test_a_disk_that_fills_up_costs_no_finished_shard(folder, live, monkeypatch,
     written.clear()
     write_store(folder, live, **SMALL)
     assert written == ["shard-00001", "shard-00002"] and len(StoredFeatures(folder)) == 5
+
+
+def test_too_little_space_is_told_before_anything_runs(folder, live, monkeypatch, written):
+    monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000))
+    with pytest.raises(StudyError, match="features need .* GB, .* GB free; free some space or use fewer") as error:
+        write_store(folder, live, **SMALL)
+    one_line(error)
+    assert written == [] and not folder.exists()
 
 
 # Damaged and foreign stores
