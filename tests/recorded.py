@@ -152,6 +152,11 @@ def in_a_row(a: str, b: str, profile: str) -> tuple[float, float, float]:
     return less(profile, "", a, b, ("all_right",), lambda name: InARow(draws(name)))[:3]
 
 
+def all_right(variant: str, profile: str) -> float:
+    """Share of anchors at which all seven guesses are right."""
+    return float(InARow(draws(profile)).rows(variant)[:, 0].mean())
+
+
 def turned(numbers: tuple[float, float, float]) -> tuple[float, float, float]:
     """A loss as a positive number, with its interval."""
     found, low, high = numbers

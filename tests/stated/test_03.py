@@ -64,7 +64,7 @@ STATED = [
     ("from .333 to .365 at this point (`kv_2_unrotate`)", lambda: first("kv_2", "kv_2_unrotate")),
     ("`kv_1` is at .342 at their first point, `none_1` at .305", lambda: [begun("kv_1"), begun("none_1")]),
     (
-        "are .132 tokens behind hidden states, where they were .022",
+        "are .128 tokens behind hidden states, where they were .022",
         lambda: [longer("states_4", "kv_4")[0], minus("states_4", "kv_4", profile="sources")[0]],
     ),
     (

@@ -116,7 +116,7 @@ STATED = [
     ("takes 1.77 times as long as a step of the target alone [1.75, 1.79]", lambda: card("2", "round")),
     ("two guesses take .45 of a forward of one token [.43, .46]", lambda: card("2", "draft_forwards")),
     (
-        "has the same chain at 1.11 times the target's speed",
+        "has the same chain at 1.25 times the target's speed",
         lambda: [benched("decode with a chain of 2") / benched("decode alone")],
     ),
     (
@@ -159,11 +159,10 @@ STATED = [
         lambda: guesses("both_4_continued", "hidden_31_continued", 2),
     ),
     (
-        "at 1.61, where these prompts have 1.31: 1.23 times as much on both machines",
+        "at 1.61, where these prompts have 1.31",
         lambda: [
-            (cores := benched("decode with a chain of 2", card=CORES) / benched("decode alone", card=CORES)),
-            (told_here := told("speedup", "hidden_31_continued", "2")[0]),
-            cores / told_here,
+            benched("decode with a chain of 2", card=CORES) / benched("decode alone", card=CORES),
+            told("speedup", "hidden_31_continued", "2")[0],
         ],
     ),
     (

@@ -124,7 +124,7 @@ def bought(depth: int, after: int) -> float:
 
 STATED = [
     (
-        "at step 6 by .010 [.005, .014]; after as long a training on this text by .005 [.000, .010]. The cache still decays a little less: it keeps .011 [.007, .016] more",
+        "at step 6 by .010 [.006, .013]. After as long a training on this text the two can't be told apart there: +.005 [−.000, +.010]. The cache still decays a little less: it keeps .011 [.007, .015] more",
         lambda: [
             6,
             *recorded.longer("states_4", "kv_4", (STEP, 6)),
@@ -133,11 +133,11 @@ STATED = [
         ],
     ),
     (
-        "it is .090 [.062, .118] less after ten times the training, and .132 [.108, .155] if",
+        "it is .090 [.062, .118] less after ten times the training, and .128 [.106, .151] if",
         lambda: [*recorded.repeated("states_4", "kv_4"), *recorded.longer("states_4", "kv_4")],
     ),
     (
-        "After 146 million, with four layers, nothing is seen at the last: .005 [−.001, .011]",
+        "After 146 million on more text, with four layers, hardly anything is seen at the last: .004 [−.000, .008]",
         lambda: [
             recorded.table("runs", "long")["trained_tokens"].median() / 1e6,
             *recorded.longer("kv_4", "none_4", (STEP, 6)),

@@ -8,7 +8,7 @@ import pytest
 import recorded
 import yaml
 from notebook_checks import ROOT
-from recorded import less, turned
+from recorded import all_right, less, turned
 from scipy.optimize import curve_fit
 from stated import checked, defined
 
@@ -106,9 +106,32 @@ def spread(*profiles: str) -> float:
     return np.sqrt(sum(len(own) * own.var() for own in rows) / sum(len(own) - 1 for own in rows))
 
 
-def one_seed(variant: str, seed: int) -> float:
-    """A run's measured MAT."""
-    return recorded.draws("long").rows(variant, *MAT)[seed, 0]
+def one_seed(variant: str, seed: int, *which) -> float:
+    """A run's measured MAT, or another metric."""
+    return recorded.draws("long").rows(variant, *(which or MAT))[seed, 0]
+
+
+def with_one_seed(a: str, b: str) -> tuple[float, float, float]:
+    """a minus b in measured MAT, without the runs that were made last: value and interval."""
+    last = pd.MultiIndex.from_tuples([("kv_4", 2), ("none_4", 1)])
+    both = [
+        t[~pd.MultiIndex.from_frame(t[["variant", "seed"]]).isin(last)] for t in map(table, ("counts", "run_lengths"))
+    ]
+    return recorded.pooled(resampling.draw(*both), MAT, a, b, recorded.draws("sources"))[:3]
+
+
+def in_chain(profile: str) -> np.ndarray:
+    """What the cache adds to each guess of a chain that was right so far."""
+    shares = [[recorded.value(v, "chain_acceptance", k, profile) for k in range(7)] for v in ("kv_4", "none_4")]
+    return np.subtract(*shares)
+
+
+def together() -> tuple[float, float, float]:
+    """What length and text take of the cache's worth at the last step together, less what each takes alone."""
+    corners = zip((-1, 1, 1, -1), map(recorded.draws, ("long", "repeat", "fresh", "sources")), strict=True)
+    terms = [(w * s, of, v) for w, of in corners for s, v in ((1, "kv_4"), (-1, "none_4"))]
+    pool = [recorded.draws(p) for p in ("long", "repeat", "fresh", "sources")]
+    return recorded.summed(terms, LAST, recorded.draws("long").variants, pool)[:3]
 
 
 def misses() -> pd.Series:
@@ -163,19 +186,25 @@ STATED = [
         lambda: [*minus("states_4", "hidden_31"), predicted("states_4"), predicted("hidden_31")],
     ),
     (
-        "ahead of the cache's by .132 tokens [.108, .155]; after 15 million tokens it was .022 [.008, .036]",
+        "ahead of the cache's by .128 tokens [.106, .151]; after 15 million tokens it was .022 [.008, .036]",
         lambda: [*minus("states_4", "kv_4"), tokens("sources"), *before("states_4", "kv_4")],
     ),
     (
-        "states are now ahead by .010 [.005, .014]. There the cache is worth .005 [−.001, .011] over no target state at all; it was worth .038 [.034, .041]",
+        "States are ahead by .010 [.006, .013]. Over no target state the cache is worth .004 [−.000, .008]. After 15 million tokens that was .038 [.034, .041], after 146 million on the text of 12 it is .019 [.014, .025]. All seven guesses in a row are right at .013 [.010, .016] more anchors with the cache, where it was .014",
         lambda: [
             *minus("states_4", "kv_4", LAST),
             *minus("kv_4", "none_4", LAST),
+            tokens("sources"),
             *before("kv_4", "none_4", *LAST),
+            tokens("repeat"),
+            12,
+            *parted("repeat").loc["P5"][:3],
+            *recorded.in_a_row("kv_4", "none_4", "long"),
+            recorded.in_a_row("kv_4", "none_4", "sources")[0],
         ],
     ),
     (
-        "see nothing of it yield 3.02. At equal depth states add .372 [.340, .403], the cache .240 [.208, .272]. One layer of EAGLE-3.1, with a third of the weights, is .033 [.002, .063] ahead",
+        "see nothing of it yield 3.03. At equal depth states add .359 [.332, .386], the cache .230 [.205, .256]. One layer of EAGLE-3.1, with a third of the weights, can't be told from them, on average: +.020 [−.007, +.046]",
         lambda: [
             mat("none_4"),
             *minus("states_4", "none_4"),
@@ -185,12 +214,17 @@ STATED = [
         ],
     ),
     (
-        "It is .0109 tokens. From these runs alone it would be .0111",
+        "It is .0113 tokens. From these runs alone it would be .0120",
         lambda: [spread("long", "sources"), spread("long")],
     ),
     (
-        "is .137 with seed 0, on the first sample, and .128 with seed 1, on the second",
-        lambda: [x for seed in (0, 1) for x in (one_seed("states_4", seed) - one_seed("kv_4", seed), seed)],
+        "is .137 on sample 1 and .128 on sample 2, by a seed each, and .119 by seed 2, on two samples. What the cache adds at the last step is .005 on sample 1 and .003 on sample 4",
+        lambda: [
+            *(one_seed("states_4", 0) - one_seed("kv_4", 0), 1, one_seed("states_4", 1) - one_seed("kv_4", 1), 2),
+            *(one_seed("states_4", 2) - one_seed("kv_4", 2), 2),
+            *(one_seed("kv_4", 0, *LAST) - one_seed("none_4", 0, *LAST), 1),
+            *(one_seed("kv_4", 2, *LAST) - one_seed("none_4", 1, *LAST), 4),
+        ],
     ),
     (
         "`states_4` has 12% more than `kv_4`",
@@ -211,7 +245,7 @@ STATED = [
     ),
     ("ends a little too high**, by .001 to .055 tokens", lambda: [misses().min(), misses().max()]),
     (
-        "at step 0 by .016 (EAGLE-3.1) to .045 (no target state)",
+        "at step 0 by .016 (EAGLE-3.1) to .048 (no target state)",
         lambda: [0, gaps()["hidden_31"], 3.1, gaps()["none_4"]],
     ),
     (
@@ -222,52 +256,57 @@ STATED = [
         "After 15 million tokens it was .012 at most",
         lambda: [tokens("sources"), max(-np.diff(first_step(v, "sources"))[0] for v in CHAINS)],
     ),
-    ("grew to .132 tokens [.108, .155]", lambda: minus("states_4", "kv_4")),
+    ("grew to .128 tokens [.106, .151]", lambda: minus("states_4", "kv_4")),
     ("the cache was ahead by .011 [.008, .013]", lambda: turned(before("states_4", "kv_4", *LAST))),
-    ("still worth .240 tokens [.208, .272] (L3)", lambda: minus("kv_4", "none_4")),
+    ("still worth .230 tokens [.205, .256] (L3)", lambda: minus("kv_4", "none_4")),
     (
-        "It is .046 [.040, .052] at the first step and .005 [−.001, .011] at the last",
+        "It is .045 [.041, .050] at the first step and .004 [−.000, .008] at the last",
         lambda: [*minus("kv_4", "none_4", ("step_acceptance", 0)), *minus("kv_4", "none_4", LAST)],
     ),
-    ("Two lose .136 [.106, .165].", lambda: turned(minus("hidden_31_2", "states_4"))),
-    ("told apart: −.002 [−.035, +.030]", lambda: minus("block_states_4", "block_kv_4")),
-    ("told from four over the cache: −.004 [−.036, +.027]", lambda: minus("hidden_31_2", "kv_4")),
+    ("Two lose .136 [.106, .166].", lambda: turned(minus("hidden_31_2", "states_4"))),
+    ("told apart: −.002 [−.036, +.031]", lambda: minus("block_states_4", "block_kv_4")),
+    ("told from four over the cache: −.007 [−.039, +.024]", lambda: minus("hidden_31_2", "kv_4")),
     (
-        "ahead of `none_4` there, by .076 [.041, .112], and on the rest if anything behind, by −.028 [−.062, +.006]",
-        lambda: [x for half in (least(), rest()) for x in minus("hidden_31", "none_4", drawn=half)],
+        "ahead of `none_4` there, by .061 [.029, .092], and behind on the rest, by .037 [.008, .066]",
+        lambda: [
+            *minus("hidden_31", "none_4", drawn=least()),
+            *turned(minus("hidden_31", "none_4", drawn=rest())),
+        ],
     ),
     (
         "on the same halves have .208 [.181, .235] and .145 [.115, .174]",
         lambda: [x for half in (least("sources"), rest("sources")) for x in minus("hidden_31", "none_4", drawn=half)],
     ),
     (
-        ".240 tokens [.208, .272] where it gave .335 [.316, .355], states .372 [.340, .403] where they gave .357 [.337, .379]",
+        ".230 tokens [.205, .256] where it gave .335 [.316, .355], states .359 [.332, .386] where they gave .357 [.337, .379]",
         lambda: [x for v in ("kv_4", "states_4") for x in (*minus(v, "none_4"), *before(v, "none_4"))],
     ),
     (
-        "adds at step 6 has shrunk from .038 to .005",
+        "adds at step 6 has shrunk from .038 to .004",
         lambda: [6, before("kv_4", "none_4", *LAST)[0], minus("kv_4", "none_4", LAST)[0]],
     ),
     (
-        "All seven are right at .034 of the anchors over the cache and at .020 without target state; after long training at .108 and .094. The difference is .014 [.011, .016] before and .014 [.010, .017] now",
+        "All seven are right at .034 of the anchors over the cache and at .020 without target state; after long training at .108 and .095. The difference is .014 [.011, .016] before and .013 [.010, .016] now. But that was 1.67 times as often and is 1.14 times. And in a chain, guess by guess, what the cache adds is now .045, .029, .015, .009, .002, −.003 and −.009 (each where all before it were right, so at other places with the cache than without). Before, it was .085 at the first and .007 at the last",
         lambda: [
-            *(
-                recorded.InARow(recorded.draws(p)).rows(v)[:, 0].mean()
-                for p in ("sources", "long")
-                for v in ("kv_4", "none_4")
-            ),
+            *(all_right(v, p) for p in ("sources", "long") for v in ("kv_4", "none_4")),
             *recorded.in_a_row("kv_4", "none_4", "sources"),
             *recorded.in_a_row("kv_4", "none_4", "long"),
+            *(np.divide(*(all_right(v, p) for v in ("kv_4", "none_4"))) for p in ("sources", "long")),
+            *in_chain("long"),
+            *in_chain("sources")[[0, 6]],
         ],
     ),
-    ("are right at .014 [.010, .017] more anchors with", lambda: recorded.in_a_row("kv_4", "none_4", "long")),
-    ("at step 6**, by .028 [.023, .034]", lambda: [6, *turned(minus("hidden_31", "none_4", LAST))]),
+    ("at step 6**, by .030 [.025, .034]", lambda: [6, *turned(minus("hidden_31", "none_4", LAST))]),
     (
-        "tokens now**: .203 [.175, .231], where it brought .054 [.030, .078]",
+        "told apart: +.020 [−.007, +.046]. (An earlier version, with one seed of `none_4`, had .033 [.002, .063]",
+        lambda: [*minus("hidden_31", "none_4"), *with_one_seed("hidden_31", "none_4")],
+    ),
+    (
+        "tokens now**: .203 [.175, .232], where it brought .054 [.030, .078]",
         lambda: [*minus("hidden_31_2", "hidden_31"), *before("hidden_31_2", "hidden_31")],
     ),
     (
-        "| 12 | 15 million | 3.7 million | 4 | | `fresh`, more text | 15 million | 14.6 million | 1 | | `repeat`, longer | 146 million | 3.7 million | 40 | | above, both | 146 million | 14.6 million | 10 |",
+        "| `sources` ([12](12_compare_sources.ipynb)) | 15 million | 3.7 million | 4 | | `fresh`, more text | 15 million | 14.6 million | 1 | | `repeat`, longer | 146 million | 3.7 million | 40 | | `long`, both | 146 million | 14.6 million | 10 |",
         lambda: [
             *(12, tokens("sources"), tokens("sources") / PASSES, PASSES),
             *(tokens("fresh"), tokens("long") / 10, 10 * tokens("fresh") / tokens("long")),
@@ -280,17 +319,19 @@ STATED = [
         lambda: [parted()[:4]["high"].max(), 3.1, mat("hidden_31") - mat("hidden_31", "sources")],
     ),
     (
-        "four layers over states gain .637 tokens [.605, .668] of .964, over the cache .569 [.540, .598] of .855",
+        "four layers over states gain .637 tokens [.605, .668] of .964, over the cache .569 [.540, .598] of .858, without target state .591 [.556, .626] of .963",
         lambda: [
-            x for v in ("states_4", "kv_4") for x in (*less("repeat", "sources", v)[:3], mat(v) - mat(v, "sources"))
+            x
+            for v in ("states_4", "kv_4", "none_4")
+            for x in (*less("repeat", "sources", v)[:3], mat(v) - mat(v, "sources"))
         ],
     ),
     (
-        "text pays (P1, P2)**: .327 tokens [.301, .353] over states, .285 [.255, .316] over the cache",
-        lambda: [x for name in ("P1", "P2") for x in turned(parted("repeat").loc[name][:3])],
+        "text pays (P1 to P3)**: .327 tokens [.301, .353] over states, .289 [.260, .318] over the cache, .371 [.337, .405]",
+        lambda: [x for name in ("P1", "P2", "P3") for x in turned(parted("repeat").loc[name][:3])],
     ),
     (
-        "There the gap at step 0 is .131, with both it is .033. In 12, where a dialogue is seen four times, it is .010",
+        "Over states the gap at step 0 is .131 there, with both it is .033. In 12, where a dialogue is seen four times, it is .010",
         lambda: [
             0,
             *(-np.diff(first_step("states_4", p))[0] for p in ("repeat", "long")),
@@ -299,7 +340,7 @@ STATED = [
         ],
     ),
     (
-        "On little text it is .090 tokens [.062, .118], which is .068 [.036, .099] more than in 12. More text alone adds .003 [−.024, .031] (F7). After long training it may add something, .042 [.007, .077], which",
+        "On little text it is .090 tokens [.062, .118], which is .068 [.036, .099] more than in 12. More text alone adds .003 [−.024, .031] (F7). To a long training it adds .038 [.005, .072] (P6), the weakest",
         lambda: [
             *parted("repeat").loc["P4"][:3],
             *parted("repeat").loc["P8"][:3],
@@ -313,19 +354,42 @@ STATED = [
         lambda: [tokens("sources") / PASSES, 12, *parted("repeat").loc["P4"][:3]],
     ),
     (
-        "two thirds of the gain, .637 tokens [.605, .668] with four layers over states. Four times the text brings .327 [.301, .353] more",
-        lambda: [*less("repeat", "sources", "states_4")[:3], *turned(parted("repeat").loc["P1"][:3])],
-    ),
-    (
-        "(F9, F10)**: .030 [.021, .039] of .033. More text alone takes at most .010",
+        "two thirds of the gain, .637 tokens [.605, .668] with four layers over states. Four times the text brings .327 [.301, .353] more after so long a training, and .371 [.337, .405] without",
         lambda: [
-            *parted().loc["F10"][:3],
-            before("kv_4", "none_4", *LAST)[0] - minus("kv_4", "none_4", LAST)[0],
-            -parted()["low"]["F9"],
+            *less("repeat", "sources", "states_4")[:3],
+            *(x for name in ("P1", "P3") for x in turned(parted("repeat").loc[name][:3])),
         ],
     ),
     (
-        "at step 6 states are .011 behind in 12, .005 [.000, .010] ahead after longer training alone, and .010 [.005, .014] after",
+        "It was .038. Longer training takes .019 [.012, .025] of it on little text and .031 [.024, .039] on much. More text takes .015 [.009, .022] after a long training and at most .010 after a short one. Together they take .013 [.004, .022] more than",
+        lambda: [
+            before("kv_4", "none_4", *LAST)[0],
+            *turned(parted("repeat").loc["P9"][:3]),
+            *parted().loc["F10"][:3],
+            *parted("repeat").loc["P7"][:3],
+            -parted()["low"]["F9"],
+            *together(),
+        ],
+    ),
+    (
+        "is worth .335 tokens in 12, .313 [.285, .341] after longer training alone, .230 [.205, .256] after both. The worth of states even grows by longer training, to .403 [.374, .432], and more text takes .044 [.006, .082] of",
+        lambda: [
+            *(before("kv_4", "none_4")[0], 12, *less("repeat", "", "kv_4", "none_4")[:3], *minus("kv_4", "none_4")),
+            *less("repeat", "", "states_4", "none_4")[:3],
+            *less("repeat", "long", "states_4", "none_4")[:3],
+        ],
+    ),
+    (
+        "Its gap at step 0 is .215, over the cache .133, and more text brings it .082 [.045, .120] tokens more. If this is why, the .019",
+        lambda: [
+            0,
+            *(-np.diff(first_step(v, "repeat"))[0] for v in ("none_4", "kv_4")),
+            *less("long", "repeat", "none_4", "kv_4")[:3],
+            parted("repeat")["value"]["P5"],
+        ],
+    ),
+    (
+        "at step 6 states are .011 behind in 12, can't be told from the cache after longer training alone, +.005 [−.000, +.010], and are .010 [.006, .013] ahead",
         lambda: [
             6,
             -before("states_4", "kv_4", *LAST)[0],
@@ -335,7 +399,7 @@ STATED = [
         ],
     ),
     (
-        "both shrink, at step 0 from .085 to .046 and from .095 to .065",
+        "both shrink, at step 0 from .085 to .045 and from .095 to .064",
         lambda: [
             0,
             *(
@@ -346,15 +410,20 @@ STATED = [
         ],
     ),
     (
-        "On either half the cache adds .005 [−.001, .011] at step 6",
-        lambda: [*minus("kv_4", "none_4", LAST, drawn=least()), 6],
+        "On both halves the cache adds .004 at step 6, [−.001, .008] and [−.000, .009], so recurring phrases don't seem to be why that shrank. It even shrank more on the half that shares least, from .046, than on the rest, from .027",
+        lambda: [
+            minus("kv_4", "none_4", LAST, drawn=least())[0],
+            6,
+            *(x for half in (least(), rest()) for x in minus("kv_4", "none_4", LAST, drawn=half)[1:]),
+            *(minus("kv_4", "none_4", LAST, drawn=half("sources"))[0] for half in (least, rest)),
+        ],
     ),
     (
-        "the halves differ by .104 now and by .063 in 12. The rest, .041, may",
+        "the halves differ by .098 now and by .063 in 12. The rest, .035, may",
         lambda: [halves("long"), halves("sources"), 12, halves("long") - halves("sources")],
     ),
     (
-        "ahead at both, by .019 and .010. The cache still decays a little less: at step 6 it keeps .933 of its acceptance at step 0, states .922, a difference of .011 [.007, .016]",
+        "ahead at both, by .019 and .010. The cache still decays a little less: at step 6 it keeps .933 of its acceptance at step 0, states .922, a difference of .011 [.007, .015]. That alone is no merit: without target state, where acceptance starts lowest, .991 is kept",
         lambda: [
             *(minus("states_4", "kv_4", ("step_acceptance", k))[0] for k in (0, 6)),
             6,
@@ -362,6 +431,7 @@ STATED = [
             0,
             recorded.value("states_4", "retention", profile="long"),
             *minus("kv_4", "states_4", ("retention",)),
+            recorded.value("none_4", "retention", profile="long"),
         ],
     ),
     (
@@ -434,12 +504,14 @@ def test_what_was_recorded_of_the_overlap():
     assert found["tokens"].tolist() == [int(document.answer_mask.sum()) for document in answers]
     assert (found["in_16"] <= found["in_8"]).all() and (found["in_8"] <= found["tokens"]).all()
     assert round(found["in_8"].sum() / found["tokens"].sum() * 7, 1) == 1.1  # a seventh
-    assert len(least().keys.query("variant == 'none_4' and metric == 'measured_mat'")) == 1
+    assert len(least().keys.query("variant == 'states_4' and metric == 'measured_mat'")) == 3
 
 
 def test_the_judged_answers_are_the_first_sealed_ones():
     """An answer has seven anchors fewer than tokens."""
-    anchors = table("run_lengths").query("variant == 'none_4'").sort_values("document")["anchors"].to_numpy()
+    anchors = (
+        table("run_lengths").query("variant == 'none_4' and seed == 0").sort_values("document")["anchors"].to_numpy()
+    )
     answers = load_corpus("sealed", "evaluation").documents[:2000]
     assert (np.array([len(document.answer) for document in answers]) - anchors == 7).all()
 
@@ -451,15 +523,17 @@ def test_only_tokens_and_text_differ_from_what_they_are_set_against():
     assert all(long.drafters[variant] == sources.drafters[variant] for variant in CHAINS)
 
 
-def test_twelve_of_twenty_one_runs_were_made():
+def test_fourteen_of_twenty_one_runs_were_made():
     seeds = table("runs").groupby("variant")["seed"].apply(sorted).to_dict()
-    several = {variant: seeds.pop(variant) for variant in ("hidden_31", "states_4", "kv_4")}
-    assert several == {"hidden_31": [0, 1, 2], "states_4": [0, 1, 2], "kv_4": [0, 1]} and [*seeds.values()] == [[0]] * 4
+    three = [seeds.pop(variant) for variant in ("hidden_31", "states_4", "kv_4")]
+    assert three == [[0, 1, 2]] * 3 and seeds.pop("none_4") == [0, 1] and [*seeds.values()] == [[0]] * 3
     profile = load_profile("long")
-    assert len(profile.drafters) * len(profile.seeds) - len(table("runs")) == 9
-    later = table("runs").query("date == '2026-11-30'")[["variant", "seed"]].itertuples(index=False, name=None)
-    assert sorted(later) == [("kv_4", 1), ("states_4", 1), ("states_4", 2)]
-    assert table("runs").groupby("date")["corpus"].nunique().tolist() == [1, 1]
+    assert len(profile.drafters) * len(profile.seeds) - len(table("runs")) == 7
+    samples = (
+        table("runs").groupby("corpus")[["variant", "seed"]].apply(lambda t: {*t.itertuples(index=False, name=None)})
+    )
+    later = [{("kv_4", 1), ("states_4", 1), ("states_4", 2)}, {("kv_4", 2), ("none_4", 1)}]
+    assert sorted(samples, key=len) == sorted([*later, max(samples, key=len)], key=len) and len(samples) == 3
 
 
 def test_three_expectations_fell():
@@ -480,12 +554,12 @@ def test_more_text_alone_changes_nothing_and_longer_training_does():
     }
 
 
-def test_what_was_expected_of_long_training_on_little_text_held():
+def test_one_expectation_of_long_training_on_little_text_fell():
     found = parted("repeat")
-    assert found["came"].tolist() == found["expected"].tolist() and [*found.index] == ["P1", "P2", "P4", "P6", "P8"]
-    assert holm(found["p"])[3] < 0.05 and found["value"]["P6"] < 0  # of the five alone
-    shares = [less("repeat", "sources", v)[0] / less("long", "sources", v)[0] for v in ("states_4", "kv_4")]
-    assert shares == pytest.approx([2 / 3] * 2, abs=0.01)
+    assert [*found.index] == [f"P{n}" for n in range(1, 10)]
+    assert found.index[found["came"] != found["expected"]].tolist() == ["P6"] and found["came"]["P6"] == "below"
+    shares = [less("repeat", "sources", v)[0] / less("long", "sources", v)[0] for v in ("states_4", "kv_4", "none_4")]
+    assert shares == pytest.approx([2 / 3] * 3, abs=0.06)
 
 
 def test_only_the_length_of_the_runs_on_little_text_differs_from_12():
@@ -494,8 +568,7 @@ def test_only_the_length_of_the_runs_on_little_text_differs_from_12():
     assert differing == {"epochs", "max_steps", "validate_every"}
     assert all(repeat.drafters[v] == sources.drafters[v] for v in repeat.drafters)
     made = recorded.table("runs", "repeat")[["variant", "seed"]].itertuples(index=False, name=None)
-    missing = {(v, s) for v in repeat.drafters for s in repeat.seeds} - {*made}
-    assert missing == {("none_4", 0), ("none_4", 1)}
+    assert {*made} == {(v, s) for v in repeat.drafters for s in repeat.seeds}
 
 
 def test_only_the_text_of_the_shorter_runs_differs_from_12():
@@ -505,11 +578,6 @@ def test_only_the_text_of_the_shorter_runs_differs_from_12():
     assert all(fresh.drafters[v] == sources.drafters[v] for v in fresh.drafters)
     made = recorded.table("runs", "fresh")[["variant", "seed"]].itertuples(index=False, name=None)
     assert {(v, s) for v in fresh.drafters for s in fresh.seeds} - {*made} == {("hidden_31", 1)}
-
-
-def test_the_halves_agree_on_what_the_cache_adds_at_the_last_step():
-    both = [[round(x, 3) for x in minus("kv_4", "none_4", LAST, drawn=half())] for half in (least, rest)]
-    assert both[0] == both[1]
 
 
 def test_verdicts_stay_on_the_half_that_shares_least():
