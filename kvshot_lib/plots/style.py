@@ -32,7 +32,7 @@ STYLE = sns.axes_style("ticks") | {
     "lines.linewidth": 1.8,
     "legend.frameon": False,
 }
-# Variants that the registry does not name (a reader's own, a published checkpoint) look like their kin.
+# Variants that the registry does not name (a reader's own) look like their kin.
 KIN = {"hidden": ("#0072B2", "v"), "kv": ("#D55E00", "P"), "hybrid": ("#009E73", "v"), "block": ("#CC79A7", "<")}
 KIN |= {"": ("#000000", "*")}  # any other
 # Parts of a decoded token's time: neutral, and the yellow that no variant has for what the drafter adds.
@@ -48,8 +48,8 @@ PART_COLOURS = {
 
 
 def look(variant: str) -> tuple[str, str]:
-    """(colour, marker) of a variant, the same in every figure."""
-    known = VARIANTS.get(variant)
+    """(colour, marker) of a variant, the same in every figure, and of one that comes with the repository."""
+    known = VARIANTS.get(variant.removesuffix("_checkpoint"))
     return (known.colour, known.marker) if known else next(own for kin, own in KIN.items() if variant.startswith(kin))
 
 
