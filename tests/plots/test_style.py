@@ -61,6 +61,7 @@ def test_a_notebook_shows_picture_and_alternative_text(tmp_path):
 
 def test_variants_look_as_the_registry_says():
     assert style.look("hidden") == (VARIANTS["hidden"].colour, VARIANTS["hidden"].marker)
+    assert style.look("kv_2_checkpoint") == style.look("kv_2") != style.KIN["kv"]
     assert style.look("block_of_my_own") == style.KIN["block"]
     assert style.look("mine") == style.KIN[""]
 
