@@ -9,6 +9,7 @@ from notebook_checks import ROOT
 from scipy.special import stdtrit
 
 from kvshot_lib.metrics import decoding, resampling, tables
+from kvshot_lib.metrics.acceptance import validation_mat
 from kvshot_lib.metrics.comparisons import p_value
 from kvshot_lib.metrics.diagnostics import context_draws
 
@@ -38,6 +39,18 @@ def summary(profile: str = "full") -> pd.DataFrame:
 def value(variant: str, metric: str, step: int | None = None, profile: str = "full") -> float:
     """A metric's mean over seeds."""
     return float(draws(profile).rows(variant, metric, step)[:, 0].mean())
+
+
+@cache
+def _on_validation(profile: str) -> pd.Series:
+    """Expected MAT on validation texts at the end of training, mean over seeds."""
+    curves = validation_mat(table("history", profile)).groupby(["variant", "seed"])["value"].last()
+    return curves.groupby("variant").mean()
+
+
+def sampled(a: str, b: str, profile: str = "full") -> float:
+    """a minus b by expected MAT on validation texts, which are sampled."""
+    return _on_validation(profile)[a] - _on_validation(profile)[b]
 
 
 def predicted(variant: str, profile: str = "full") -> float:

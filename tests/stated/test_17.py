@@ -1,6 +1,6 @@
 """Numbers in the text of notebook 17, held against the recorded tables."""
 
-from functools import cache, partial
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,13 +13,13 @@ from notebook_checks import ROOT
 from recorded import turned
 from stated import checked, defined
 
-from kvshot_lib.metrics.acceptance import validation_mat
 from kvshot_lib.metrics.comparisons import family
 from kvshot_lib.study.profiles import load_profile
 from kvshot_lib.training.config import TrainConfig, learning_rate
 
 NOTEBOOK, GEMMA = "notebooks/17_change_the_target.ipynb", "gemma-3-270m"
 minus, smollm2 = (partial(recorded.minus, profile=profile) for profile in (GEMMA, "sources"))
+sampled = partial(recorded.sampled, profile=GEMMA)
 table, value = partial(recorded.table, profile=GEMMA), partial(recorded.value, profile=GEMMA)
 LAST = ("step_acceptance", 6)
 FIVE = ("none_2", "kv_2", "states_2", "both_2", "hidden_31")
@@ -47,18 +47,6 @@ def gains() -> pd.DataFrame:
     return family(recorded.draws(GEMMA), plan).set_index("id")
 
 
-@cache
-def ends(profile: str) -> pd.Series:
-    """Expected MAT on validation texts at the end of training, mean over seeds."""
-    curves = validation_mat(recorded.table("history", profile)).groupby(["variant", "seed"])["value"].last()
-    return curves.groupby("variant").mean()
-
-
-def sampled(a: str, b: str, profile: str = GEMMA) -> float:
-    """a minus b on validation texts, which are sampled."""
-    return ends(profile)[a] - ends(profile)[b]
-
-
 def by_layers(choice: str, variant: str) -> float:
     """Validation MAT of a short training on SmolLM2 with a choice of layers."""
     tried = pd.read_csv(ROOT / "data/recorded/sources/layer_choice.csv")
@@ -80,20 +68,20 @@ STATED = [
             *minus("kv_2", "none_2", "expected_mat"),
             sampled("kv_2", "none_2"),
             smollm2("kv_2", "none_2", "expected_mat")[0],
-            sampled("kv_2", "none_2", "sources"),
+            sampled("kv_2", "none_2", profile="sources"),
         ],
     ),
     (
         "worth .288 tokens here and .175 on SmolLM2, and EAGLE-3.1 leads the cache by .02 on both targets",
         lambda: [
-            *(sampled("kv_2", "none_2", profile) for profile in (GEMMA, "sources")),
+            *(sampled("kv_2", "none_2", profile=profile) for profile in (GEMMA, "sources")),
             3.1,
             sampled("hidden_31", "kv_2"),
         ],
     ),
     (
         "by .242 here, where on SmolLM2 they lead by .045",
-        lambda: [-sampled("states_2", "kv_2"), sampled("states_2", "kv_2", "sources")],
+        lambda: [-sampled("states_2", "kv_2"), sampled("states_2", "kv_2", profile="sources")],
     ),
     ("better than nothing, by .046", lambda: [sampled("states_2", "none_2")]),
     (
