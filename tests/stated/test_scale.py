@@ -82,12 +82,13 @@ STATED = [
         ],
     ),
     (
-        "brings 1.79 tokens by a chain of 2 and takes 1.70 [1.68, 1.72] steps: it is 1.05 [1.03, 1.08] times",
+        "brings 1.79 tokens by a chain of 2 and takes 1.70 [1.68, 1.72] steps",
         lambda: [
             *(on_card("hidden_31", "2", "decoded_mat", "long/h200")[0], 2),
-            *(x for metric in ("round", "speedup") for x in on_card("hidden_31", "2", metric, "long/h200")),
+            *on_card("hidden_31", "2", "round", "long/h200"),
         ],
     ),
+    ("it is 1.05 [1.03, 1.08] times as", lambda: on_card("hidden_31", "2", "speedup", "long/h200")),
 ]
 test_numbers_are_those_of_the_tables, test_every_interval_is_checked = checked(PAGE, STATED)
 
