@@ -34,14 +34,17 @@ STATED = [
         lambda: minus("kv_1", "none_1", STEP, 6, profile="sources")[:1],
     ),
     (
-        "with these equal it is .07 (",
-        lambda: minus("states_2", "kv_2", profile="sources")[:1],
+        "with these equal it is .07, with 12% more",
+        lambda: [
+            minus("states_2", "kv_2", profile="sources")[0],
+            100 * (parameters("states_2") / parameters("kv_2") - 1),
+        ],
     ),
     ("step 6 is .458, above the .431 of", lambda: [6, value("hidden_post_norm", STEP, 6), value("none_1", STEP, 6)]),
     (
-        "brings it .028 at step 6 in [12](12_compare_sources.ipynb), over half of the .050",
+        "a second layer brings it .028 at step 6, over half of `kv_2`'s lead on `none_1` in those runs (.050)",
         lambda: [
-            *(minus("none_2", "none_1", STEP, 6, profile="sources")[0], 6, 12),
+            *(minus("none_2", "none_1", STEP, 6, profile="sources")[0], 6),
             minus("kv_2", "none_1", STEP, 6, profile="sources")[0],
         ],
     ),
@@ -49,16 +52,16 @@ STATED = [
     ("On EAGLE-3.1 it gains .020 [−.005, .046]", lambda: [3.1, *minus("hybrid_warm_31", "hidden_31_continued")]),
     ("without cache .054 [.030, .078]", lambda: minus("hidden_31_2", "hidden_31", profile="sources")),
     (
-        "−.006 [−.015, +.003]; the first guess is even right .048 [.043, .053] more often. With seven it costs .270 tokens [.245, .297]",
+        "the first guess is right .048 [.043, .053] more often. With two guesses nothing can be told, −.006 [−.015, +.003]. With seven it costs .270 tokens [.245, .297]",
         lambda: [
-            *guesses("kv_2_no_ttt", "kv_2", 2),
             *guesses("kv_2_no_ttt", "kv_2", 1),
+            *guesses("kv_2_no_ttt", "kv_2", 2),
             *turned(minus("kv_2_no_ttt", "kv_2")),
         ],
     ),
     ("One layer can't be told from it: +.016 [−.002, +.035]", lambda: minus("kv_1", "hidden", "expected_mat")),
     (
-        "ahead, by .039 tokens [.015, .062]; with two guesses instead of seven it is behind, −.013 [−.025, −.002]",
+        "is ahead of `hidden` by .039 tokens [.015, .062]. With two guesses it is behind: −.013 [−.025, −.002]",
         lambda: [*minus("kv_1", "hidden"), *guesses("kv_1", "hidden", 2)],
     ),
     ("15.3 million training tokens", lambda: [table("runs").query("init_from.isna()")["trained_tokens"].mean() / 1e6]),

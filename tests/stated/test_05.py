@@ -98,11 +98,11 @@ STATED = [
         lambda: [*(overlap("recall", f"kv_{d}", 0, layer=1)[0] for d in (2, 3, 4)), 0],
     ),
     (
-        "at step 6 than that of any last layer, .198 against .293 at best",
+        "than any last layer's: .198 against .293 at step 6",
         lambda: [
-            6,
             *overlap("js_with_sink", "other_document", 6),
             min(overlap("js_with_sink", v, 6)[0] for v in ("kv_1", "kv_2", "kv_3", "kv_4", "hybrid_warm")),
+            6,
         ],
     ),
     (
@@ -128,11 +128,11 @@ STATED = [
         lambda: [x for k in (0, 6) for x in (*trained_alike(KNOWING[0], "kv_1", "step_acceptance", k), k)],
     ),
     (
-        "over another text's cache `kv_1` has .060 [.056, .065] less",
-        lambda: trained_alike("kv_1_constant_query", "kv_1_shuffled", *LAST),
+        "over another text's cache, has .060 [.056, .065] less than it at step 6",
+        lambda: [*trained_alike("kv_1_constant_query", "kv_1_shuffled", *LAST), 6],
     ),
     (
-        "`kv_2` is .028 further off at step 0, .095 at step 6",
+        "`kv_2` is .028 further off at step 0 and .095 at step 6",
         lambda: [
             x
             for k in (0, 6)
@@ -195,7 +195,7 @@ STATED = [
             *minus("hybrid_warm_31_combined", "hybrid_warm_31"),
         ),
     ),
-    ("worth nothing clear: .020 [−.005, .046]", lambda: minus("hybrid_warm_31", "hidden_31_continued")),
+    ("branch's worth is open: .020 [−.005, .046]", lambda: minus("hybrid_warm_31", "hidden_31_continued")),
     (
         "`kv_2` recalls .051 [.046, .058] more than `kv_4`;",
         lambda: contrast(queries(), (1, "kv_2", "overlap_recall"), (-1, "kv_4", "overlap_recall")),

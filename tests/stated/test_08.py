@@ -130,7 +130,7 @@ STATED = [
         ),
     ),
     (
-        "as for true queries, .520 [.507, .535]",
+        "an own query gets .520 [.507, .535]",
         lambda: minus("kv_1", "kv_1_shuffled", EXPECTED, profile="sources"),
     ),
     (
@@ -150,10 +150,6 @@ STATED = [
     ),
     ("cross-attention alone gains .120 [.107, .135]", lambda: statistic("C10b")),
     ("it *loses* .072 [.056, .087]", lambda: turned(statistic("C10a"))),
-    (
-        "By measured MAT the first of C2 was +.100, of C12c +.161",
-        lambda: [minus("kv_1", "none_1")[0], minus("states_2", "kv_2")[0]],
-    ),
     ("the values' share is .044 [.033, .054], but the keys' .203 [.132, .277]", sparse),
     ("whose gate is at .271 [.257, .288] after a tenth", lambda: gate("hybrid_warm", "gate_after_a_tenth")),
     ("whose gate is at .142 [.131, .153]", lambda: gate("hybrid_warm_31", "gate_after_a_tenth")),

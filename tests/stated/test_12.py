@@ -158,7 +158,6 @@ STATED = [
             table("counts")["document"].nunique(),
         ],
     ),
-    ("70 runs were made first, the 36 of the section on queries", lambda: table("runs").groupby("date").size()),
     ("beats entries from hidden states by .110 tokens [.096, .124]", lambda: minus("hidden_31", "states_1")),
     ("it loses to them by .066 [.051, .081]", lambda: turned(minus("hidden_31_4", "states_4"))),
     (

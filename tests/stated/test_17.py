@@ -63,7 +63,7 @@ STATED = [
         lambda: [*minus("kv_2", "none_2"), smollm2("kv_2", "none_2")[0]],
     ),
     (
-        "it is .483 [.416, .558] on the judged texts and .29 on sampled ones; on SmolLM2 .214 and .17",
+        "it is .483 [.416, .558] on them and .29 on sampled texts. On SmolLM2 these are .214 and .17",
         lambda: [
             *minus("kv_2", "none_2", "expected_mat"),
             sampled("kv_2", "none_2"),
@@ -112,7 +112,7 @@ STATED = [
         "`both_2` is .047 [.004, .090] below `kv_2`",
         lambda: turned(minus("both_2", "kv_2")),
     ),
-    ("differ by .047 at most", lambda: [max(map(between_seeds, FIVE))]),
+    ("more than .047 apart", lambda: [max(map(between_seeds, FIVE))]),
     ("3 to 13% of it varies", lambda: channels("varies")),
     (
         "In Gemma 19 to 26% of the values is left, and 15 to 55% of the keys",
