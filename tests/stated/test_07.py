@@ -151,7 +151,7 @@ STATED = [
         lambda: table("lossless").query("dtype == 'float32'")[["mismatches", "new_tokens"]].sum(),
     ),
     (
-        "of the answers that a drafter gives by chains of two, 40% part from the target's own somewhere on the GPU, 41% on two cores",
+        "40% part from the target's own somewhere on the GPU, 41% on two cores",
         lambda: [
             100 * apart(rows[rows["variant"] == "hidden_31_continued"])
             for rows in (card_ratios()[0], table("decode_duel"))
