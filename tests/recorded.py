@@ -41,6 +41,22 @@ def value(variant: str, metric: str, step: int | None = None, profile: str = "fu
     return float(draws(profile).rows(variant, metric, step)[:, 0].mean())
 
 
+def parameters(variant: str, profile: str = "full") -> int:
+    """Its trained weights."""
+    return table("runs", profile).query("variant == @variant")["parameters"].iloc[0]
+
+
+def larger(a: str, b: str, profile: str = "full") -> float:
+    """How many more weights a has than b, in per cent."""
+    return 100 * (parameters(a, profile) / parameters(b, profile) - 1)
+
+
+def bought(a: str, b: str, more: str, fewer: str, profile: str = "full") -> float:
+    """Tokens that a's weights beyond b's would bring, at the rate at which ``more`` gains on ``fewer``."""
+    (own, others), (most, least) = ((parameters(v, profile) for v in pair) for pair in ((a, b), (more, fewer)))
+    return minus(more, fewer, profile=profile)[0] * (own - others) / (most - least)
+
+
 @cache
 def _on_validation(profile: str) -> pd.Series:
     """Expected MAT on validation texts at the end of training, mean over seeds."""

@@ -1,6 +1,6 @@
 """Numbers in the text of notebook 04, held against the recorded tables."""
 
-from recorded import guesses, minus, table, turned, value
+from recorded import guesses, larger, minus, table, turned, value
 from stated import checked
 
 from kvshot_lib.metrics.scorecard import paper_value, read_paper
@@ -24,10 +24,6 @@ def trained_again():
     return moved.min(), moved.max()
 
 
-def parameters(variant):
-    return table("runs").query("variant == @variant")["parameters"].iloc[0]
-
-
 STATED = [
     (
         "with un-rotated, normed entries of late layers it is above, by .011",
@@ -37,7 +33,7 @@ STATED = [
         "with these equal it is .07, with 12% more",
         lambda: [
             minus("states_2", "kv_2", profile="sources")[0],
-            100 * (parameters("states_2") / parameters("kv_2") - 1),
+            larger("states_2", "kv_2"),
         ],
     ),
     ("step 6 is .458, above the .431 of", lambda: [6, value("hidden_post_norm", STEP, 6), value("none_1", STEP, 6)]),
@@ -48,7 +44,7 @@ STATED = [
             minus("kv_2", "none_1", STEP, 6, profile="sources")[0],
         ],
     ),
-    ("It adds 46% more weights", lambda: [100 * (parameters("hybrid_warm") / parameters("hidden") - 1)]),
+    ("It adds 46% more weights", lambda: [larger("hybrid_warm", "hidden")]),
     ("On EAGLE-3.1 it gains .020 [−.005, .046]", lambda: [3.1, *minus("hybrid_warm_31", "hidden_31_continued")]),
     ("without cache .054 [.030, .078]", lambda: minus("hidden_31_2", "hidden_31", profile="sources")),
     (

@@ -3,7 +3,7 @@
 from functools import cache, partial
 
 import numpy as np
-from recorded import longer, minus, table
+from recorded import larger, longer, minus, table
 from stated import checked
 
 from kvshot_lib.metrics import diagnostics, resampling
@@ -88,6 +88,13 @@ STATED = [
         lambda: [table("runs").query("init_from.isna()")["trained_tokens"].mean() / 1e6],
     ),
     ("brings: `kv_1` .050 [.034, .064] over", lambda: trained_alike("kv_1", "kv_1_constant_query")),
+    (
+        "With a constant query `kv_1` has 9% fewer, with one from the anchor 26% more",
+        lambda: [
+            -larger("kv_1_constant_query", "kv_1", "sources"),
+            larger("kv_1_anchor_query", "kv_1", "sources"),
+        ],
+    ),
     ("brings 1.400 [1.337, 1.463]", lambda: trained_alike("kv_1_oracle_query", "kv_1")),
     (
         "falls to .248 and opens again. That of `hybrid_warm_31` falls to .134",

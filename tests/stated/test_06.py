@@ -35,6 +35,7 @@ STATED = [
     ),
     ("by .054 [.008, .114] (one seed)", lambda: minus("hidden_31", "kv_2")),
     ("is larger there, +.118 [.086, .151]", lambda: minus("kv_2", step=0)),
+    ("twice as long, with 46% more weights", lambda: [recorded.larger("hybrid_warm", "hidden")]),
     ("`hidden_31` is +.065 [.031, .100]", lambda: minus("hidden_31", step=0)),
     ("than `kv_2` there, by .053 [.010, .087]", lambda: minus("kv_2", "hidden_31", 0)),
     (

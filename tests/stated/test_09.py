@@ -1,7 +1,7 @@
 """Numbers in the text of notebook 09, held against the recorded tables."""
 
 import pytest
-from recorded import by_length, draws, minus, predicted, table, turned, value
+from recorded import by_length, draws, larger, minus, parameters, predicted, table, turned, value
 from stated import checked
 
 from kvshot_lib.metrics.comparisons import family
@@ -22,10 +22,6 @@ def speedup(variant):
 
 def training_flops(variant):
     return table("compute").query("variant == @variant")["training_flops"].mean()
-
-
-def millions(variant):
-    return table("runs").query("variant == @variant")["parameters"].iloc[0] / 1e6
 
 
 def trained_on():
@@ -66,12 +62,12 @@ STATED = [
         "`hybrid_warm` drafts .064 tokens [.049, .080] more than `hidden` trained for as long (by the cache or by 46% more weights: not tried), and by the cost model is slower, 1.43× against 1.50×",
         lambda: [
             *minus("hybrid_warm", "hidden_continued"),
-            100 * (millions("hybrid_warm") / millions("hidden") - 1),
+            larger("hybrid_warm", "hidden"),
             speedup("hybrid_warm"),
             speedup("hidden_continued"),
         ],
     ),
-    ("7.5 million against 5.1", lambda: [millions("block_kv_2"), millions("hidden_31")]),
+    ("7.5 million against 5.1", lambda: [parameters(v) / 1e6 for v in ("block_kv_2", "hidden_31")]),
     (
         "The next has .014 [.001, .027], with p .05 before the correction",
         lambda: (

@@ -2,7 +2,6 @@
 
 from functools import cache, partial
 
-import numpy as np
 import pandas as pd
 import pytest
 import recorded
@@ -20,7 +19,7 @@ STEP = "step_acceptance"
 FOLDERS = ("sources", "sources/again")
 GROUND = "kv_1_shuffled"  # neither the right cache nor the state at the anchor
 minus = partial(recorded.minus, profile="sources")
-table = partial(recorded.table, profile="sources")
+table, larger = partial(recorded.table, profile="sources"), partial(recorded.larger, profile="sources")
 
 
 def worth_of_eagle() -> list[float]:
@@ -106,20 +105,14 @@ def contrast(*terms) -> list[float]:
     return [*vars(found).values()]
 
 
-def weights(variant: str) -> float:
-    """In millions."""
-    return table("runs").query("variant == @variant")["parameters"].iloc[0] / 1e6
-
-
 def more_weights(depth: int) -> float:
     """How much more a drafter over states has than one over the cache, in per cent."""
-    return 100 * (weights(f"states_{depth}") / weights(f"kv_{depth}") - 1)
+    return larger(f"states_{depth}", f"kv_{depth}")
 
 
 def bought(depth: int, after: int) -> float:
     """Tokens that these would be worth at the rate of the layers after the first ``after`` over the cache."""
-    rate = minus(f"kv_{2 * after}", f"kv_{after}")[0] / (weights(f"kv_{2 * after}") - weights(f"kv_{after}"))
-    return rate * (weights(f"states_{depth}") - weights(f"kv_{depth}"))
+    return recorded.bought(f"states_{depth}", f"kv_{depth}", f"kv_{2 * after}", f"kv_{after}", "sources")
 
 
 STATED = [
@@ -145,9 +138,7 @@ STATED = [
     ),
     (
         "with 21% more weights; by which",
-        lambda: [
-            100 * (np.divide(*table("runs").groupby("variant")["parameters"].first()[["hidden_31", "states_1"]]) - 1)
-        ],
+        lambda: [larger("hidden_31", "states_1")],
     ),
     (
         "15.3 million training tokens for each of 106 runs of 30 drafters, judged on 2,000 sealed answers",
@@ -158,6 +149,16 @@ STATED = [
             table("counts")["document"].nunique(),
         ],
     ),
+    (
+        "it has 44% more weights than no target state with one layer, 11% with four",
+        lambda: [larger("hidden_31", "none_1"), larger("hidden_31_4", "none_4")],
+    ),
+    ("the same at every place, with 9% fewer weights", lambda: [-larger("kv_1_constant_query", "kv_1")]),
+    (
+        "these drafters have 9% fewer weights",
+        lambda: [sum(-larger(f"kv_{d}_constant_query", f"kv_{d}") for d in (1, 2)) / 2],
+    ),
+    ("It has 26% more weights", lambda: [larger("kv_1_anchor_query", "kv_1")]),
     ("beats entries from hidden states by .110 tokens [.096, .124]", lambda: minus("hidden_31", "states_1")),
     ("it loses to them by .066 [.051, .081]", lambda: turned(minus("hidden_31_4", "states_4"))),
     (

@@ -1,8 +1,8 @@
 """Numbers in the README's text, held against the recorded tables."""
 
 from functools import partial
-from operator import truediv as divide
 
+import recorded
 from recorded import (
     all_right,
     by_length,
@@ -25,9 +25,10 @@ from kvshot_lib.metrics.resampling import interval
 
 README, LAST = "README.md", ("step_acceptance", 6)
 CONTEXT = ("hidden_31", "kv_2", "states_2", "none_2")
-equal, sealed = (
+equal, sealed, larger = (
     partial(minus, profile="sources"),
     partial(table, profile="sources"),
+    partial(recorded.larger, profile="sources"),
 )  # source alone differs; on sealed answers
 
 
@@ -40,11 +41,6 @@ def speedup(variant: str, plan: str):
 def adds(variant: str, which: tuple, long: bool) -> tuple[float, float, float]:
     """What its source adds to four layers without target state, after a short or a long training."""
     return longer(variant, "none_4", which) if long else equal(variant, "none_4", *which)
-
-
-def larger(a: str, b: str) -> float:
-    """How many more weights a has than b, in per cent."""
-    return 100 * (divide(*sealed("runs").groupby("variant")["parameters"].first()[[a, b]]) - 1)
 
 
 def prompts() -> list[int]:
