@@ -167,16 +167,16 @@ def _merge_backward(
 
 def _merging(device: str) -> tuple[Callable, Callable]:
     """`_merge` and `_merge_backward` there; a GPU has each in a few kernels, by torch.compile."""
-    if device != "cuda" or not has_triton():
-        return partial(_merge, torch.einsum), partial(_merge_backward, torch.einsum)
-    return _compiled_merging()
+    if device == "cuda" and not torch.compiler.is_compiling() and has_triton():  # which can't be traced
+        return _compiled_merging()
+    einsum = products if torch.compiler.is_compiling() else torch.einsum
+    return partial(_merge, einsum), partial(_merge_backward, einsum)
 
 
 @cache
 def _compiled_merging() -> tuple[Callable, Callable]:
-    return torch.compile(lambda *given: _merge(products, *given)), torch.compile(
-        lambda *given: _merge_backward(products, *given)
-    )
+    backward = torch.compile(lambda *given: _merge_backward(products, *given))
+    return torch.compile(lambda *given: _merge(products, *given)), backward
 
 
 class _MergedAttention(torch.autograd.Function):

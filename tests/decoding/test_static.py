@@ -145,7 +145,7 @@ def test_the_compiler_has_all_of_drafting_in_one_graph_and_gives_the_same(varian
     """As on a GPU, its way of merging chains included, without its code generator; ``fullgraph`` refuses what can't be
     traced."""
     merging = attentions._merging
-    monkeypatch.setattr(attentions, "has_triton", lambda: True)
+    monkeypatch.setattr(attentions, "has_triton", torch.compiler.disable(lambda: True))  # it can't be traced
     on_a_gpu = lambda _device: merging("cuda") if torch.compiler.is_compiling() else merging("cpu")
     monkeypatch.setattr(attentions, "_merging", on_a_gpu)
     found = []
