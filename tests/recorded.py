@@ -208,6 +208,18 @@ def on_card(variant: str, plan: str, metric: str, profile: str = "full/h200") ->
     return [*vars(resampling.interval(card_ratios(profile)[1][variant, plan][metric])).values()]
 
 
+@cache
+def cut(variant: str) -> list[float]:
+    """Steps of the target that a round of two guesses took less on a GPU where draft steps were compiled in pieces, with interval."""
+    pieces = table("decode_prompts", "full/h200_cut")
+    whole = pd.concat([table("decode_prompts", profile) for profile in ("full/h200", "long/h200")])
+    pieces, whole = (rows[rows["variant"] == variant] for rows in (pieces, whole))
+    whole = whole[whole["prompt"].isin(pieces["prompt"])]
+    both = [{key[-1]: ratio for key, _, _, ratio in decoding.drawn(rows, 2000, 0)}["2"] for rows in (whole, pieces)]
+    whole_round, cut_round = (ratio["decoded_mat"] / ratio["speedup"] for ratio in both)
+    return [*vars(resampling.interval(whole_round - cut_round)).values()]
+
+
 def benched(what: str, column: str = "value", card: str = "NVIDIA H200") -> float:
     """A speed of `kvshot bench` (on a GPU), or its floor."""
     rows = tables.read_one(ROOT / "data/recorded/bench.csv", "bench").set_index(["what", "card"])

@@ -93,7 +93,7 @@ STATED = [
         "the cache is worth .230 tokens [.205, .256]. K6 becomes open, with four layers: at the last draft step it is .004 [−.000, .008]",
         lambda: [*longer("kv_4", "none_4"), *longer("kv_4", "none_4", (STEP, 6))],
     ),
-    ("C12c stays not reproduced, by .128 [.106, .151]", lambda: longer("states_4", "kv_4")),
+    ("C12c stays not reproduced, by .128 [.106, .150]", lambda: longer("states_4", "kv_4")),
     (
         "hold, by .769 tokens [.657, .884] and .072 [.059, .085]",
         lambda: [*on_gemma("kv_2", "none_2"), *on_gemma("kv_2", "none_2", STEP, 6)],

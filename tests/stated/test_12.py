@@ -126,7 +126,7 @@ STATED = [
         ],
     ),
     (
-        "it is .090 [.062, .118] less after ten times the training, and .128 [.106, .151] if",
+        "it is .090 [.062, .118] less after ten times the training, and .128 [.106, .150] if",
         lambda: [*recorded.repeated("states_4", "kv_4"), *recorded.longer("states_4", "kv_4")],
     ),
     (

@@ -186,7 +186,7 @@ STATED = [
         lambda: [*minus("states_4", "hidden_31"), predicted("states_4"), predicted("hidden_31")],
     ),
     (
-        "with four layers by .128 tokens [.106, .151]; after 15 million tokens it was .022 [.008, .036]",
+        "with four layers by .128 tokens [.106, .150]; after 15 million tokens it was .022 [.008, .036]",
         lambda: [*minus("states_4", "kv_4"), tokens("sources"), *before("states_4", "kv_4")],
     ),
     (
@@ -213,7 +213,7 @@ STATED = [
         ],
     ),
     (
-        "see nothing of it yield 3.03. At equal depth states add .359 [.332, .386], the cache .230 [.205, .256]. One layer of EAGLE-3.1, with a third of the weights, can't be told from them, on average: +.020 [−.007, +.046]",
+        "see nothing of it yield 3.03. At equal depth states add .359 [.332, .386], the cache .230 [.205, .256]. One layer of EAGLE-3.1, with a third of the weights, can't be told from them, on average: +.020 [−.006, +.046]",
         lambda: [
             mat("none_4"),
             *minus("states_4", "none_4"),
@@ -223,7 +223,7 @@ STATED = [
         ],
     ),
     (
-        "It is .0113 tokens. From these runs alone it would be .0120",
+        "It is .0111 tokens. From these runs alone it would be .0115",
         lambda: [spread("long", "sources"), spread("long")],
     ),
     (
@@ -251,31 +251,31 @@ STATED = [
         "15 million tokens were 4.2 passes over 3.7 million, 146 million are ten over 14.6",
         lambda: [tokens("sources"), PASSES, tokens("sources") / PASSES, tokens("long"), tokens("long") / 10],
     ),
-    ("ends a little too high**, by .001 to .055 tokens", lambda: [misses().min(), misses().max()]),
+    ("ends a little too high**, by .002 to .055 tokens", lambda: [misses().min(), misses().max()]),
     (
         "at step 0 by .016 (EAGLE-3.1) to .048 (no target state)",
         lambda: [0, gaps()["hidden_31"], 3.1, gaps()["none_4"]],
     ),
     (
-        "blocks have as many as chains of four layers, and .021 and .018",
+        "blocks have as many as chains of four layers, and .021 and .022",
         lambda: [gaps()[f"block_{v}_4"] for v in ("kv", "states")],
     ),
     (
         "After 15 million tokens it was .012 at most",
         lambda: [tokens("sources"), max(-np.diff(first_step(v, "sources"))[0] for v in CHAINS)],
     ),
-    ("grew to .128 tokens [.106, .151]", lambda: minus("states_4", "kv_4")),
+    ("grew to .128 tokens [.106, .150]", lambda: minus("states_4", "kv_4")),
     ("the cache was ahead by .011 [.008, .013]", lambda: turned(before("states_4", "kv_4", *LAST))),
     ("still worth .230 tokens [.205, .256] (L3)", lambda: minus("kv_4", "none_4")),
     (
         "It is .045 [.041, .050] at the first step and .004 [−.000, .008] at the last",
         lambda: [*minus("kv_4", "none_4", ("step_acceptance", 0)), *minus("kv_4", "none_4", LAST)],
     ),
-    ("Two lose .136 [.106, .166].", lambda: turned(minus("hidden_31_2", "states_4"))),
-    ("told apart: −.002 [−.036, +.031]", lambda: minus("block_states_4", "block_kv_4")),
-    ("told from four over the cache: −.007 [−.039, +.024]", lambda: minus("hidden_31_2", "kv_4")),
+    ("Two lose .136 [.106, .165].", lambda: turned(minus("hidden_31_2", "states_4"))),
+    ("told apart: −.008 [−.037, +.021]", lambda: minus("block_states_4", "block_kv_4")),
+    ("told from four over the cache: −.007 [−.038, +.023]", lambda: minus("hidden_31_2", "kv_4")),
     (
-        "ahead of `none_4` by .061 [.029, .092] on the half that shares least, and behind by .037 [.008, .066] on",
+        "ahead of `none_4` by .061 [.029, .092] on the half that shares least, and behind by .037 [.009, .066] on",
         lambda: [
             *minus("hidden_31", "none_4", drawn=least()),
             *turned(minus("hidden_31", "none_4", drawn=rest())),
@@ -307,11 +307,11 @@ STATED = [
     ),
     ("at step 6**, by .030 [.025, .034]", lambda: [6, *turned(minus("hidden_31", "none_4", LAST))]),
     (
-        "told apart: +.020 [−.007, +.046]. (An earlier version, with one seed of `none_4`, had .033 [.002, .063]",
+        "told apart: +.020 [−.006, +.046]. (An earlier version, with one seed of `none_4`, had .033 [.002, .063]",
         lambda: [*minus("hidden_31", "none_4"), *with_one_seed("hidden_31", "none_4")],
     ),
     (
-        "tokens now**: .203 [.175, .232], where it brought .054 [.030, .078]",
+        "tokens now**: .203 [.175, .231], where it brought .054 [.030, .078]",
         lambda: [*minus("hidden_31_2", "hidden_31"), *before("hidden_31_2", "hidden_31")],
     ),
     (
@@ -370,7 +370,7 @@ STATED = [
         ],
     ),
     (
-        "It was .038. Longer training takes .019 [.012, .025] of it on little text and .031 [.024, .039] on much. More text takes .015 [.009, .022] after a long training and at most .010 after a short one. Together they take .013 [.004, .022] more than",
+        "It was .038. Longer training takes .019 [.012, .025] of it on little text and .031 [.024, .038] on much. More text takes .015 [.009, .022] after a long training and at most .010 after a short one. Together they take .013 [.004, .022] more than",
         lambda: [
             before("kv_4", "none_4", *LAST)[0],
             *turned(parted("repeat").loc["P9"][:3]),
@@ -381,7 +381,7 @@ STATED = [
         ],
     ),
     (
-        "is worth .335 tokens in 12, .320 [.292, .347] with more text alone, .313 [.285, .341] after longer training alone, .230 [.205, .256] after both. The worth of states even grows by longer training, to .403 [.374, .432], and more text takes .044 [.006, .082] of",
+        "is worth .335 tokens in 12, .320 [.292, .347] with more text alone, .313 [.285, .341] after longer training alone, .230 [.205, .256] after both. The worth of states even grows by longer training, to .403 [.374, .432], and more text takes .044 [.006, .081] of",
         lambda: [
             *(before("kv_4", "none_4")[0], 12),
             *(x for p in ("fresh", "repeat") for x in less(p, "", "kv_4", "none_4")[:3]),
@@ -391,7 +391,7 @@ STATED = [
         ],
     ),
     (
-        "Its gap at step 0 is .215, over the cache .133. (The fall from .313 to .230 tokens above says the same from its side: more text brings it .082 [.045, .120] more than the drafter over the cache.) If this is why, the .019",
+        "Its gap at step 0 is .215, over the cache .133. (The fall from .313 to .230 tokens above says the same from its side: more text brings it .082 [.046, .119] more than the drafter over the cache.) If this is why, the .019",
         lambda: [
             0,
             *(-np.diff(first_step(v, "repeat"))[0] for v in ("none_4", "kv_4")),
@@ -483,7 +483,7 @@ STATED = [
         ],
     ),
     (
-        "took 1.36 to 1.39 times as long as over one; it takes 1.25 now. A shorter-trained EAGLE-3.1 went from .90 to .97 since",
+        "took 1.36 to 1.39 times as long as over one; it takes 1.24 now. A shorter-trained EAGLE-3.1 went from .90 to 1.01 since",
         lambda: [
             *(f(recorded.on_card(v, "2", "verify_cost", "long/h200")[0] for v in OLDER) for f in (min, max)),
             recorded.on_card("hidden_31", "2", "verify_cost", "long/h200")[0],
@@ -493,11 +493,15 @@ STATED = [
         ],
     ),
     (
-        "chains of two are 1.05 times as fast [1.03, 1.08], chains of four .95 [.92, .98]",
+        "chains of two are 1.09 times as fast [1.07, 1.12], chains of four 1.00 [.97, 1.03]",
         lambda: [x for plan in "24" for x in recorded.on_card("hidden_31", plan, "speedup", "long/h200")],
     ),
     (
-        "EAGLE-3.1 is 1.05 times as fast as this small target alone [1.03, 1.08]",
+        "at the first guess, too, states are −.000 [−.006, +.006] ahead in blocks, .019 [.015, .023] in chains",
+        lambda: [x for b in ("block_", "") for x in minus(f"{b}states_4", f"{b}kv_4", ("step_acceptance", 0))],
+    ),
+    (
+        "EAGLE-3.1 is 1.09 times as fast as this small target alone [1.07, 1.12]",
         lambda: [3.1, *recorded.on_card("hidden_31", "2", "speedup", "long/h200")],
     ),
     (
@@ -556,17 +560,18 @@ def test_only_tokens_and_text_differ_from_what_they_are_set_against():
     assert all(long.drafters[variant] == sources.drafters[variant] for variant in CHAINS)
 
 
-def test_fourteen_of_twenty_one_runs_were_made():
+def test_fifteen_of_twenty_one_runs_were_made():
     seeds = table("runs").groupby("variant")["seed"].apply(sorted).to_dict()
     three = [seeds.pop(variant) for variant in ("hidden_31", "states_4", "kv_4")]
-    assert three == [[0, 1, 2]] * 3 and seeds.pop("none_4") == [0, 1] and [*seeds.values()] == [[0]] * 3
+    assert three == [[0, 1, 2]] * 3 and [seeds.pop(v) for v in ("none_4", "block_states_4")] == [[0, 1]] * 2
+    assert [*seeds.values()] == [[0]] * 2
     profile = load_profile("long")
-    assert len(profile.drafters) * len(profile.seeds) - len(table("runs")) == 7
+    assert len(profile.drafters) * len(profile.seeds) - len(table("runs")) == 6
     samples = (
         table("runs").groupby("corpus")[["variant", "seed"]].apply(lambda t: {*t.itertuples(index=False, name=None)})
     )
-    later = [{("kv_4", 1), ("states_4", 1), ("states_4", 2)}, {("kv_4", 2), ("none_4", 1)}]
-    assert sorted(samples, key=len) == sorted([*later, max(samples, key=len)], key=len) and len(samples) == 3
+    later = [{("kv_4", 1), ("states_4", 1), ("states_4", 2)}, {("kv_4", 2), ("none_4", 1), ("block_states_4", 1)}]
+    assert len(samples) == 3 and all(sample in [*samples] for sample in later)
 
 
 def test_three_expectations_fell():

@@ -96,7 +96,7 @@ STATED = [
     ),
     ("cache, 146 million tokens", lambda: [table("runs", "long")["trained_tokens"].median() / 1e6]),
     (
-        "draft .067 [.059, .076] tokens more than the cache's with one layer, .067 [.048, .089] with two, .022 [.008, .036] with four. With four layers and 146 million tokens it is .128 [.106, .151].",
+        "draft .067 [.059, .076] tokens more than the cache's with one layer, .067 [.048, .089] with two, .022 [.008, .036] with four. With four layers and 146 million tokens it is .128 [.106, .150].",
         lambda: [
             *(x for d in (1, 2, 4) for x in equal(f"states_{d}", f"kv_{d}")),
             table("runs", "long")["trained_tokens"].median() / 1e6,
@@ -174,26 +174,32 @@ STATED = [
     ),
     ("on 98 prompts that it was not chosen by", prompts),
     (
-        "On an H200 they are .97 [.94, .99] times as fast",
+        "On an H200 they are as fast as it, 1.01 [.98, 1.03]",
         lambda: on_card("hidden_31_continued", "2", "speedup"),
     ),
-    ("This small target writes 770 tokens/s there", lambda: on_card("hidden_31_continued", "-", "tokens_per_s")[:1]),
+    ("This small target writes 760 tokens/s there", lambda: on_card("hidden_31_continued", "-", "tokens_per_s")[:1]),
     (
-        "a round brings 1.60 tokens, but takes 1.65 [1.64, 1.67] steps of the target alone",
+        "a round brings 1.60 tokens and takes 1.59 [1.58, 1.60] steps of the target alone",
         lambda: [
             on_card("hidden_31_continued", "2", "decoded_mat")[0],
             *on_card("hidden_31_continued", "2", "round"),
         ],
     ),
     (
-        "brings 1.79 tokens a round, and is 1.05 [1.03, 1.08] times",
+        "brings 1.79 tokens a round, and is 1.09 [1.07, 1.12] times",
         lambda: [
             on_card("hidden_31", "2", "decoded_mat", "long/h200")[0],
             *on_card("hidden_31", "2", "speedup", "long/h200"),
         ],
     ),
     (
-        "have 12% more weights, which may explain the .022 and much of the .128: blocks with nearly equal weights show no lead, −.002 [−.036, +.031]",
+        "on another H200 the two had .97 and 1.05",
+        lambda: [
+            *(on_card(v, "2", "speedup", "full/h200_other")[0] for v in ("hidden_31_continued", "hidden_31")),
+        ],
+    ),
+    (
+        "have 12% more weights, which may explain the .022 and much of the .128: blocks with nearly equal weights show no lead, −.008 [−.037, +.021]",
         lambda: [
             *(larger("states_4", "kv_4"), equal("states_4", "kv_4")[0], longer("states_4", "kv_4")[0]),
             *longer("block_states_4", "block_kv_4"),
