@@ -5,7 +5,7 @@ import yaml
 from notebook_checks import ROOT
 
 from kvshot_lib.drafters.variants import VARIANTS
-from kvshot_lib.study.profiles import checked_profile
+from kvshot_lib.study.profiles import checked_profile, load_profile
 from kvshot_lib.text.corpus import load_corpus, prompt_key
 
 PLANS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "data/experiments").glob("*.yaml"))}
@@ -13,15 +13,16 @@ PLANS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_every_comparison_is_between_drafters_of_the_profile(name, monkeypatch):
+    """Or, of an older one that is named beside it."""
     monkeypatch.chdir(ROOT)
     plan = PLANS[name]
     compared = [row for family in plan.get("families", {"": plan.get("comparisons")}).values() for row in family]
     assert len({row["id"] for row in compared}) == len(compared) > 0
+    named = {row[side] for row in compared for side in ("a", "b") if side in row}
+    older = load_profile(plan["beside"]).drafters.keys() if "beside" in plan else set()
     for profile in plan.get("profiles") or [plan["profile"]]:
-        drafters = checked_profile(profile).drafters
-        assert (
-            {row[side] for row in compared for side in ("a", "b") if side in row} <= drafters.keys() <= VARIANTS.keys()
-        )
+        drafters = checked_profile(profile).drafters.keys()
+        assert named <= drafters | older and drafters <= VARIANTS.keys()
 
 
 def test_no_user_turn_of_the_sealed_set_stands_in_the_corpus():
