@@ -38,7 +38,6 @@ def collect(
     StudyError : no finished run; a run with a missing or malformed file; runs that can't be compared (other evaluation
         documents, draft steps, anchors or target). Tables of an earlier collection stay as they were.
     """
-    results_dir = Path(results_dir)
     found = {_key(run): run for run in map(_read_run, find_runs(results_dir, runs).values())}
     if keep:
         kept = {name: read(keep, name) for name in ("runs", *OF_RUN)}
@@ -48,9 +47,11 @@ def collect(
     place = {variant: i for i, variant in enumerate(in_study_order(variant for variant, _ in found))}
     ordered = [found[key] for key in sorted(found, key=lambda key: (place[key[0]], key[1]))]
     made = {name: pd.concat([run[name] for run in ordered], ignore_index=True) for name in ordered[0]}
+    for name in ("counts", "run_lengths"):  # document by document, in which drafters are alike: packs better
+        made[name] = made[name].sort_values("document", kind="stable", ignore_index=True)
     _check_one_target(made["runs"], results_dir)
     made["acceptance"] = acceptance_table(made["counts"], made["run_lengths"], samples, seed)
-    return {name: write(results_dir / "tables", name, rounded(table)) for name, table in sorted(made.items())}
+    return {name: write(Path(results_dir) / "tables", name, rounded(table)) for name, table in sorted(made.items())}
 
 
 def thin(tables_dir: str | Path) -> list[Path]:
@@ -87,7 +88,7 @@ def _read_run(folder: Path) -> dict[str, pd.DataFrame]:
     return found
 
 
-def _check_one_target(runs: pd.DataFrame, results_dir: Path) -> None:
+def _check_one_target(runs: pd.DataFrame, results_dir: str | Path) -> None:
     """Refuse runs on different targets in one table: their acceptance says nothing about one another."""
     first = runs.drop_duplicates("target_hash")
     if len(first) > 1:

@@ -205,8 +205,7 @@ def write(tables_dir: str | Path, name: str, table: pd.DataFrame) -> Path:
     def pack(temporary: Path) -> None:
         whole = [name for name in table if pd.api.types.is_integer_dtype(table[name])]  # small counts: split by bytes
         how = {"column_encoding": dict.fromkeys(whole, "BYTE_STREAM_SPLIT"), "compression": "brotli"}
-        rest = sorted(set(table) - set(whole))
-        table.to_parquet(temporary, index=False, use_dictionary=rest, compression_level=11, **how)
+        table.to_parquet(temporary, index=False, use_dictionary=[*set(table) - set(whole)], compression_level=11, **how)
         list_file(path, temporary)  # a flipped bit of a Parquet page may be read as another number
 
     return write_atomically(path, pack)
