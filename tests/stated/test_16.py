@@ -520,7 +520,7 @@ def test_the_overlap_cell_hashes_what_is_counted_here():
         [Document(tokens := np.array(part, dtype=np.int32), np.arange(len(tokens)) >= 2) for part in parts]
         for parts in np.split(np.random.default_rng(0).integers(0, 2, (8, 40)), 2)
     )
-    names = defined(NOTEBOOK, "ends_known", "if training_texts", np=np, written=written, judged=judged)
+    names = defined(NOTEBOOK, "ends_known", "if training_texts", np=np, written=written, answered=judged)
     for length in (8, 16):
         known = {tuple(d.tokens[i : i + length]) for d in written for i in range(len(d.tokens) - length + 1)}
         ends = [[i for i in range(length, 41) if i > 2 and tuple(d.tokens[i - length : i]) in known] for d in judged]

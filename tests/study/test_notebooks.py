@@ -1,5 +1,7 @@
 """The committed notebooks are fit for nbval, and bad parameters are refused before a notebook runs."""
 
+import dis
+import inspect
 import json
 import shutil
 import subprocess
@@ -36,6 +38,17 @@ def test_the_notebooks_are_there():
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_notebook_is_executed_and_clean(path):
     assert faults(path) == []
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_no_cell_takes_a_functions_name_for_something_else(path):
+    """A branch that runs only with other parameters could, unseen, and break what comes after it."""
+    cells = nbformat.read(path, as_version=4).cells
+    code = compile("\n".join(cell.source for cell in cells if cell.cell_type == "code"), path.name, "exec")
+    steps = [*dis.get_instructions(code)]
+    stored = [step.argval for step in steps if step.opname == "STORE_NAME"]
+    made = {step.argval.co_name for step in steps if inspect.iscode(step.argval)}
+    assert [name for name in made if stored.count(name) > 1] == []
 
 
 @pytest.mark.parametrize("name, near", [("learning_rat", "learning_rate"), ("stepz", "steps")])
