@@ -91,8 +91,7 @@ class Redrafter:
     def run(self, tokens: list[int], start: int) -> Tensor:
         """The newest of the ``tokens`` behind the first ``start``, and the drafts after it, [width]."""
         new = tokens[start:]
-        spare = [0] * (self.tokens.shape[1] - len(new))
-        self.numbers.copy_(torch.tensor([*new, *spare, start, len(new) - 1]))
+        self.numbers.copy_(torch.tensor([*new, *[0] * (self.tokens.shape[1] - len(new)), start, len(new) - 1]))
         return self.recorded()
 
     def forward(self) -> Tensor:
@@ -170,23 +169,24 @@ class Round:
 
 
 class StaticDrafting(Drafting):
-    """A `Drafting` of chains over entries of fixed size; the prompt's entries and first chain are made as ever."""
+    """A `Drafting` of chains over entries of fixed size; a prompt's are made as ever, the last again with a chain."""
 
     def __init__(self, drafter: Drafter, plan: Chain, redrafter: Redrafter, ahead: Round | None = None):
         super().__init__(drafter, plan, len(redrafter.verifier.columns))
         self.redrafter, self.entries, self.tokens, self.ahead = redrafter, redrafter.entries, [], ahead
 
     def extend(self, run: StaticRun, tokens: list[int]) -> None:
-        if self.length:
-            self.tokens = tokens
-        else:
+        self.drafted = self.ahead.drafted if self.ahead and self.tokens else []  # of the round before
+        if not self.tokens:
             super().extend(run, tokens)
+            self.length -= 1
+            for state, layer in zip(run.verifier.states[0, 0], run.verifier.layers):
+                state.copy_(run.taken.hidden_states[layer][0, self.length])
+        self.tokens = tokens
 
     @part("draft")
     def propose(self, token: int, levels: int) -> Proposal:
-        if not self.tokens:
-            return super().propose(token, levels)
-        drafted = self.ahead.drafted if self.ahead else self.redrafter.run(self.tokens, self.length).tolist()
+        drafted = self.drafted or self.redrafter.run(self.tokens, self.length).tolist()
         self.length = len(self.tokens) - 1
         return Proposal.chain(drafted[: levels + 1])
 

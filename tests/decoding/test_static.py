@@ -68,6 +68,20 @@ def test_rounds_are_the_same_with_fixed_shapes(variant, plan, both, device):
     assert accepted > 2 or not learned
 
 
+def test_the_first_chain_has_fixed_shapes_too(both, device, monkeypatch):
+    """Kernels that are launched one by one take a GPU as long as several rounds. Also after a prompt of one token."""
+    built = copy.deepcopy(trained("hybrid")).to(device)
+    for tokens in (prompt(0), prompt(0)[:1]):
+        grown, fixed = both(built, tokens, Chain(3))
+        with monkeypatch.context() as patch:
+            patch.setattr(Drafting, "propose", None)
+            assert (
+                decode(on(device), built, tokens, Chain(3), max_new_tokens=NEW, eos_token_ids=()).rounds == grown.rounds
+            )
+        assert fixed.rounds == grown.rounds
+    assert max(both(built, prompt(0), Chain(3))[1].accepted) > 0
+
+
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen3", "tiny-gemma3"])
 def test_the_target_alone_answers_the_same(name, both):
     for seed in (0, 1):
