@@ -209,6 +209,25 @@ def on_card(variant: str, plan: str, metric: str, profile: str = "full/h200") ->
 
 
 @cache
+def fitted(variant: str, plan: str, profile: str = "full/h200") -> np.ndarray:
+    """Milliseconds of a round and of an answer besides, by a line through answers: [2, 1 + resamples of the prompts]."""
+    rows = table("decode_prompts", profile).query("variant == @variant and plan == @plan")
+    prompts, names = pd.factorize(rows["prompt"])
+    weights = resampling.resample_weights(len(names), 2000, 0)[:, prompts].astype(float)
+    rounds, took = rows["forwards"].to_numpy(float), 1e3 * rows["seconds"].to_numpy()
+    both = [np.average(np.broadcast_to(x, weights.shape), axis=1, weights=weights) for x in (rounds, took)]
+    away = rounds - both[0][:, None], took - both[1][:, None]
+    slope = (weights * away[0] * away[1]).sum(1) / (weights * away[0] ** 2).sum(1)
+    return np.stack([slope, both[1] - slope * both[0]])
+
+
+def in_a_long_answer(variant: str, profile: str = "full/h200") -> list[float]:
+    """What two guesses would speed up if an answer took its rounds and nothing else, with interval."""
+    steps = fitted(variant, "2", profile)[0] / fitted(variant, "-", profile)[0]
+    return [*vars(resampling.interval(card_ratios(profile)[1][variant, "2"]["decoded_mat"] / steps)).values()]
+
+
+@cache
 def cut(variant: str) -> list[float]:
     """Steps of the target that a round of two guesses took less on a GPU where draft steps were compiled in pieces, with interval."""
     pieces = table("decode_prompts", "full/h200_cut")

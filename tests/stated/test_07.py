@@ -3,7 +3,8 @@
 from functools import cache, partial
 
 import pandas as pd
-from recorded import benched, card_ratios, cut, guesses, on_card, table, turned
+import pytest
+from recorded import benched, card_ratios, cut, fitted, guesses, in_a_long_answer, on_card, table, turned
 from recorded import decoded_gap as gap
 from stated import checked
 
@@ -128,6 +129,27 @@ STATED = [
             *on_card("hidden_31", "2", "speedup", "long/h200"),
         ],
     ),
+    (
+        "In a long answer it would be 1.19 times as fast [1.14, 1.24]",
+        lambda: in_a_long_answer(FOUND),
+    ),
+    (
+        "a round with two guesses takes 1.68 ms [1.64, 1.72] and a step of the target alone 1.25",
+        lambda: [*vars(interval(fitted(FOUND, "2")[0])).values(), fitted(FOUND, "-")[0][0]],
+    ),
+    (
+        "The rest of an answer takes 12.8 ms [11.5, 14.0], of the target alone 4.4. The 8.4 ms",
+        lambda: [
+            *vars(interval(fitted(FOUND, "2")[1])).values(),
+            *(own := fitted(FOUND, "-")[1][:1]),
+            *(fitted(FOUND, "2")[1][:1] - own),
+        ],
+    ),
+    (
+        "1.19 times as fast as the target alone [1.14, 1.24], the longer-trained one 1.33 [1.27, 1.39]",
+        lambda: [*in_a_long_answer(FOUND), *in_a_long_answer("hidden_31", "long/h200")],
+    ),
+    ("The 7 prompts above are easier: 1.80", lambda: [7, first("2")[0]]),
     (
         "of `kv_2` write at .82 times [.81, .84], a block at .93 times [.91, .95]",
         lambda: [*on_card("kv_2", "2", "speedup"), *on_card("block_kv_1", "2", "speedup")],
@@ -290,5 +312,8 @@ def test_no_plan_pays_on_the_card():
     assert all(on_card(*key, "speedup")[1] < 1 for key in timed)
     assert max(timed, key=lambda key: timed[key]["speedup"][0]) == (FOUND, "2")
     assert min(timed, key=lambda key: timed[key]["draft_forwards"][0])[0] == "block_kv_1"
+    started = fitted(FOUND, "2")[1][0] - fitted(FOUND, "-")[1][0]
+    answer = card_ratios()[0].query("variant == @FOUND and plan == '2'")["seconds"].mean() * 1e3
+    assert started / answer == pytest.approx(1 / 7, rel=0.05)
     two = timed[FOUND, "2"]
     assert two["decoded_mat"][0] > max(two["verify_cost"][0], 1 + two["draft_forwards"][0])  # either cost alone pays

@@ -455,7 +455,7 @@ STATED = [
         ],
     ),
     (
-        "with five it is ahead, 2.15 against 2.09",
+        "with five it has 2.15 against 2.09, hardly more",
         lambda: [recorded.by_length("hidden_31", "long")[5], predicted("block_kv_4")],
     ),
     ("with five guesses EAGLE-3.1 has 2.15", lambda: [3.1, recorded.by_length("hidden_31", "long")[5]]),

@@ -123,9 +123,9 @@ STATED = [
         lambda: [predicted(f"block_{v}_4", "long") for v in ("states", "kv")],
     ),
     (
-        "it drafts 3.05 [2.99, 3.10] tokens per forward, where it had 2.25, and is predicted at 2.09×",
+        "It drafts 3.05 [2.99, 3.10] tokens per forward, where 15 million gave it 2.25, and is predicted at 2.09×",
         lambda: [
-            *longer("hidden_31"),
+            *(*longer("hidden_31"), 15),
             value("hidden_31", "measured_mat", profile="sources"),
             predicted("hidden_31", "long"),
         ],
@@ -174,7 +174,7 @@ STATED = [
     ),
     ("on 98 prompts that it was not chosen by", prompts),
     (
-        "On an H200 they are as fast as it, 1.01 [.98, 1.03]",
+        "On an H200 they gain nothing, 1.01 [.98, 1.03]",
         lambda: on_card("hidden_31_continued", "2", "speedup"),
     ),
     ("This small target writes 760 tokens/s there", lambda: on_card("hidden_31_continued", "-", "tokens_per_s")[:1]),
@@ -193,7 +193,7 @@ STATED = [
         ],
     ),
     (
-        "on another H200 the two had .97 and 1.05",
+        "On another H200 the two had .97 and 1.05",
         lambda: [
             *(on_card(v, "2", "speedup", "full/h200_other")[0] for v in ("hidden_31_continued", "hidden_31")),
         ],
