@@ -7,10 +7,10 @@ So are the drafter's entries: they're made for all verified tokens, and only the
 is filled up in the same way. Graphs are kept for the next prompt of about the same length.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
 from ..drafters.drafter import Drafter, joined
@@ -21,7 +21,7 @@ from ..target.load import Target
 from ..target.static import PlacedCache, address, recorded
 from .clock import part
 from .drafting import Drafting, NoDrafting, rooms
-from .forwards import Prefill, Verifier
+from .forwards import Forward, Prefill, Verifier
 from .propose import Chain, Frontier, Proposal, Tree, chain_tokens
 from .verify import TargetRun, prefix_features
 
@@ -32,7 +32,7 @@ RECORDED = 2048  # tokens of a prompt that a graph is made for, at most; more ke
 class StaticRun(TargetRun):
     """A `TargetRun` over the cache of a `Verifier`, from which nothing needs to be taken off again.
 
-    ``ahead`` : a `Round` that verifies, and drafts what comes next.
+    ``ahead`` : a `Round` that verifies, and drafts what comes next. ``prompt`` : what has read it, unless too long.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class StaticRun(TargetRun):
         ahead: "Round | None" = None,
     ):  # fmt: skip
         super().__init__(target, taken, kv_layers)
-        self.verifier, self.cache, self.ahead = verifier, verifier.cache, ahead
+        self.verifier, self.cache, self.ahead, self.prompt = verifier, verifier.cache, ahead, None
 
     @part("prefill")
     def prefill(self, tokens: list[int]) -> Tensor:
@@ -49,7 +49,7 @@ class StaticRun(TargetRun):
             self.cache.place(torch.arange(count, device=self.device))
             return super().prefill(tokens)
         width = min(rounded_up(count), len(verifier.columns))
-        prefill = _prefill(verifier.target, verifier.layers, width, self.cache)
+        self.prompt = prefill = _prefill(verifier.target, verifier.layers, width, self.cache)
         logits = prefill.run(tokens)
         self.taken.hidden_states.update(zip(prefill.layers, prefill.states.unbind(2)))
         self.kept, self.end = slice(0, count), count
@@ -81,7 +81,8 @@ class Redrafter:
         self.numbers = verifier.numbers.new_zeros(verifier.tokens.shape[1] + 3)
         self.tokens, self.start, self.count = self.numbers[None, :-2], self.numbers[-2], self.numbers[-1]
         self.count.fill_(1)
-        self.entries = rooms(drafter.prefix(self.features(verifier.row))[0], len(verifier.columns))
+        features = self.features(verifier, self.tokens, verifier.row)
+        self.entries = rooms(drafter.prefix(features)[0], len(verifier.columns))
         slots = drafter.config.block_size if drafter.config.paradigm == "block" else len(verifier.row)
         self.drafts = min(slots, len(verifier.row)) - 1
         if self.tokens.is_cuda and has_triton():  # else a layer of its own has as many kernels as six of the target
@@ -97,7 +98,7 @@ class Redrafter:
     def forward(self) -> Tensor:
         """The newest token and the drafts after it, [width]; ``entries`` has those of all verified tokens."""
         drafter, places, length = self.drafter, self.start + self.verifier.row, self.start + self.count
-        made, g = drafter.prefix(self.features(places), self.start, self.entries)
+        made, g = drafter.prefix(self.features(self.verifier, self.tokens, places), self.start, self.entries)
         for layer, new in zip(self.entries, made, strict=True):
             joined(layer, new, self.start)
         mask = drafter.mask((length - 1)[None, None], len(self.verifier.columns))
@@ -106,12 +107,18 @@ class Redrafter:
         root = Frontier(self.tokens[0].index_select(0, self.count[None]), length, state, views)
         return chain_tokens(drafter, root, self.drafts)
 
-    def features(self, places: Tensor) -> Features:
-        """The target's state at all verified positions."""
-        reads, verifier = self.drafter.reads, self.verifier
-        states = verifier.states if "hidden_states" in reads else None
-        cached = verifier.cache, self.kv_layers, lambda entries: entries.index_select(2, places)
-        return prefix_features(self.tokens, states, *cached, reads, self.drafter.norm.weight.dtype)
+    def read(self, prefill: Prefill) -> None:
+        """Entries of a prompt; its last, which wants the token that comes next, is made again with the first chain."""
+        tokens = nn.functional.pad(prefill.ids, (0, 1))
+        for layer, new in zip(self.entries, self.drafter.prefix(self.features(prefill, tokens, prefill.row))[0]):
+            joined(layer, new, prefill.first)
+
+    def features(self, forward: Forward, tokens: Tensor, places: Tensor) -> Features:
+        """The target's state at all positions that ``forward`` was over, with what it read and one token more."""
+        reads = self.drafter.reads
+        states = forward.states if "hidden_states" in reads else None
+        cached = self.verifier.cache, self.kv_layers, lambda entries: entries.index_select(2, places)
+        return prefix_features(tokens, states, *cached, reads, self.drafter.norm.weight.dtype)
 
 
 class Round:
@@ -169,17 +176,19 @@ class Round:
 
 
 class StaticDrafting(Drafting):
-    """A `Drafting` of chains over entries of fixed size; a prompt's are made as ever, the last again with a chain."""
+    """A `Drafting` of chains over entries of fixed size; a prompt's last entry is made with the first chain."""
 
     def __init__(self, drafter: Drafter, plan: Chain, redrafter: Redrafter, ahead: Round | None = None):
         super().__init__(drafter, plan, len(redrafter.verifier.columns))
         self.redrafter, self.entries, self.tokens, self.ahead = redrafter, redrafter.entries, [], ahead
 
+    @part("project")
     def extend(self, run: StaticRun, tokens: list[int]) -> None:
         self.drafted = self.ahead.drafted if self.ahead and self.tokens else []  # of the round before
         if not self.tokens:
-            super().extend(run, tokens)
-            self.length -= 1
+            read = _reading(self.redrafter, run.prompt) if run.prompt else partial(super().extend, run, tokens)
+            read()
+            self.length = len(tokens) - 2
             for state, layer in zip(run.verifier.states[0, 0], run.verifier.layers):
                 state.copy_(run.taken.hidden_states[layer][0, self.length])
         self.tokens = tokens
@@ -226,5 +235,6 @@ def _redrafter(drafter: Drafter, verifier: Verifier, kv_layers: tuple[int, ...],
 
 
 _prefill = lru_cache(maxsize=32)(Prefill)  # where the target's weights have moved, its cache is another one
+_reading = lru_cache(maxsize=64)(lambda drafter, prefill: recorded(partial(drafter.read, prefill), prefill.row.device))
 _verifier = lru_cache(maxsize=64)(Verifier)
 _round = lru_cache(maxsize=64)(Round)

@@ -1,6 +1,7 @@
 """Commands that measure drafters: `kvshot measure …`, `kvshot decode …`, `kvshot eagle3 …`, `kvshot examine …`."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -9,11 +10,11 @@ from click import argument
 from .options import device, dtype, of_runs, of_speed, options, prompts, several, target, tell, threads, timed
 
 
-def code(module: str) -> str:
-    """Fingerprint of a module's code: what another one has measured is measured anew."""
+def measured(module: str, function: str, **given):
+    """What a function gives that is told the fingerprint of its code: what other code has measured is done anew."""
     from .fingerprints import fingerprint
 
-    return fingerprint(module, {})
+    return getattr(import_module(f"kvshot_lib.{module}"), function)(**given, fingerprint=fingerprint(module, {}))
 
 
 @click.group()
@@ -25,9 +26,7 @@ def measure() -> None:
 @of_runs
 def queries(**given) -> None:
     """Attention overlap and probe of drafters whose queries can be compared with the target's."""
-    from ..probes.queries import measure_queries
-
-    tell(measure_queries(**given, fingerprint=code("probes.queries")).values())
+    tell(measured("probes.queries", "measure_queries", **given).values())
 
 
 @measure.command()
@@ -38,18 +37,14 @@ def queries(**given) -> None:
 @device
 def gradients(**given) -> None:
     """Gradient and attention on draft-side entries, by context length."""
-    from ..probes.gradients import measure_gradients
-
-    tell(measure_gradients(**given, fingerprint=code("probes.gradients")).values())
+    tell(measured("probes.gradients", "measure_gradients", **given).values())
 
 
 @measure.command()
 @of_runs
 def shift(**given) -> None:
     """How far the target's attention moves, and where each drafter was right."""
-    from ..probes.shift import measure_shift
-
-    tell(measure_shift(**given, fingerprint=code("probes.shift")).values())
+    tell(measured("probes.shift", "measure_shift", **given).values())
 
 
 @measure.command()
@@ -62,9 +57,7 @@ def shift(**given) -> None:
 @device
 def context(**given) -> None:
     """Acceptance by length of context, on long dialogues."""
-    from ..probes.long_context import measure_context
-
-    tell(measure_context(**given, fingerprint=code("probes.long_context")).values())
+    tell(measured("probes.long_context", "measure_context", **given).values())
 
 
 @click.group()
@@ -79,9 +72,7 @@ def decode() -> None:
 @dtype
 def speed(**given) -> None:
     """Time decoding with trained drafters, or with those of a folder of checkpoints: RESULTS_DIR/tables."""
-    from ..decoding.timing import measure_speed
-
-    tell(measure_speed(**given, fingerprint=code("decoding.timing")))
+    tell(measured("decoding.timing", "measure_speed", **given))
 
 
 @decode.command()
@@ -92,9 +83,7 @@ def speed(**given) -> None:
 @dtype
 def duel(**given) -> None:
     """Time the fastest drafter of either side and claim C14's pair on other prompts."""
-    from ..decoding.timing import duel
-
-    print(duel(**given, fingerprint=code("decoding.timing")))
+    print(measured("decoding.timing", "duel", **given))
 
 
 @decode.command()
@@ -108,9 +97,7 @@ def duel(**given) -> None:
 @options("where rows and table go (RESULTS_DIR by default)", out="")
 def lossless(**given) -> None:
     """Decode greedily and compare every token with the target alone. Status 1: one differs in float32."""
-    from ..decoding.lossless import verify_lossless
-
-    sys.exit(verify_lossless(**given, fingerprint=code("decoding.lossless")))
+    sys.exit(measured("decoding.lossless", "verify_lossless", **given))
 
 
 @decode.command()
@@ -138,9 +125,10 @@ def latency(**given) -> None:
 @options("where exported drafters, answers and the table go", out="results/serving")
 def serve_check(**given) -> None:
     """Serve drafters by vLLM: same tokens, same accepted drafts as here? Status 1: something differs."""
+    from .fingerprints import fingerprint
     from .serving import serve_check
 
-    sys.exit(serve_check(**given, fingerprint=code("decoding.decode")))
+    sys.exit(serve_check(**given, fingerprint=fingerprint("decoding.decode", {})))
 
 
 @click.group()

@@ -75,6 +75,7 @@ def test_the_first_chain_has_fixed_shapes_too(both, device, monkeypatch):
         grown, fixed = both(built, tokens, Chain(3))
         with monkeypatch.context() as patch:
             patch.setattr(Drafting, "propose", None)
+            patch.setattr(Drafting, "extend", None)
             assert (
                 decode(on(device), built, tokens, Chain(3), max_new_tokens=NEW, eos_token_ids=()).rounds == grown.rounds
             )
@@ -144,8 +145,10 @@ def test_nothing_in_a_round_waits_for_the_device(variant, monkeypatch):
     decode(target, built, prompt(0), Chain(3), max_new_tokens=9, eos_token_ids=())  # makes the buffers
     drafting = static_parts(target, Drafting(built, Chain(3), 18), Chain(3), 18, Captured(), True)[1]
     run, _ = static_parts(target, NoDrafting(), ALONE, 18, Captured(), True)
-    prefill = Prefill(target, (1,), 8, run.cache)
+    prefill, verifier = Prefill(target, (1,), 8, run.cache), drafting.redrafter.verifier
+    read = Prefill(target, verifier.layers, 8, verifier.cache)
     with nothing_waits():
+        drafting.redrafter.read(read)
         drafting.ahead.forward()
         drafting.redrafter.forward()
         run.ahead.forward()
