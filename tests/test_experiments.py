@@ -3,6 +3,7 @@
 import pytest
 import yaml
 from notebook_checks import ROOT
+from recorded import minus
 
 from kvshot_lib.drafters.variants import VARIANTS
 from kvshot_lib.study.profiles import checked_profile, load_profile
@@ -23,6 +24,23 @@ def test_every_comparison_is_between_drafters_of_the_profile(name, monkeypatch):
     for profile in plan.get("profiles") or [plan["profile"]]:
         drafters = checked_profile(profile).drafters.keys()
         assert named <= drafters | older and drafters <= VARIANTS.keys()
+
+
+@pytest.mark.parametrize("name", ["fresh", "one_layer"])
+def test_what_was_known_before_is_that_of_sources(name):
+    known = [row for row in PLANS[name]["comparisons"] if "sources" in row]
+    for row in known:
+        which = row.get("metric", "measured_mat"), *([row["draft_step"]] if "draft_step" in row else [])
+        found = minus(row["a"], row["b"], *which, profile="sources")[0]
+        assert found == pytest.approx(row["sources"], abs=5.001e-4), row["id"]
+    assert known
+
+
+def test_drafters_of_one_layer_are_trained_as_those_of_long_and_made_as_those_of_sources():
+    one, long, sources = (load_profile(name) for name in ("one_layer", "long", "sources"))
+    assert (one.train, one.extract, one.dialogues) == (long.train, long.extract, long.dialogues)
+    assert all(one.drafters[variant] == sources.drafters[variant] for variant in ("kv_1", "none_1", "states_1"))
+    assert {VARIANTS[variant].parameters.get("num_layers", 1) for variant in one.drafters} == {1}
 
 
 def test_no_user_turn_of_the_sealed_set_stands_in_the_corpus():

@@ -34,6 +34,12 @@ def milliseconds(variant: str, plan: str, profile: str = "full/h200") -> list[fl
     return [x for row in fitted(variant, plan, profile) for x in vars(interval(row)).values()]
 
 
+def shares(*parts: str) -> list[float]:
+    """Milliseconds of a round in some columns, by the target alone and by chains of two and of four."""
+    rows = table("decode_prompts", "full/h200").query("variant == @FOUND").groupby("plan").sum(numeric_only=True)
+    return (1e3 * rows[[*parts]].sum(axis=1) / rows["forwards"]).loc[["-", "2", "4"]].tolist()
+
+
 STATED = [
     ("| capture every feature, tokens/s | 575,234 | 96.6% | 807 | 101% |", lambda: rates("capture")),
     ("alone, tokens/s | 945,058 | 12.5% | 3,432 | 71% |", lambda: rates("train hidden_31")),
@@ -90,6 +96,19 @@ STATED = [
         lambda: [508 / benched("judge kv_4"), 508 / benched("judge block_kv_2")],
     ),
     ("| in steps of the target alone | 1 | 1.59 [1.58, 1.60] | 1.88 [1.86, 1.91] |", lambda: [1, *decoded("round")]),
+    ("| wall, prefill included | 1.34 | 2.14 | 2.53 |", lambda: shares("seconds")),
+    ("| verifying | 1.27 | 1.57 | 1.59 |", lambda: shares("verify_s")),
+    ("| drafting | | 0.48 | 0.83 |", lambda: shares("draft_s", "project_s")[1:]),
+    (
+        "| loop, sampling, bookkeeping | 0.20 | 0.26 | 0.27 |",
+        lambda: shares("bookkeeping_s", "sampling_s", "rest_s"),
+    ),
+    (
+        "a seventh of the chain's 59 ms",
+        lambda: [
+            1e3 * table("decode_prompts", "full/h200").query("variant == @FOUND and plan == '2'")["seconds"].mean()
+        ],
+    ),
     ("| tokens a round | 1 | 1.60 [1.55, 1.65] | 1.70 [1.64, 1.77] |", lambda: [1, *decoded("decoded_mat")]),
     ("Three tokens take 1.236 [1.233, 1.240] times", lambda: on_card(FOUND, "2", "verify_cost")),
     ("Two guesses take .38 [.37, .39] forwards", lambda: on_card(FOUND, "2", "draft_forwards")),
