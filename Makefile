@@ -69,7 +69,7 @@ test: $(READY)  ## library tests, the smoke pipeline, and every notebook against
 	@$(BIN)/python -m pytest $(ARGS) --numprocesses 2 --dist loadfile tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS) --numprocesses 2 --dist loadfile --nbval --nbval-current-env notebooks
 
-# What differs on a card: attention, trainings, capture, generation, decoding. Compiling takes most of the time, so four processes share it (six minutes in one, on one H200).
+# What differs on a card: attention, trainings, capture, generation, decoding. Compiling takes most of the time, so four processes share it (three minutes on one H200, six in one process).
 GPU_TESTS = tests/target/test_static.py tests/text/test_rows.py tests/decoding/test_static.py tests/drafters/test_attention.py tests/training/test_card.py
 test-gpu: $(READY)  ## the tests that run on a CUDA card (elsewhere they are skipped)
 	@$(BIN)/python -m pytest -m gpu -W default --numprocesses 4 --dist worksteal $(ARGS) $(GPU_TESTS)

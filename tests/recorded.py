@@ -151,6 +151,36 @@ class InARow:
         return np.prod([self.drawn.rows(variant, "chain_acceptance", k) for k in range(7)], axis=0)
 
 
+class Only:
+    """Draws of some drafters."""
+
+    def __init__(self, drawn: resampling.Draws, variants: Sequence[str]):
+        self.drawn, self.rows, self.variants = drawn, drawn.rows, variants
+
+    def has(self, variant: str, *which) -> bool:
+        return variant in self.variants and self.drawn.has(variant, *which)
+
+
+def of_one_layer(*terms: tuple, which: tuple = ("measured_mat",)) -> tuple[float, float, float, float]:
+    """Σ weight · metric of (weight, profile, variant): value, low, high, p, with the spread over seeds as in notebook 16.
+
+    It is pooled from the profiles named and from the drafters of `long` in `sources`; of the others there, if named.
+    """
+    one, deep = (draws(profile).variants for profile in ("one_layer", "long"))
+    named = {(profile, variant in one) for _, profile, variant in terms} | {("sources", False)}
+    pool = [Only(draws(profile), one if shallow else deep) for profile, shallow in named]
+    return summed([(w, draws(profile), v) for w, profile, v in terms], which, [*one, *deep], pool)
+
+
+def one_minus(
+    a: str, b: str = "", which: tuple = ("measured_mat",), *, grown: bool = False
+) -> tuple[float, float, float]:
+    """a's metric (minus b's) after long training with one layer; ``grown``: less the same after 15 million tokens."""
+    own = draws("one_layer").variants
+    sides = [(w, "one_layer" if v in own else "long", v) for w, v in ((1, a), (-1, b)) if v]
+    return of_one_layer(*sides, *((-w, "sources", v) for w, _, v in sides if grown), which=which)[:3]
+
+
 def longer(
     a: str, b: str = "", which: tuple = ("measured_mat",), drawn: resampling.Draws | None = None
 ) -> tuple[float, float, float]:
@@ -225,18 +255,6 @@ def in_a_long_answer(variant: str, profile: str = "full/h200") -> list[float]:
     """What two guesses would speed up if an answer took its rounds and nothing else, with interval."""
     steps = fitted(variant, "2", profile)[0] / fitted(variant, "-", profile)[0]
     return [*vars(resampling.interval(card_ratios(profile)[1][variant, "2"]["decoded_mat"] / steps)).values()]
-
-
-@cache
-def cut(variant: str) -> list[float]:
-    """Steps of the target that a round of two guesses took less on a GPU where draft steps were compiled in pieces, with interval."""
-    pieces = table("decode_prompts", "full/h200_cut")
-    whole = pd.concat([table("decode_prompts", profile) for profile in ("full/h200", "long/h200")])
-    pieces, whole = (rows[rows["variant"] == variant] for rows in (pieces, whole))
-    whole = whole[whole["prompt"].isin(pieces["prompt"])]
-    both = [{key[-1]: ratio for key, _, _, ratio in decoding.drawn(rows, 2000, 0)}["2"] for rows in (whole, pieces)]
-    whole_round, cut_round = (ratio["decoded_mat"] / ratio["speedup"] for ratio in both)
-    return [*vars(resampling.interval(whole_round - cut_round)).values()]
 
 
 def benched(what: str, column: str = "value", card: str = "NVIDIA H200") -> float:

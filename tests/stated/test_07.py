@@ -5,13 +5,14 @@ from functools import cache, partial
 import numpy as np
 import pandas as pd
 import pytest
-from recorded import benched, card_ratios, cut, fitted, guesses, in_a_long_answer, on_card, table, turned
+from recorded import benched, card_ratios, fitted, guesses, in_a_long_answer, on_card, table, turned
 from recorded import decoded_gap as gap
 from stated import checked
 
 from kvshot_lib.metrics import decoding
 from kvshot_lib.metrics.resampling import interval
 from kvshot_lib.metrics.scorecard import paper_value, read_paper
+from kvshot_lib.text.prompts import load_prompts
 
 NOTEBOOK = "notebooks/07_decode_end_to_end.ipynb"
 TREE = "8/10/60"
@@ -114,58 +115,48 @@ STATED = [
         ),
     ),
     (
-        "alone writes 760 tokens/s, and the chain is 1.01 times as fast [.98, 1.03]",
-        lambda: [card("2", "target_tokens_per_s")[0], *card("2", "speedup")],
+        "alone writes 776 tokens/s, and the chain is 1.09 times as fast [1.06, 1.12]: its round brings 1.60 tokens, but takes 1.47 times",
+        lambda: [
+            *(card("2", "target_tokens_per_s")[0], *card("2", "speedup")),
+            *(card("2", metric)[0] for metric in ("decoded_mat", "round")),
+        ],
     ),
-    ("on all 105 prompts. Target and drafts", lambda: [card_ratios()[0]["prompt"].nunique()]),
+    ("is 1.21 times as fast [1.18, 1.24].", lambda: on_card("hidden_31", "2", "speedup", "long/h200")),
+    ("on 102 of the 105 prompts", lambda: [card_ratios()[0]["prompt"].nunique(), len(load_prompts())]),
     (
-        "get 1.60 tokens from a forward, and write at 1.01 times the target's own speed [.98, 1.03]; four write at .90 times [.88, .93]",
-        lambda: [card("2", "decoded_mat")[0], *card("2", "speedup"), *card("4", "speedup")],
+        "So they write at 1.09 times the target's own speed [1.06, 1.12], four at 1.06 times [1.03, 1.10]",
+        lambda: [*card("2", "speedup"), *card("4", "speedup")],
     ),
-    ("takes 1.59 times as long as a step of the target alone [1.58, 1.60]", lambda: card("2", "round")),
     (
-        "brings enough: 1.79 tokens, and 1.09 times the target's speed [1.07, 1.12]",
+        "A round with them takes 1.47 times as long as a step of the target alone [1.46, 1.47]",
+        lambda: card("2", "round"),
+    ),
+    (
+        "gets 1.79 tokens, and has 1.21 times the target's speed [1.18, 1.24]",
         lambda: [
             on_card("hidden_31", "2", "decoded_mat", "long/h200")[0],
             *on_card("hidden_31", "2", "speedup", "long/h200"),
         ],
     ),
     (
-        "In a long answer it would be 1.19 times as fast [1.14, 1.24]",
-        lambda: in_a_long_answer(FOUND),
-    ),
-    (
-        "a round with two guesses takes 1.68 ms [1.64, 1.72] and a step of the target alone 1.25",
-        lambda: [*vars(interval(fitted(FOUND, "2")[0])).values(), fitted(FOUND, "-")[0][0]],
-    ),
-    (
-        "The rest of an answer takes 12.8 ms [11.5, 14.0], of the target alone 4.4. The 8.4 ms",
+        "a round with two guesses takes 1.73 ms [1.71, 1.74] and a step of the target alone 1.22. The rest of an answer takes 5.6 ms [5.2, 6.2], of the target alone 4.5",
         lambda: [
-            *vars(interval(fitted(FOUND, "2")[1])).values(),
-            *(own := fitted(FOUND, "-")[1][:1]),
-            *(fitted(FOUND, "2")[1][:1] - own),
+            *(*vars(interval(fitted(FOUND, "2")[0])).values(), fitted(FOUND, "-")[0][0]),
+            *(*vars(interval(fitted(FOUND, "2")[1])).values(), fitted(FOUND, "-")[1][0]),
         ],
     ),
     (
-        "1.19 times as fast as the target alone [1.14, 1.24], the longer-trained one 1.33 [1.27, 1.39]",
+        "1.12 times as fast as the target alone [1.09, 1.16], the longer-trained one 1.26 [1.22, 1.30]",
         lambda: [*in_a_long_answer(FOUND), *in_a_long_answer("hidden_31", "long/h200")],
     ),
     ("The 7 prompts above are easier: 1.80", lambda: [7, first("2")[0]]),
     (
-        "of `kv_2` write at .82 times [.81, .84], a block at .93 times [.91, .95]",
+        "of `kv_2` write at .92 times [.90, .95], a block at .96 times [.94, .98]",
         lambda: [*on_card("kv_2", "2", "speedup"), *on_card("block_kv_1", "2", "speedup")],
     ),
+    ("two guesses take .21 of a forward of one token [.20, .21]", lambda: card("2", "draft_forwards")),
     (
-        "had .97 times the target's speed [.94, .99], and the longer-trained drafter 1.05 [1.03, 1.08]",
-        lambda: [x for v in (FOUND, "hidden_31") for x in on_card(v, "2", "speedup", "full/h200_other")],
-    ),
-    (
-        "on 35 prompts, a round of two guesses took .014 steps less [.000, .027], one of the longer-trained drafter .024 less [.006, .041]",
-        lambda: [table("decode_prompts", "full/h200_cut")["prompt"].nunique(), *cut(FOUND), *cut("hidden_31")],
-    ),
-    ("two guesses take .38 of a forward of one token [.37, .39]", lambda: card("2", "draft_forwards")),
-    (
-        "has the same chain at 1.25 times the target's speed",
+        "had the same chain at 1.25 times the target's speed",
         lambda: [benched("decode with a chain of 2") / benched("decode alone")],
     ),
     (
@@ -173,11 +164,11 @@ STATED = [
         lambda: [milliseconds("draft hidden", 1) / milliseconds("verify", 1)],
     ),
     (
-        "writes 760 tokens/s, 1.3 ms each",
-        lambda: [card("-", "tokens_per_s")[0], 1000 / card("-", "tokens_per_s")[0]],
+        "The target alone takes 1.3 ms a token",
+        lambda: [1000 / card("-", "tokens_per_s")[0]],
     ),
     (
-        "takes 1.24 times as long as one (on two cores 1.02). To draft two guesses takes .31 of that verification (on two cores .15)",
+        "takes 1.24 times as long as one (on two cores 1.02). To draft two guesses takes .17 of that verification (on two cores .15)",
         lambda: [
             card("2", "verify_cost")[0],
             model().loc[("hidden_31_continued", "chain", "2"), "verify_cost"],
@@ -307,18 +298,16 @@ def test_what_vllm_serves_differs_in_nothing():
         assert (found[theirs] == ours).all() and len(found) == 3
 
 
-def test_no_plan_pays_on_the_card():
+def test_one_of_three_drafters_pays_on_the_card():
     timed = {key: ratio for key, ratio in card_ratios()[1].items() if key[1] != "-"}
     assert {*timed} == {(variant, plan) for variant in ("kv_2", FOUND, "block_kv_1") for plan in "24"}
     low, high = ({key: on_card(*key, "speedup")[edge] for key in timed} for edge in (1, 2))
-    assert max(low.values()) < 1 and [key for key in timed if high[key] >= 1] == [(FOUND, "2")]
-    assert max(timed, key=lambda key: timed[key]["speedup"][0]) == (FOUND, "2")
+    assert (
+        [key for key in timed if low[key] > 1]
+        == [key for key in timed if high[key] >= 1]
+        == [(FOUND, "2"), (FOUND, "4")]
+    )
     assert min(timed, key=lambda key: timed[key]["draft_forwards"][0])[0] == "block_kv_1"
-    started = fitted(FOUND, "2")[1][0] - fitted(FOUND, "-")[1][0]
-    answer = card_ratios()[0].query("variant == @FOUND and plan == '2'")["seconds"].mean() * 1e3
-    assert started / answer == pytest.approx(1 / 7, rel=0.05)
-    two = timed[FOUND, "2"]
-    assert two["decoded_mat"][0] > max(two["verify_cost"][0], 1 + two["draft_forwards"][0])  # either cost alone pays
 
 
 def test_the_line_through_answers_is_numpys():

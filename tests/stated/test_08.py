@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 from notebook_checks import ROOT
-from recorded import draws, longer, minus, table, turned
+from recorded import draws, longer, minus, one_minus, table, turned
 from stated import checked, text_of
 
 from kvshot_lib.metrics.claims import CLAIMS, LAST, in_favour
@@ -90,10 +90,17 @@ STATED = [
         lambda: [5, len(by_student()), *by_student()["p"][["C6", "C11"]]],
     ),
     (
-        "the cache is worth .230 tokens [.205, .256]. K6 becomes open, with four layers: at the last draft step it is .004 [−.000, .008]",
+        "the cache is worth .293 tokens [.266, .320] (C2), and .019 [.014, .024] at the last draft step (K6)",
+        lambda: [*one_minus("kv_1", "none_1"), *one_minus("kv_1", "none_1", (STEP, 6))],
+    ),
+    (
+        "the cache is worth .230 tokens [.205, .256]. K6 becomes open: at the last draft step it is .004 [−.000, .008]",
         lambda: [*longer("kv_4", "none_4"), *longer("kv_4", "none_4", (STEP, 6))],
     ),
-    ("C12c stays not reproduced, by .128 [.106, .150]", lambda: longer("states_4", "kv_4")),
+    (
+        "stays not reproduced, by .096 [.072, .121] with one layer and .128 [.106, .150] with four",
+        lambda: [*one_minus("states_1", "kv_1"), *longer("states_4", "kv_4")],
+    ),
     (
         "hold, by .769 tokens [.657, .884] and .072 [.059, .085]",
         lambda: [*on_gemma("kv_2", "none_2"), *on_gemma("kv_2", "none_2", STEP, 6)],

@@ -130,10 +130,11 @@ STATED = [
         lambda: [*recorded.repeated("states_4", "kv_4"), *recorded.longer("states_4", "kv_4")],
     ),
     (
-        "After 146 million on more text, with four layers, hardly anything is seen at the last: .004 [−.000, .008]",
+        "After 146 million on more text hardly anything is seen at the last with four layers, .004 [−.000, .008], and more with one, .019 [.014, .024]",
         lambda: [
             recorded.table("runs", "long")["trained_tokens"].median() / 1e6,
             *recorded.longer("kv_4", "none_4", (STEP, 6)),
+            *recorded.one_minus("kv_1", "none_1", (STEP, 6)),
         ],
     ),
     (
