@@ -181,6 +181,17 @@ def one_minus(
     return of_one_layer(*sides, *((-w, "sources", v) for w, _, v in sides if grown), which=which)[:3]
 
 
+def weights(variant: str) -> int:
+    """Of a drafter of one layer."""
+    return parameters(variant, "long" if variant == "hidden_31" else "one_layer")
+
+
+def worth(a: str, b: str) -> float:
+    """Of a's weights beyond b's, in tokens, at the rate at which a second layer of EAGLE-3.1 gains."""
+    second = parameters("hidden_31_2", "long") - weights("hidden_31")
+    return minus("hidden_31_2", "hidden_31", profile="long")[0] * (weights(a) - weights(b)) / second
+
+
 def longer(
     a: str, b: str = "", which: tuple = ("measured_mat",), drawn: resampling.Draws | None = None
 ) -> tuple[float, float, float]:

@@ -118,10 +118,13 @@ STATED = [
         ],
     ),
     ("`hidden_31_continued` on 102 prompts (", lambda: [table("decode_prompts", "full/h200")["prompt"].nunique()]),
-    ("over rounds, 117 answers each)", lambda: [len(table("decode_prompts", "full/h200")) / 9]),
-    ("for the price of one, would make 1.79", lambda: on_card("hidden_31", "2", "decoded_mat", "long/h200")[:1]),
+    ("over rounds, 117 answers each,", lambda: [len(table("decode_prompts", "full/h200")) / 9]),
     (
-        "397 to 402 s each for 147 million tokens, compiled before (seed 1",
+        "for the price of one, it would reach only 1.79",
+        lambda: on_card("hidden_31", "2", "decoded_mat", "long/h200")[:1],
+    ),
+    (
+        "397 to 402 s each for 146.8 million tokens, compiled before (seed 1",
         lambda: [
             *(getattr(table("runs", "one_layer").query("seed == 1")["train_s"], f)() for f in ("min", "max")),
             *(table("runs", "one_layer")["trained_tokens"].median() / 1e6, 1),
