@@ -51,9 +51,14 @@ def larger(a: str, b: str, profile: str = "full") -> float:
     return 100 * (parameters(a, profile) / parameters(b, profile) - 1)
 
 
-def bought(a: str, b: str, more: str, fewer: str, profile: str = "full") -> float:
-    """Tokens that a's weights beyond b's would bring, at the rate at which ``more`` gains on ``fewer``."""
-    (own, others), (most, least) = ((parameters(v, profile) for v in pair) for pair in ((a, b), (more, fewer)))
+def bought(a: str, b: str, more: str, fewer: str, profile: str = "full", sized: str = "") -> float:
+    """Tokens that a's weights beyond b's would bring, at the rate at which ``more`` gains on ``fewer``.
+
+    ``sized`` : a profile that has a and b, if another one.
+    """
+    (own, others), (most, least) = (
+        [parameters(v, of) for v in pair] for pair, of in (((a, b), sized or profile), ((more, fewer), profile))
+    )
     return minus(more, fewer, profile=profile)[0] * (own - others) / (most - least)
 
 
@@ -172,24 +177,21 @@ def of_one_layer(*terms: tuple, which: tuple = ("measured_mat",)) -> tuple[float
     return summed([(w, draws(profile), v) for w, profile, v in terms], which, [*one, *deep], pool)
 
 
-def one_minus(
-    a: str, b: str = "", which: tuple = ("measured_mat",), *, grown: bool = False
-) -> tuple[float, float, float]:
-    """a's metric (minus b's) after long training with one layer; ``grown``: less the same after 15 million tokens."""
+def judged_one_layer(
+    a: str, b: str, which: tuple = ("measured_mat",), *, grown: bool = False
+) -> tuple[float, float, float, float]:
+    """a's metric minus b's after long training with one layer: value, low, high, p.
+
+    ``grown`` : less the same after 15 million tokens.
+    """
     own = draws("one_layer").variants
-    sides = [(w, "one_layer" if v in own else "long", v) for w, v in ((1, a), (-1, b)) if v]
-    return of_one_layer(*sides, *((-w, "sources", v) for w, _, v in sides if grown), which=which)[:3]
+    sides = [(w, "one_layer" if v in own else "long", v) for w, v in ((1, a), (-1, b))]
+    return of_one_layer(*sides, *((-w, "sources", v) for w, _, v in sides if grown), which=which)
 
 
-def weights(variant: str) -> int:
-    """Of a drafter of one layer."""
-    return parameters(variant, "long" if variant == "hidden_31" else "one_layer")
-
-
-def worth(a: str, b: str) -> float:
-    """Of a's weights beyond b's, in tokens, at the rate at which a second layer of EAGLE-3.1 gains."""
-    second = parameters("hidden_31_2", "long") - weights("hidden_31")
-    return minus("hidden_31_2", "hidden_31", profile="long")[0] * (weights(a) - weights(b)) / second
+def one_minus(a: str, b: str, which: tuple = ("measured_mat",), *, grown: bool = False) -> tuple[float, float, float]:
+    """a minus b after long training with one layer: value and interval."""
+    return judged_one_layer(a, b, which, grown=grown)[:3]
 
 
 def longer(

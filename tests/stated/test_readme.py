@@ -210,7 +210,10 @@ STATED = [
         "have 12% more weights, which may explain the .022 and much of the .128 (of the .096 about .03): blocks with nearly equal weights show no lead, −.008 [−.037, +.021]",
         lambda: [
             *(larger("states_4", "kv_4"), equal("states_4", "kv_4")[0], longer("states_4", "kv_4")[0]),
-            *(one_minus("states_1", "kv_1")[0], recorded.worth("states_1", "kv_1")),
+            *(
+                one_minus("states_1", "kv_1")[0],
+                recorded.bought("states_1", "kv_1", "hidden_31_2", "hidden_31", "long", sized="sources"),
+            ),
             *longer("block_states_4", "block_kv_4"),
         ],
     ),
